@@ -1,0 +1,100 @@
+"""The integer grid: scales, zero points, quantize, dequantize.
+
+Equation 1 of the paper, Q(x) = round((x − min)/scale) + q_min, with the minimum expressed as an integer
+zero point so that it packs into as many bits as a weight does: x̂ = (q − z)·scale, z = q_min − round(min/scale).
+For that every range is widened to contain 0. Scales are rounded to the model's dtype *first*, and the integers are
+chosen against the rounded scales, so what is stored is what was optimized. Dequantization multiplies an exactly
+represented small integer by a scale: one rounding, and bit for bit what compressed-tensors computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ModelError
+from .plan import LayerScheme
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as integers.
+
+    Attributes:
+        integers: int8 `[out_features, in_features]`, signed, in [−2^(bits−1), 2^(bits−1) − 1].
+        scale: `[out_features, groups]` in the model's dtype, positive and finite.
+        zero_point: int8 `[out_features, groups]` in the same range, or None if the scheme is symmetric.
+        scheme: bits, group size, symmetry.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    scheme: LayerScheme
+
+
+def integer_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest signed integer of a bit width."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def fit_grid(weight: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points from the minimum and maximum of each group.
+
+    Args:
+        weight: `[out_features, in_features]`, any float dtype; the scales get its dtype.
+        scheme: a packed scheme.
+
+    Returns:
+        scale `[out_features, groups]` and zero point (int8, same shape; None if symmetric). A group of zeros
+        has scale 1, so that nothing divides by zero; a scale that would underflow or overflow the dtype
+        is the nearest that does not.
+
+    Raises:
+        ModelError: the weight holds NaN or infinity.
+        PlanError: the group size does not divide `in_features`.
+    """
+    out_features, in_features = weight.shape
+    grouped = weight.float().view(out_features, scheme.groups(in_features), -1)
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    if not bool(torch.isfinite(low + high).all()):
+        raise ModelError("the weight holds NaN or infinity; repair or exclude it (modules_to_not_convert)")
+    smallest, largest = integer_range(scheme.bits)
+    span, steps = (torch.maximum(-low, high), largest) if scheme.symmetric else (high - low, largest - smallest)
+    exact = span / steps
+    limits = torch.finfo(weight.dtype)
+    ceiling = limits.max / steps * (1 - 2 * limits.eps)  # keeps steps · scale finite after rounding to the dtype
+    scale = exact.clamp(limits.tiny, ceiling).to(weight.dtype)
+    scale = torch.where(exact == 0, torch.ones_like(scale), scale)
+    if scheme.symmetric:
+        return scale, None
+    zero_point = (smallest - torch.round(low / scale.float())).clamp(smallest, largest)
+    return scale, zero_point.to(torch.int8)
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: LayerScheme) -> QuantizedWeight:
+    """Round a weight `[out_features, in_features]` to the nearest point of a grid (equation 1)."""
+    out_features, groups = scale.shape
+    grouped = weight.float().view(out_features, groups, -1)
+    integers = torch.round(grouped / scale.float().unsqueeze(-1))
+    if zero_point is not None:
+        integers += zero_point.unsqueeze(-1)
+    integers = integers.clamp(*integer_range(scheme.bits)).to(torch.int8)
+    return QuantizedWeight(integers.view_as(weight), scale, zero_point, scheme)
+
+
+def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """(q − z)·scale as `[out_features, in_features]` in the dtype of the scales.
+
+    Args:
+        integers: int8 `[out_features, in_features]`.
+        scale: `[out_features, groups]`.
+        zero_point: int8 `[out_features, groups]` or None.
+    """
+    out_features, groups = scale.shape
+    steps = integers.view(out_features, groups, -1).to(scale.dtype)
+    if zero_point is not None:
+        steps = steps - zero_point.to(scale.dtype).unsqueeze(-1)
+    return (steps * scale.unsqueeze(-1)).view(out_features, -1)

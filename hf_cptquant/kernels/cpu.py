@@ -1,0 +1,93 @@
+"""torch's own CPU weight-only kernels for decoding in bfloat16.
+
+`_weight_int4pack_mm_for_cpu` and `_weight_int8pack_mm` read 4 or 8 bits per weight instead of 16 and so beat a
+dense matmul when few rows are multiplied; with many rows the arithmetic dominates and the dense matmul wins. Their int4
+weights lie in blocks whose shape depends on the instruction set, so the block is found by packing a
+known matrix and looking, and the kernel is not offered where no known block explains what is seen.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..grid import dequantize
+from ..packing import pack, unpack
+
+INT4_GROUP_SIZES = (32, 64, 128, 256)
+INT4_BLOCKS = (64, 32)  # rows per block: AVX-512, AVX2 and the scalar fallback
+INNER_K_TILES = 1  # an argument that the CPU op takes for symmetry with CUDA and ignores
+
+
+@lru_cache
+def int4_block() -> int | None:
+    """Rows per block of the int4 layout on this machine, or None if the layout is not one that is known here."""
+    probe = torch.randint(0, 16, (128, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, INNER_K_TILES)
+    matches = [block for block in INT4_BLOCKS if torch.equal(_from_blocks(packed, 64, block), probe.to(torch.uint8))]
+    return matches[0] if matches else None
+
+
+def _from_blocks(packed: Tensor, in_features: int, block: int) -> Tensor:
+    """Undo `_convert_weight_to_int4pack_for_cpu`: uint8 `[out, in / 2]` → uint8 values `[out, in]`.
+
+    Within a block, each input feature has `block / 2` bytes: the low nibbles are the first half of the rows.
+    """
+    octets = packed.view(-1, in_features, block // 2)
+    return torch.cat((octets & 0xF, octets >> 4), -1).transpose(1, 2).reshape(-1, in_features)
+
+
+def int4_to_kernel(words: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int) -> tuple[Tensor, Tensor]:
+    """Wire tensors → (uint8 `[out, in / 2]` in blocks, bfloat16 `[groups, out, 2]`: scale and value of integer 8).
+
+    The kernel computes (q − 8)·scale + zero, hence zero = (8 − z)·scale with z counted from 0.
+    """
+    unsigned = unpack(words, 4, in_features).to(torch.int32) + 8
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, INNER_K_TILES)
+    shift = torch.zeros_like(scale) if zero_point is None else -unpack(zero_point, 4, len(scale), dim=0) * scale
+    return packed, torch.stack((scale, shift), -1).transpose(0, 1).contiguous()
+
+
+def _int4_integers(packed: Tensor, in_features: int) -> Tensor:
+    block = int4_block()
+    assert block is not None, "the layout is only entered where it is known"
+    return _from_blocks(packed, in_features, block).to(torch.int8) - 8
+
+
+def int4_to_wire(packed: Tensor, scale_and_zero: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """Exact reverse of `int4_to_kernel` for words and scale (the zero point is kept beside them)."""
+    return pack(_int4_integers(packed, in_features), 4), scale_and_zero[..., 0].t().contiguous()
+
+
+def int4_dense(packed: Tensor, scale_and_zero: Tensor, zero_point: Tensor | None, in_features: int) -> Tensor:
+    """Dense weight `[out, in]` from the int4 layout; exact, since the integer zero point is used."""
+    scale = scale_and_zero[..., 0].t()
+    unpacked_zero = None if zero_point is None else unpack(zero_point, 4, scale.shape[0], dim=0)
+    return dequantize(_int4_integers(packed, in_features), scale, unpacked_zero)
+
+
+def int4_linear(x: Tensor, packed: Tensor, scale_and_zero: Tensor, group_size: int) -> Tensor:
+    """`x` bfloat16 `[rows, in]` times an int4 weight → `[rows, out]`."""
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scale_and_zero)
+
+
+def int8_to_kernel(words: Tensor, in_features: int) -> Tensor:
+    """Wire words → int8 `[out, in]`."""
+    return unpack(words, 8, in_features)
+
+
+def int8_to_wire(integers: Tensor) -> Tensor:
+    """int8 `[out, in]` → wire words."""
+    return pack(integers, 8)
+
+
+def int8_linear(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
+    """`x` `[rows, in]` times a symmetric per-channel int8 weight `[out, in]`, scale `[out, 1]` → `[rows, out]`."""
+    return torch.ops.aten._weight_int8pack_mm(x, integers, scale.flatten())
+
+
+def int8_dense(integers: Tensor, scale: Tensor) -> Tensor:
+    """Dense weight `[out, in]` from the int8 layout."""
+    return dequantize(integers, scale, None)

@@ -1,0 +1,177 @@
+"""`QuantLinear` and `QuantConv1D`: packed weights in place of `nn.Linear` and GPT-2's `Conv1D`.
+
+Buffers only, no parameters: k-bit preparation of adapters casts parameters, and nothing here is trained by
+gradient. At rest the buffers are in the layout that the device's kernel reads; `state_dict` always shows the wire format,
+and a move to another device or dtype passes through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .grid import QuantizedWeight
+from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, linear, to_layout
+from .packing import pack, packed_length
+from .plan import LayerScheme
+
+WIRE_NAMES = ("weight_packed", "weight_scale", "weight_zero_point")
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose weight stays packed.
+
+    Args:
+        in_features, out_features: as in `nn.Linear`.
+        scheme: bits (below 16), group size, symmetry.
+        bias: whether there is a bias.
+        dtype: of scales and bias; the model's.
+        device: where the empty buffers are made.
+
+    Buffers in the state dict: `weight_packed` int32, `weight_scale`, `weight_zero_point` int32 (asymmetric only),
+    `weight_shape` int64 `[2]`, `bias`.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_shape: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: LayerScheme,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme, self.layout = in_features, out_features, scheme, WIRE
+        groups = scheme.groups(in_features)
+
+        def empty(*shape: int, dtype: torch.dtype | None) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device)
+
+        self.register_buffer("weight_packed", empty(out_features, packed_length(in_features, scheme.bits), dtype=torch.int32))
+        self.register_buffer("weight_scale", empty(out_features, groups, dtype=dtype))
+        zero_point = None if scheme.symmetric else empty(packed_length(out_features, scheme.bits), groups, dtype=torch.int32)
+        self.register_buffer("weight_zero_point", zero_point)
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
+        self.register_buffer("bias", empty(out_features, dtype=dtype) if bias else None)
+
+    @classmethod
+    def from_quantized(cls, quantized: QuantizedWeight, bias: Tensor | None) -> QuantLinear:
+        """Pack integers `[out, in]`, scales and zero points into a module on the same device."""
+        out_features, in_features = quantized.integers.shape
+        scale, bits = quantized.scale, quantized.scheme.bits
+        module = cls(in_features, out_features, quantized.scheme, bias is not None, scale.dtype, scale.device)
+        module.weight_packed = pack(quantized.integers, bits)
+        module.weight_scale = scale.contiguous()
+        if quantized.zero_point is not None:
+            module.weight_zero_point = pack(quantized.zero_point, bits, dim=0)
+        if bias is not None:
+            module.bias = bias.detach().to(scale.dtype)
+        return module.settle()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            self.scheme.bits,
+            self.scheme.group_size,
+            self.layout,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in the shape that the dense module has, computed at each access and never kept."""
+        return dense_weight(self.tensors, self.scheme.bits, self.in_features)
+
+    @property
+    def tensors(self) -> PackedTensors:
+        """The packed weight as it lies in memory."""
+        return PackedTensors(self.weight_packed, self.weight_scale, self.weight_zero_point, self.layout)
+
+    @property
+    def choice(self) -> Choice:
+        """The layout that fits where the module is now, and why."""
+        scale = self.weight_scale
+        return choose_layout(self.scheme, self.out_features, self.in_features, scale.device, scale.dtype)
+
+    def settle(self) -> QuantLinear:
+        """Bring the buffers into the layout of the device's kernel."""
+        return self._hold(to_layout(self.tensors, self.choice.layout, self.in_features))
+
+    def dense(self) -> nn.Module:
+        """The equivalent dense module with the dequantized weight."""
+        module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        return self._fill(module)
+
+    def _fill(self, module: nn.Module) -> nn.Module:
+        module.weight = nn.Parameter(self.weight, requires_grad=False)
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias, requires_grad=False)
+        return module
+
+    def _hold(self, tensors: PackedTensors) -> QuantLinear:
+        self.weight_packed, self.weight_scale, self.layout = tensors.weight, tensors.scale, tensors.layout
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """`.to()`, `.half()`, `.cuda()`, …: through the wire format into the layout of the new place."""
+        self._hold(to_layout(self.tensors, WIRE, self.in_features))
+        super()._apply(fn, recurse)
+        return self.settle()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        wire = to_layout(self.tensors, WIRE, self.in_features)
+        destination[prefix + "weight_packed"], destination[prefix + "weight_scale"] = wire.weight, wire.scale
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._hold(to_layout(self.tensors, WIRE, self.in_features))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.settle()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme}, layout={self.layout}"
+
+
+class QuantConv1D(QuantLinear):
+    """Packed form of `transformers.pytorch_utils.Conv1D`, whose weight is stored as `[in, out]`."""
+
+    @property
+    def nf(self) -> int:
+        """Output features, by the name that `Conv1D` gives them."""
+        return self.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        return super().weight.t().contiguous()
+
+    def dense(self) -> nn.Module:
+        with torch.device("meta"):
+            module = Conv1D(self.out_features, self.in_features)
+        return self._fill(module)
+
+
+PACKED_CLASSES: dict[type[nn.Module], type[QuantLinear]] = {nn.Linear: QuantLinear, Conv1D: QuantConv1D}
+
+
+def packed_modules(model: nn.Module) -> dict[str, QuantLinear]:
+    """Name → packed module, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def explain_choice(module: QuantLinear) -> str:
+    """Which kernel a packed module runs on, and why not a faster one."""
+    return f"{module.layout}: {module.choice.reason}"

@@ -1,0 +1,87 @@
+"""Integers ↔ int32 words: the wire format.
+
+The layout is that of compressed-tensors "pack-quantized": signed integers are stored as unsigned (plus 2^(bits−1)) in a
+dense little-endian bit stream along one dimension, so that 32 values fill exactly `bits` words and values of 3, 5 or 6
+bits may straddle two words. Packing is a codec of its own so that the file format and the kernels can change apart.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import CheckpointError
+
+WORD = 32
+
+
+def packed_length(count: int, bits: int) -> int:
+    """int32 words that hold `count` integers."""
+    return math.ceil(count * bits / WORD)
+
+
+def pack(integers: Tensor, bits: int, dim: int = 1) -> Tensor:
+    """Pack signed integers into words.
+
+    Args:
+        integers: int8 `[rows, columns]` in [−2^(bits−1), 2^(bits−1) − 1].
+        bits: 2 to 8.
+        dim: the dimension that shrinks: 1 for weights, 0 for zero points.
+
+    Returns:
+        int32, the size of `dim` being `packed_length(size, bits)`.
+    """
+    if dim == 0:
+        return pack(integers.t(), bits).t().contiguous()
+    rows, columns = integers.shape
+    unsigned = integers.to(torch.int64) + 2 ** (bits - 1)
+    stream = F.pad(unsigned, (0, -columns % WORD)).view(rows, -1, WORD)
+    words = torch.zeros(rows, stream.shape[1], bits, dtype=torch.int64, device=integers.device)
+    for index in range(WORD):
+        word, offset = divmod(index * bits, WORD)
+        shifted = stream[..., index] << offset
+        words[..., word] |= shifted
+        if offset + bits > WORD:
+            words[..., word + 1] |= shifted >> WORD
+    low = words & 0xFFFFFFFF
+    signed = torch.where(low >= 2**31, low - 2**32, low).to(torch.int32)
+    return signed.flatten(1)[:, : packed_length(columns, bits)].contiguous()
+
+
+def unpack(words: Tensor, bits: int, count: int, dim: int = 1) -> Tensor:
+    """Reverse of `pack`.
+
+    Args:
+        words: int32 `[rows, packed_length(count, bits)]` (transposed if `dim` is 0).
+        bits: 2 to 8.
+        count: integers along `dim`.
+
+    Returns:
+        int8 with `count` entries along `dim`.
+
+    Raises:
+        CheckpointError: the words are too few or too many for `count` integers.
+    """
+    if dim == 0:
+        return unpack(words.t(), bits, count).t().contiguous()
+    rows, length = words.shape
+    if length != packed_length(count, bits):
+        raise CheckpointError(f"{length} words of 32 bits cannot hold {count} integers of {bits} bits")
+    offset = 2 ** (bits - 1)
+    if bits in (4, 8):  # whole integers lie in each byte: views instead of shifts
+        octets = words.contiguous().view(torch.uint8)
+        if bits == 4:
+            octets = torch.stack((octets & 0xF, octets >> 4), -1).flatten(1)
+        return (octets[:, :count] - offset).view(torch.int8)
+    stream = F.pad(words, (0, -length % bits)).view(rows, -1, bits).to(torch.int64) & 0xFFFFFFFF
+    values = torch.empty(rows, stream.shape[1], WORD, dtype=torch.int8, device=words.device)
+    for index in range(WORD):
+        word, start = divmod(index * bits, WORD)
+        value = stream[..., word] >> start
+        if start + bits > WORD:
+            value = value | (stream[..., word + 1] << (WORD - start))
+        values[..., index] = (value & (2**bits - 1)) - offset
+    return values.flatten(1)[:, :count].contiguous()

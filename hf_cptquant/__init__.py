@@ -1,0 +1,16 @@
+"""hf-cptquant: mixed-precision quantization for Hugging Face transformers, every layer with the bits that it needs.
+
+Importing the package registers it: `from_pretrained(..., quantization_config=CPTQuantConfig(...))` quantizes, and
+checkpoints that it wrote reload packed.
+"""
+
+from .config import CPTQuantConfig
+from .errors import CPTQuantError
+from .modules import explain_choice
+from .plan import BitPlan, SensitivityTable
+from .transformers_backend import register
+
+__version__ = "0.1.0"
+__all__ = ["BitPlan", "CPTQuantConfig", "CPTQuantError", "SensitivityTable", "explain_choice"]
+
+register()

@@ -1,0 +1,72 @@
+"""Bits by clusters of the scores (arXiv 2412.03599 §3.2): highest centre → most bits.
+
+In one dimension k-means has an exact solution: optimal clusters are intervals of the sorted scores, and dynamic programming
+over the cut points finds the best ones (Wang & Song, "Ckmeans.1d.dp", The R Journal 3/2, 2011). So there is no start to choose, no
+seed and no restart, and the same scores always give the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+def kmeans(scores: Mapping[str, float], bits: Sequence[int]) -> dict[str, int]:
+    """Cluster the scores and give each cluster a bit width.
+
+    Args:
+        scores: unit → score, higher = more sensitive.
+        bits: one bit width per cluster.
+
+    Returns:
+        Unit → bits. Equal scores always get equal bits; with fewer different scores than bit widths, the highest
+        widths stay unused.
+    """
+    values, positions = np.unique(np.fromiter(scores.values(), float, len(scores)), return_inverse=True)
+    counts = np.bincount(positions)
+    widths = sorted(bits)[: len(values)]
+    starts = optimal_intervals(values, counts, len(widths))
+    cluster_of_value = np.searchsorted(starts, np.arange(len(values)), side="right") - 1
+    return {unit: widths[cluster_of_value[position]] for unit, position in zip(scores, positions, strict=True)}
+
+
+def optimal_intervals(values: np.ndarray, counts: np.ndarray, clusters: int) -> np.ndarray:
+    """Exact weighted k-means of sorted distinct numbers.
+
+    Args:
+        values: float64 `[n]`, ascending, distinct.
+        counts: int `[n]`, how often each occurs.
+        clusters: between 1 and n.
+
+    Returns:
+        int `[clusters]`: index at which each cluster starts, the first being 0. Of equally good solutions, the one with
+        the earliest cuts.
+    """
+    centred = values - np.average(values, weights=counts)
+    weight = np.concatenate([[0.0], np.cumsum(counts, dtype=float)])
+    total = np.concatenate([[0.0], np.cumsum(counts * centred)])
+    square = np.concatenate([[0.0], np.cumsum(counts * centred**2)])
+
+    def costs(starts: np.ndarray, end: int) -> np.ndarray:
+        """Sum of squared distances to the centre of values[start:end] for each start."""
+        spread = square[end] - square[starts]
+        return np.maximum(spread - (total[end] - total[starts]) ** 2 / (weight[end] - weight[starts]), 0.0)
+
+    size = len(values)
+    best = np.array([np.inf] + [costs(np.array([0]), end)[0] for end in range(1, size + 1)])
+    cuts = []
+    for cluster in range(1, clusters):
+        improved, cut = np.full(size + 1, np.inf), np.zeros(size + 1, int)
+        for end in range(cluster + 1, size + 1):
+            starts = np.arange(cluster, end)
+            candidates = best[starts] + costs(starts, end)
+            cut[end] = starts[np.argmin(candidates)]
+            improved[end] = candidates.min()
+        best = improved
+        cuts.append(cut)
+    starts, end = [], size
+    for cut in reversed(cuts):
+        end = int(cut[end])
+        starts.append(end)
+    return np.array([0, *reversed(starts)])

@@ -1,0 +1,304 @@
+"""Calibration data: whatever the user has → batches of keyword arguments for `model.forward`, labels included.
+
+Three steps, each deterministic under the seed: read documents (or tokens), cut them into equal windows, arrange the windows for
+the model's task. Equal windows with equally many labels make the mean over batches independent of the batch size. Data
+are never replaced by other data: what cannot be used is an error that says what would work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .config import HUB_DATASETS, WAYS_WITHOUT_NETWORK, Recipe
+from .errors import CalibrationError
+
+logger = logging.get_logger(__name__)
+
+MASKED_SHARE = 0.15  # of the tokens of a window, as BERT was trained
+POOL = 8  # windows are drawn from at most this many times the tokens that are needed
+LOGIT_BYTES = 2**30
+SMALLEST_VOCABULARY_SHARE = 0.9  # models pad their embeddings, but by little
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the data must fit.
+
+    Attributes:
+        task: see `model_view.TASKS`.
+        vocabulary: rows of the token embedding.
+        max_length: positions that the model can take, or None if unlimited.
+        name_or_path: where its own tokenizer is.
+    """
+
+    task: str
+    vocabulary: int
+    max_length: int | None
+    name_or_path: str
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Batches and their description.
+
+    Attributes:
+        batches: keyword arguments for `model.forward`, on the CPU; `input_ids` and masks `[batch, length]`.
+        description: JSON values: source, sequences, length, tokens, SHA-256 of the tokens.
+    """
+
+    batches: tuple[Mapping[str, Tensor], ...]
+    description: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts in order, with a label each or none."""
+
+    texts: Iterable[str]
+    labels: tuple[int, ...] | None
+    source: str
+
+
+def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
+    """Read, tokenize and batch the calibration data of a recipe.
+
+    Raises:
+        CalibrationError: no data, too little text, an unreachable dataset, a missing tokenizer or one of another vocabulary.
+    """
+    if recipe.dataset is None:
+        raise CalibrationError(
+            f"no calibration data: pass dataset=, one of {', '.join(HUB_DATASETS)} from the Hub, or without a network {WAYS_WITHOUT_NETWORK}"
+        )
+    length = min(recipe.sequence_length, facts.max_length or recipe.sequence_length)
+    if _is_tokens(recipe.dataset):
+        rows, source = _token_rows(recipe.dataset, length, recipe), "token tensors"
+        fields = _arrange(rows, facts, recipe, lambda: load_tokenizer(recipe, facts))
+    else:
+        tokenizer = load_tokenizer(recipe, facts)
+        length = min(length, tokenizer.model_max_length)
+        documents = read_documents(recipe, labelled=facts.task == "sequence-classification")
+        source = documents.source
+        if facts.task == "sequence-classification":
+            fields = _classification_fields(documents, tokenizer, length, recipe)
+        else:
+            stream = _token_stream(documents.texts, tokenizer, POOL * recipe.num_samples * length)
+            rows = _windows(stream, length - _special_tokens(tokenizer, facts.task), recipe)
+            fields = _arrange(rows, facts, recipe, lambda: tokenizer)
+    input_ids = fields["input_ids"]
+    _check_ids(input_ids, facts)
+    sequences, width = input_ids.shape
+    if sequences < recipe.num_samples:
+        logger.info(f"The calibration data give {sequences} sequences of {width} tokens, fewer than num_samples={recipe.num_samples}.")
+    batch_size = recipe.batch_size or max(1, LOGIT_BYTES // (4 * width * facts.vocabulary))
+    batches = tuple(
+        {name: tensor[start : start + batch_size] for name, tensor in fields.items()} for start in range(0, sequences, batch_size)
+    )
+    description = {
+        "source": source,
+        "sequences": sequences,
+        "sequence_length": width,
+        "tokens": input_ids.numel(),
+        "sha256": hashlib.sha256(b"".join(fields[name].numpy().tobytes() for name in sorted(fields))).hexdigest(),
+    }
+    return CalibrationSet(batches, description)
+
+
+def load_tokenizer(recipe: Recipe, facts: ModelFacts) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer (object, name or path), by default the model's own, checked against its vocabulary."""
+    tokenizer = recipe.tokenizer if recipe.tokenizer is not None else facts.name_or_path
+    if isinstance(tokenizer, (str, os.PathLike)):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError, KeyError) as error:
+            raise CalibrationError(
+                f"no tokenizer at {os.fspath(tokenizer)!r}: pass tokenizer= (a name, a path or an object), or token tensors as dataset="
+            ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise CalibrationError(f"tokenizer= is {type(tokenizer).__name__}; pass a name, a path or a transformers tokenizer")
+    if not SMALLEST_VOCABULARY_SHARE * facts.vocabulary <= len(tokenizer) <= facts.vocabulary:
+        raise CalibrationError(
+            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the model {facts.vocabulary}: it belongs to"
+            " another model; pass the right one as tokenizer=, or token tensors as dataset="
+        )
+    return tokenizer
+
+
+def read_documents(recipe: Recipe, labelled: bool) -> Documents:
+    """Texts (and, for a classifier, labels) from a Hub name, a file, a list of strings or a `datasets.Dataset`."""
+    dataset = recipe.dataset
+    if isinstance(dataset, str) and dataset in HUB_DATASETS:
+        return _from_hub(dataset, recipe, labelled)
+    if isinstance(dataset, (str, os.PathLike)):
+        return _from_file(Path(dataset), recipe, labelled)
+    if isinstance(dataset, (list, tuple)) and all(isinstance(text, str) for text in dataset):
+        return Documents(tuple(dataset), None, f"{len(dataset)} texts")
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset):
+        return _from_dataset(dataset, "datasets.Dataset", recipe, labelled)
+    raise CalibrationError(f"dataset= is {type(dataset).__name__}; pass one of {', '.join(HUB_DATASETS)}, or {WAYS_WITHOUT_NETWORK}")
+
+
+def _from_hub(name: str, recipe: Recipe, labelled: bool) -> Documents:
+    import datasets
+
+    try:
+        if name == "wikitext2":
+            dataset = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train")
+        elif name == "imdb":
+            dataset = datasets.load_dataset("stanfordnlp/imdb", split="train").shuffle(seed=recipe.seed)
+        else:
+            stream = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
+            dataset = datasets.Dataset.from_list(list(islice(stream, POOL * recipe.num_samples)))
+    except OSError as error:
+        raise CalibrationError(
+            f"dataset={name!r} is on the Hugging Face Hub, which could not be reached ({error}); without a network pass {WAYS_WITHOUT_NETWORK}"
+        ) from error
+    return _from_dataset(dataset, name, recipe, labelled, default_label="label" if name == "imdb" else None)
+
+
+def _from_file(path: Path, recipe: Recipe, labelled: bool) -> Documents:
+    import datasets
+    import pyarrow
+    import pyarrow.json
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise CalibrationError(f"the calibration file {path} does not exist")
+    try:
+        if path.suffix == ".txt":
+            return Documents((path.read_text(encoding="utf-8"),), None, path.name)
+        read = pyarrow.parquet.read_table if path.suffix == ".parquet" else pyarrow.json.read_json
+        return _from_dataset(datasets.Dataset(read(path)), path.name, recipe, labelled)
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+        raise CalibrationError(f"the calibration file {path} cannot be read as {path.suffix}: {error}") from error
+
+
+def _from_dataset(dataset: Any, source: str, recipe: Recipe, labelled: bool, default_label: str | None = None) -> Documents:
+    columns = {name: feature.dtype for name, feature in dataset.features.items()}
+    textual = [name for name, dtype in columns.items() if dtype in ("string", "large_string")]
+    column = recipe.text_column or ("text" if "text" in textual else textual[0] if len(textual) == 1 else None)
+    if column not in textual:
+        raise CalibrationError(f"{source} has no text column {column or '(several fit)'}; set text_column= to one of {textual or list(columns)}")
+    label_column = recipe.label_column or default_label
+    if not labelled or label_column is None:
+        return Documents(dataset[column], None, source)
+    if label_column not in columns:
+        raise CalibrationError(f"{source} has no label column {label_column!r}; its columns are {list(columns)}")
+    return Documents(dataset[column], tuple(dataset[label_column]), source)
+
+
+def _is_tokens(dataset: Any) -> bool:
+    return isinstance(dataset, Tensor) or (
+        isinstance(dataset, (list, tuple)) and len(dataset) > 0 and all(isinstance(item, Tensor) for item in dataset)
+    )
+
+
+def _token_rows(tokens: Any, length: int, recipe: Recipe) -> Tensor:
+    """Token tensors → int64 `[sequences, length]`. Rows of a matrix stay windows; a list of vectors is one stream."""
+    given = (tokens,) if isinstance(tokens, Tensor) else tuple(tokens)
+    if any(item.is_floating_point() or item.dim() not in (1, 2) for item in given):
+        shapes = [(tuple(item.shape), str(item.dtype)) for item in given[:3]]
+        raise CalibrationError(f"token tensors must be integers of shape [length] or [sequences, length], not {shapes}")
+    matrices = [item.long().cpu() for item in given if item.dim() == 2]
+    if len(matrices) == len(given) and len({item.shape[1] for item in matrices}) == 1 and matrices[0].shape[1] <= length:
+        return _draw(torch.cat(matrices), recipe)
+    return _windows(torch.cat([item.long().cpu().flatten() for item in given]), length, recipe)
+
+
+def _token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, enough: int) -> Tensor:
+    """Tokens of the documents, one after the other with a blank line between, until there are `enough`."""
+    ids: list[int] = []
+    for text in texts:
+        if text.strip():
+            ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= enough:
+            break
+    return torch.tensor(ids[:enough], dtype=torch.long)
+
+
+def _windows(stream: Tensor, length: int, recipe: Recipe) -> Tensor:
+    """Non-overlapping windows of a stream, drawn at random under the seed: `[sequences, length]`."""
+    if len(stream) < length:
+        raise CalibrationError(
+            f"the calibration data hold {len(stream)} tokens, not even one sequence of {length}: give more text or set"
+            f" sequence_length to at most {len(stream)}" if len(stream) else "the calibration data hold no text"
+        )
+    return _draw(stream[: len(stream) // length * length].view(-1, length), recipe)
+
+
+def _draw(rows: Tensor, recipe: Recipe) -> Tensor:
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return rows[torch.randperm(len(rows), generator=generator)[: recipe.num_samples].sort().values]
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, task: str) -> int:
+    return 2 if task == "masked-lm" and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None else 0
+
+
+def _arrange(rows: Tensor, facts: ModelFacts, recipe: Recipe, tokenizer: Any) -> dict[str, Tensor]:
+    """Windows → inputs and labels of the task, each `[sequences, …]`. `tokenizer` is called only if one is needed."""
+    if facts.task == "masked-lm":
+        return _masked_fields(rows, tokenizer(), recipe)
+    if facts.task == "seq2seq-lm":  # continue the first half of a window by the second
+        source, target = rows.tensor_split(2, dim=1)
+        return {"input_ids": source.contiguous(), "attention_mask": torch.ones_like(source), "labels": target.contiguous()}
+    fields = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    return {**fields, "labels": rows} if facts.task == "causal-lm" else fields
+
+
+def _masked_fields(rows: Tensor, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, Tensor]:
+    """Replace the same number of tokens in every window by the mask token; the labels are what stood there."""
+    if tokenizer.mask_token_id is None:
+        raise CalibrationError(f"the tokenizer {tokenizer.name_or_path!r} has no mask token, which a masked language model needs")
+    generator = torch.Generator().manual_seed(recipe.seed)
+    count = max(1, round(MASKED_SHARE * rows.shape[1]))
+    positions = torch.rand(rows.shape, generator=generator).argsort(1)[:, :count]
+    labels = torch.full_like(rows, -100).scatter(1, positions, rows.gather(1, positions))
+    inputs = rows.scatter(1, positions, tokenizer.mask_token_id)
+    if _special_tokens(tokenizer, "masked-lm"):
+        edge = rows.new_ones(len(rows), 1)
+        inputs = torch.cat((edge * tokenizer.cls_token_id, inputs, edge * tokenizer.sep_token_id), 1)
+        labels = torch.cat((edge * -100, labels, edge * -100), 1)
+    return {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels}
+
+
+def _classification_fields(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, recipe: Recipe
+) -> dict[str, Tensor]:
+    """One row a text, cut at `length` and padded to the longest."""
+    filled = [index for index, text in enumerate(documents.texts) if text.strip()]
+    if not filled:
+        raise CalibrationError("the calibration data hold no text")
+    chosen = _draw(torch.tensor(filled), recipe).tolist()
+    texts = list(documents.texts)
+    if tokenizer.pad_token is None:
+        raise CalibrationError(f"the tokenizer {tokenizer.name_or_path!r} has no padding token; set tokenizer.pad_token")
+    encoded = tokenizer([texts[index] for index in chosen], truncation=True, max_length=length, padding=True, return_tensors="pt")
+    fields = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+    if documents.labels is not None:
+        fields["labels"] = torch.tensor([documents.labels[index] for index in chosen])
+    return fields
+
+
+def _check_ids(input_ids: Tensor, facts: ModelFacts) -> None:
+    least, most = int(input_ids.min()), int(input_ids.max())
+    if least < 0 or most >= facts.vocabulary:
+        raise CalibrationError(f"token ids from {least} to {most} do not fit the model's vocabulary of {facts.vocabulary}")
+
+
+def batches_on(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """The batches, one at a time, on a device."""
+    for batch in batches:
+        yield {name: tensor.to(device) for name, tensor in batch.items()}

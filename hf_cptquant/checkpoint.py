@@ -1,0 +1,289 @@
+"""Model ↔ folder: the compressed-tensors section of `config.json`, checks of what is read, atomic writing.
+
+A finished model is described by one section that plain transformers and vLLM understand (`config_groups` with explicit,
+disjoint module names: no class names, no regular expressions, nothing that depends on the order of keys) and that bears
+the record of the run under `"cptquant"`. Models that compressed-tensors cannot say (GPT-2's `Conv1D`) get the same section under our own
+`quant_method`. Reading trusts nothing: names, bits, shapes and dtypes are checked before any kernel sees a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .errors import CheckpointError, PlanError, in_module
+from .model_view import view_model
+from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
+from .plan import PACKED_BITS, PER_CHANNEL, PLAN_FILE, LayerScheme, ModulePlan, QuantizationRecord, SensitivityTable
+from .quantize import replace_module
+
+logger = logging.get_logger(__name__)
+
+SECTION_VERSION = 1
+SAFETENSORS_DTYPES = {
+    "weight_packed": ("I32",),
+    "weight_zero_point": ("I32",),
+    "weight_shape": ("I64",),
+    "weight_scale": ("F16", "BF16", "F32"),
+}
+
+
+def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
+    """The value of `quantization_config` in `config.json`.
+
+    Args:
+        record: of the finished run.
+        portable: whether compressed-tensors can say every packed module; otherwise only this package reads it.
+    """
+    plan = record.plan
+    schemes = sorted({module.scheme for module in plan.packed})
+    untouched = [module.name for module in plan.modules if not module.scheme.packed]
+    return {
+        "quant_method": "compressed-tensors" if portable else "cptquant",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{index:02d}": {
+                "targets": [module.name for module in plan.packed if module.scheme == scheme],
+                "weights": _weights_section(scheme),
+            }
+            for index, scheme in enumerate(schemes)
+        },
+        "ignore": untouched + [module.name for module in plan.left],
+        "cptquant": {
+            "version": SECTION_VERSION,
+            "method": record.table.method,
+            "allocation": record.settings["allocation"],
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "bit_plan": {
+                block: {name: module.scheme.bits for name, module in members.items()} for block, members in plan.by_block().items()
+            },
+            "sensitivity": record.table.scores,
+            "sensitivity_raw": dict(record.table.raw),
+            "metric": record.table.metric,
+            "metric_before": record.table.base,
+            "fingerprint": record.table.fingerprint,
+            "settings": dict(record.settings),
+            "calibration": dict(record.calibration),
+            "measured": dict(record.measured),
+        },
+    }
+
+
+def _weights_section(scheme: LayerScheme) -> dict[str, Any]:
+    per_channel = scheme.group_size == PER_CHANNEL
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if per_channel else "group",
+        "group_size": None if per_channel else scheme.group_size,
+        "dynamic": False,
+    }
+
+
+def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> QuantizationRecord:
+    """Parse a section and fit it to a dense model (weights are not read, the meta device is enough).
+
+    Raises:
+        CheckpointError: the section is incomplete, contradicts itself, or names modules, bits or groups that the
+            model does not have.
+    """
+    try:
+        own = section["cptquant"]
+        if own["version"] != SECTION_VERSION:
+            raise CheckpointError(f"the checkpoint has version {own['version']!r} of the format; this package reads {SECTION_VERSION}")
+        schemes = _read_schemes(section["config_groups"])
+        settings = own["settings"]
+        plan = view_model(model, settings["modules_to_not_convert"], allow_skipped=True).plan(settings["granularity"])
+        table = SensitivityTable(own["method"], own["metric"], own["metric_before"], own["sensitivity_raw"], own["fingerprint"])
+        bit_plan = {f"{block}.{name}": bits for block, members in own["bit_plan"].items() for name, bits in members.items()}
+        calibration, measured = own["calibration"], own["measured"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"quantization_config in config.json is incomplete: {error!r}") from error
+    known = {module.name for module in plan.modules}
+    for name in (*schemes, *bit_plan):
+        if name not in known:
+            raise CheckpointError(f"{name}: config.json quantizes it, but {type(model).__name__} has no such module to quantize")
+    modules = []
+    for module in plan.modules:
+        with in_module(module.name):
+            modules.append(_decided(module, schemes.get(module.name), bit_plan.get(module.name)))
+    return QuantizationRecord(replace(plan, modules=tuple(modules)), table, settings, calibration, measured)
+
+
+def _read_schemes(groups: Mapping[str, Any]) -> dict[str, LayerScheme]:
+    schemes: dict[str, LayerScheme] = {}
+    for key, group in groups.items():
+        weights = group["weights"]
+        if weights["num_bits"] not in PACKED_BITS or weights["type"] != "int":
+            raise CheckpointError(f"{key} in config.json has {weights['num_bits']!r} bits of type {weights['type']!r}; possible: {PACKED_BITS} of 'int'")
+        size = {"channel": PER_CHANNEL, "group": weights["group_size"]}.get(weights["strategy"])
+        if not isinstance(size, int):
+            raise CheckpointError(f"{key} in config.json has strategy {weights['strategy']!r} and group size {weights['group_size']!r}")
+        try:
+            scheme = LayerScheme(weights["num_bits"], size, bool(weights["symmetric"]))
+        except PlanError as error:
+            raise CheckpointError(f"{key} in config.json: {error}") from error
+        for target in group["targets"]:
+            if target in schemes:
+                raise CheckpointError(f"{target}: config.json names it in two groups")
+            schemes[target] = scheme
+    return schemes
+
+
+def _decided(module: ModulePlan, scheme: LayerScheme | None, bits: int | None) -> ModulePlan:
+    found = 16 if scheme is None else scheme.bits
+    if bits != found:
+        raise CheckpointError(f"bit_plan in config.json says {bits} bits, config_groups {found}")
+    if scheme is None:
+        return module
+    try:
+        scheme.groups(module.in_features)
+    except PlanError as error:
+        raise CheckpointError(str(error)) from error
+    return replace(module, scheme=scheme)
+
+
+def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
+    """Check the headers of safetensors files against a plan before transformers loads them.
+
+    Raises:
+        CheckpointError: a file is damaged, or a packed tensor has another dtype or shape than the plan needs.
+    """
+    modules = {module.name: module for module in record.plan.packed}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118, a safetensors file is not a dict
+                    name, _, leaf = key.rpartition(".")
+                    if leaf in SAFETENSORS_DTYPES:
+                        _check_tensor(tensors.get_slice(key), name, leaf, modules.get(name))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}); fetch or write the checkpoint again") from error
+
+
+def _check_tensor(tensor: Any, name: str, leaf: str, module: ModulePlan | None) -> None:
+    if tensor.get_dtype() not in SAFETENSORS_DTYPES[leaf]:
+        raise CheckpointError(f"{name}: {leaf} is stored as {tensor.get_dtype()}, not {' or '.join(SAFETENSORS_DTYPES[leaf])}")
+    if module is not None:  # None: transformers renames this model's weights on loading, and checks their shapes itself
+        with torch.device("meta"):
+            expected = QuantLinear(module.in_features, module.out_features, module.scheme).state_dict()
+        shape = tuple(expected[leaf].shape) if leaf in expected else None
+        if tuple(tensor.get_shape()) != shape:
+            raise CheckpointError(f"{name}: {leaf} has shape {tuple(tensor.get_shape())}, the plan ({module.scheme}) needs {shape}")
+
+
+def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
+    """Swap the dense modules of a model whose weights are not loaded yet for empty packed ones."""
+    for module in record.plan.packed:
+        dense = model.get_submodule(module.name)
+        packed = PACKED_CLASSES[type(dense)](
+            module.in_features, module.out_features, module.scheme, dense.bias is not None, dense.weight.dtype, dense.weight.device
+        )
+        replace_module(model, module.name, packed)
+
+
+def finish_loading(model: PreTrainedModel) -> None:
+    """After transformers has filled the skeleton: check that nothing is missing, and settle the kernels' layouts.
+
+    Raises:
+        CheckpointError: a packed tensor was not in the files, or does not belong to a weight of this shape.
+    """
+    for name, module in packed_modules(model).items():
+        for leaf, tensor in module.named_buffers():
+            if not getattr(tensor, "_is_hf_initialized", False):  # transformers marks what it has loaded
+                raise CheckpointError(f"{name}: {leaf} is missing from the checkpoint")
+        if module.weight_shape.tolist() != [module.out_features, module.in_features]:
+            raise CheckpointError(
+                f"{name}: weight_shape is {module.weight_shape.tolist()}, the model has {[module.out_features, module.in_features]}"
+            )
+        if not bool(torch.isfinite(module.weight_scale).all()):
+            raise CheckpointError(f"{name}: weight_scale holds NaN or infinity")
+        module.settle()
+
+
+def is_portable(model: nn.Module) -> bool:
+    """Whether compressed-tensors can say every packed module, so that plain transformers and vLLM read the checkpoint."""
+    return not any(isinstance(module, QuantConv1D) for module in packed_modules(model).values())
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    record: QuantizationRecord,
+    save_directory: str | os.PathLike,
+    *,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """`save_pretrained` of a quantized model: what transformers writes, plus `cptquant_plan.json`, all or nothing.
+
+    Everything is written to a temporary folder beside the target and moved into place when it is complete.
+
+    Args:
+        model: quantized; its config holds the section that goes into `config.json`.
+        record: what `cptquant_plan.json` says.
+        save_directory: a new folder, an earlier checkpoint of this package (replaced), or one without a model.
+        push_to_hub: also upload; `repo_id`, `token`, `private`, `create_pr`, `commit_message` as in transformers.
+        kwargs: as for `PreTrainedModel.save_pretrained`.
+
+    Raises:
+        CheckpointError: the folder holds a model that is not ours.
+    """
+    target = Path(save_directory)
+    hub = {name: kwargs.pop(name) for name in ("repo_id", "private", "create_pr", "commit_message") if name in kwargs}
+    if kwargs.get("is_main_process", True):
+        refuse_foreign(target)
+        if not is_portable(model):
+            logger.warning("compressed-tensors cannot say Conv1D layers: reloading this checkpoint needs `import hf_cptquant`.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            type(model).save_pretrained(model, staging, **kwargs)
+            record.save(staging / PLAN_FILE)
+            _move_into_place(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    if push_to_hub:
+        model.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise `CheckpointError` if writing a checkpoint into the folder would destroy a model that is not ours."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give a folder")
+    if folder.is_dir() and not (folder / PLAN_FILE).exists():
+        held = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin", ".gguf") or path.name == "config.json"]
+        if held:
+            raise CheckpointError(f"{folder} holds another model ({held[0]}); give a new folder")
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.chmod(0o777 & ~_umask())
+        staging.rename(target)
+        return
+    written = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")  # the config last: it makes the rest valid
+    stale = {path for path in target.glob("model*.safetensors*")} - {target / path.name for path in written}
+    for path in written:
+        path.replace(target / path.name)
+    for path in stale:
+        path.unlink()
+
+
+def _umask() -> int:
+    """The process's umask, which `mkdtemp` ignores. It can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,211 @@
+"""What a model looks like to the rest of the package: blocks, quantizable modules, fused groups.
+
+The one file that knows how transformers builds models; everybody else works on the frozen `ModelView`. It reads
+structure only (names, classes, shapes), so it works on the meta device too, which is how a checkpoint is
+validated before its weights are read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .errors import ModelError
+from .plan import UNTOUCHED, BitPlan, LeftAlone, ModulePlan
+
+# Projections that inference engines fuse into one matrix, as (name of the group, names of its members).
+FUSED_GROUPS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("qkv_proj", frozenset({"q_proj", "k_proj", "v_proj"})),
+    ("qkv", frozenset({"query", "key", "value"})),
+    ("qkv", frozenset({"q", "k", "v"})),
+    ("gate_up_proj", frozenset({"gate_proj", "up_proj"})),
+    ("gate_up_proj", frozenset({"w1", "w3"})),
+    ("wi", frozenset({"wi_0", "wi_1"})),
+)
+
+# What a model is trained to do, by the table of transformers that lists its class.
+TASKS = {
+    "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "seq2seq-lm": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+
+GRANULARITIES = ("block", "group", "module")
+
+
+@dataclass(frozen=True)
+class QuantizableModule:
+    """A linear map inside a block.
+
+    Attributes:
+        name: dotted name in the model.
+        block: name of its block.
+        out_features, in_features: shape as a map from inputs to outputs (`Conv1D` stores the transpose).
+        element_size: bytes per weight as loaded.
+    """
+
+    name: str
+    block: str
+    out_features: int
+    in_features: int
+    element_size: int
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """The structure of one model.
+
+    Attributes:
+        blocks: names of the transformer layers, in the order in which they are defined.
+        modules: quantizable modules in the same order.
+        left: modules with a matrix that are not to be quantized, with the reason.
+        other_bytes: bytes of all parameters and saved buffers except the quantizable weights, tied ones once.
+    """
+
+    blocks: tuple[str, ...]
+    modules: tuple[QuantizableModule, ...]
+    left: tuple[LeftAlone, ...]
+    other_bytes: int
+
+    def plan(self, granularity: str) -> BitPlan:
+        """The undecided plan (16 bits everywhere) whose units have the given granularity."""
+        modules = tuple(
+            ModulePlan(
+                module.name,
+                module.block,
+                unit,
+                module.out_features,
+                module.in_features,
+                module.element_size,
+                UNTOUCHED,
+            )
+            for unit, members in units(self, granularity).items()
+            for module in members
+        )
+        return BitPlan(modules, self.left, self.other_bytes)
+
+
+def view_model(
+    model: PreTrainedModel, modules_to_not_convert: Sequence[str] | None = None, allow_skipped: bool = False
+) -> ModelView:
+    """Find the blocks of a model and what in them can be quantized.
+
+    Args:
+        model: any transformers model, on any device (meta included).
+        modules_to_not_convert: names, suffixes or regular expressions as in transformers' own quantizers.
+        allow_skipped: accept that more than half of the weights of the blocks have a form that is not supported.
+
+    Raises:
+        ModelError: nothing to quantize, or most of the blocks' weights would be skipped unasked.
+    """
+    blocks = find_blocks(model)
+    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    float32_modules = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
+    modules, left, skipped = [], [], []
+    for name, module in model.named_modules():
+        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+        if not matrices:
+            continue
+        block = next((block for block in blocks if name.startswith(block + ".")), None)
+        weights = sum(parameter.numel() for parameter in matrices)
+        if not should_convert_module(name, modules_to_not_convert):
+            reason = "named in modules_to_not_convert"
+        elif f"{name}.weight" in tied:
+            reason = "shares its weight with another module"
+        elif block is None:
+            reason = "outside the blocks"
+        elif float32_modules.intersection(name.split(".")):
+            reason = "kept in float32 by the model"
+            skipped.append(LeftAlone(name, reason, weights))
+        elif type(module) not in (nn.Linear, Conv1D):
+            reason = f"{type(module).__name__} is not supported"
+            skipped.append(LeftAlone(name, reason, weights))
+        else:
+            weight = matrices[0]
+            out_features, in_features = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
+            modules.append(QuantizableModule(name, block, out_features, in_features, weight.element_size()))
+            continue
+        left.append(LeftAlone(name, reason, weights))
+
+    if not modules:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(module.reason for module in left).items())
+        raise ModelError(f"{type(model).__name__} has nothing to quantize ({reasons or 'no matrices'})")
+    if not allow_skipped:
+        _refuse_skipping(model, sum(module.out_features * module.in_features for module in modules), skipped)
+    quantizable = sum(module.out_features * module.in_features * module.element_size for module in modules)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in _saved_tensors(model).values())
+    return ModelView(blocks, tuple(modules), tuple(left), total - quantizable)
+
+
+def _saved_tensors(model: nn.Module) -> dict[int, nn.Parameter]:
+    """The distinct tensors that `save_pretrained` writes (tied ones once)."""
+    return {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+
+
+def _refuse_skipping(model: PreTrainedModel, quantizable: int, skipped: Sequence[LeftAlone]) -> None:
+    weights = sum(module.weights for module in skipped)
+    if weights > quantizable:
+        largest = max(skipped, key=lambda module: module.weights)
+        raise ModelError(
+            f"{weights / (weights + quantizable):.0%} of the weights in the blocks of {type(model).__name__} would be skipped,"
+            f" e.g. {largest.name}: {largest.reason}; pass allow_skipped=True to quantize only the rest"
+        )
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Names of the transformer layers: the outermost `GradientCheckpointingLayer`s, or else the members of the
+    longest `ModuleList` whose members are all of one class."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    outermost = tuple(name for name in layers if not any(name.startswith(other + ".") for other in layers))
+    if outermost:
+        return outermost
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(member) for member in module}) == 1
+    }
+    longest = max(lists, key=lambda name: len(lists[name]), default=None)
+    return () if longest is None else tuple(f"{longest}.{index}" for index in range(len(lists[longest])))
+
+
+def units(view: ModelView, granularity: str) -> dict[str, tuple[QuantizableModule, ...]]:
+    """Unit name → its modules, in the model's order.
+
+    `"block"`: the paper's layer. `"group"`: projections that inference engines fuse share a unit. `"module"`: each alone.
+    """
+    grouped: dict[str, tuple[QuantizableModule, ...]] = {}
+    siblings: dict[str, set[str]] = {}
+    for module in view.modules:
+        parent, _, leaf = module.name.rpartition(".")
+        siblings.setdefault(parent, set()).add(leaf)
+    for module in view.modules:
+        if granularity == "block":
+            unit = module.block
+        elif granularity == "module":
+            unit = module.name
+        else:
+            parent, _, leaf = module.name.rpartition(".")
+            fused = (group for group, members in FUSED_GROUPS if leaf in members and members <= siblings[parent])
+            unit = f"{parent}.{next(fused, leaf)}"
+        grouped[unit] = (*grouped.get(unit, ()), module)
+    return grouped
+
+
+def task_of(model: nn.Module) -> str | None:
+    """`"causal-lm"`, `"masked-lm"`, `"sequence-classification"`, `"seq2seq-lm"`, or None for a class without such a head."""
+    name = type(model).__name__
+    return next((task for task, classes in TASKS.items() if name in classes.values()), None)
+
+
+def max_length_of(model: PreTrainedModel) -> int | None:
+    """Positions that the model has embeddings for, or None if its config sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,92 @@
+"""The steps in a row: model → data → scores → plan → packed model → record.
+
+Everything that can go wrong without weights (structure, data, tokenizer) is found in `prepare`, which runs on the
+empty model, so that nobody waits for a large download to be told of a misspelt column.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .allocation import ALLOCATIONS
+from .calibration import CalibrationSet, ModelFacts, load_calibration
+from .config import Recipe
+from .errors import ModelError
+from .model_view import TASKS, max_length_of, task_of, view_model
+from .plan import BitPlan, LeftAlone, QuantizationRecord
+from .quantize import apply_plan
+from .sensitivity import METHODS
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is known before the weights are: the undecided plan, and the data."""
+
+    plan: BitPlan
+    calibration: CalibrationSet
+
+
+def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
+    """Check that a model and its data go together; the weights are not read.
+
+    Raises:
+        ModelError: no task that gives a loss, nothing to quantize, or most of it unsupported.
+        CalibrationError: the data or the tokenizer cannot be used.
+    """
+    task = task_of(model)
+    if task is None:
+        raise ModelError(
+            f"{type(model).__name__} computes no loss that calibration could measure; load the model with one of the heads"
+            f" {', '.join(TASKS)} (AutoModelForCausalLM, AutoModelForMaskedLM, …)"
+        )
+    plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    facts = ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path)
+    return Preparation(plan, load_calibration(recipe, facts))
+
+
+def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparation) -> QuantizationRecord:
+    """Score, plan, and quantize a dense model in place.
+
+    Raises:
+        ModelError: a weight holds NaN or infinity.
+        CalibrationError: the loss is not finite.
+    """
+    start = time.perf_counter()
+    table = METHODS[recipe.method](model, preparation.plan, preparation.calibration, recipe)
+    bits = ALLOCATIONS[recipe.allocation](table.scores, recipe.bits)
+    plan = preparation.plan.with_bits(bits, recipe.group_size, recipe.symmetric)
+    scored = time.perf_counter()
+    apply_plan(model, plan, recipe.rounding)
+    measured = {"seconds_scoring": round(scored - start, 2), "seconds_rounding": round(time.perf_counter() - scored, 2)}
+    unsupported = any(module.reason.endswith("is not supported") for module in plan.left)
+    (logger.warning if unsupported else logger.info)(report(plan))
+    settings = {**recipe.to_dict(), "dataset": None, "tokenizer": None}  # the calibration section describes the data
+    return QuantizationRecord(plan, table, settings, preparation.calibration.description, measured)
+
+
+def report(plan: BitPlan) -> str:
+    """How many of the weights are quantized, and which modules were left and why."""
+    left: dict[str, list[LeftAlone]] = defaultdict(list)
+    for module in plan.left:
+        left[module.reason].append(module)
+    everything = plan.weights + sum(module.weights for module in plan.left)
+    packed = sum(module.weights for module in plan.packed)
+    lines = [
+        f"Quantized {packed:,} of {everything:,} weights ({packed / everything:.1%}) in {len(plan.packed)} of {len(plan.modules)} quantizable modules:"
+        f" {plan.bits_per_weight:.2f} bits per weight, {plan.original_bytes / 1e6:,.1f} → {plan.nbytes / 1e6:,.1f} MB"
+        f" ({plan.compression_ratio:.2f}x smaller)."
+    ]
+    if untouched := [module for module in plan.modules if not module.scheme.packed]:
+        lines.append(f"  16 bits by plan: {len(untouched)} modules, {sum(module.weights for module in untouched):,} weights")
+    for reason, modules in left.items():
+        names = ", ".join(module.name for module in modules[:3]) + (", …" if len(modules) > 3 else "")
+        lines.append(f"  left alone, {reason}: {len(modules)} modules, {sum(module.weights for module in modules):,} weights ({names})")
+    return "\n".join(lines)

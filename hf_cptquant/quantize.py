@@ -1,0 +1,69 @@
+"""Execute a plan: swap dense modules for packed ones, one at a time, so that a dense weight is freed before the next is packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .errors import ModelError, PlanError, in_module
+from .modules import PACKED_CLASSES, QuantLinear, packed_modules
+from .plan import BitPlan, ModulePlan
+from .rounding import ROUNDINGS
+
+logger = logging.get_logger(__name__)
+
+
+@torch.no_grad()
+def apply_plan(model: nn.Module, plan: BitPlan, rounding: str = "nearest") -> None:
+    """Quantize the modules of a plan in place.
+
+    Raises:
+        PlanError: the plan names a module that the model does not have, or another shape. Nothing is changed then.
+        ModelError: a weight holds NaN or infinity, or is not in memory.
+    """
+    modules = dict(model.named_modules())
+    for decision in plan.modules:
+        with in_module(decision.name):
+            _check_fits(modules.get(decision.name), decision)
+    del modules  # holds on to the dense modules
+    for decision in logging.tqdm(plan.packed, desc="Quantizing"):
+        with in_module(decision.name):
+            replace_module(model, decision.name, _quantized(model.get_submodule(decision.name), decision, rounding))
+
+
+def _quantized(module: nn.Module, decision: ModulePlan, rounding: str) -> QuantLinear:
+    weight = _matrix(module)
+    if weight.device.type == "meta":
+        raise ModelError("the weight is offloaded; load the model without offloading to quantize it")
+    quantized = ROUNDINGS[rounding](weight.detach().contiguous(), decision.scheme)
+    packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module.bias)
+    return packed.train(module.training)
+
+
+def _matrix(module: nn.Module) -> torch.Tensor:
+    """The weight as `[out_features, in_features]`."""
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+def _check_fits(module: nn.Module | None, decision: ModulePlan) -> None:
+    if type(module) not in PACKED_CLASSES:
+        found = "no such module" if module is None else f"a {type(module).__name__}"
+        raise PlanError(f"the plan decides on it, but the model has {found} there; is the plan for another model?")
+    if tuple(_matrix(module).shape) != (decision.out_features, decision.in_features):
+        raise PlanError(
+            f"the plan has shape {(decision.out_features, decision.in_features)}, the model {tuple(_matrix(module).shape)}"
+        )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one with that dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Swap every packed module back for a dense one, in place, with the dequantized weight."""
+    for name, module in packed_modules(model).items():
+        replace_module(model, name, module.dense().to(dtype).train(module.training))

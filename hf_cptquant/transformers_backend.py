@@ -1,0 +1,89 @@
+"""The quantizer that transformers calls: hooks without arithmetic, and their registration.
+
+`from_pretrained` asks two tables which config and quantizer belong to a `quant_method`. We add `cptquant` to both. Our checkpoints
+say `compressed-tensors`, so that they load without us; where we are imported, the config entry of that name is
+replaced by a class that hands checkpoints with a `cptquant` section to us and all others to the original, untouched.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import CompressedTensorsConfig
+
+from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, read_section, save_checkpoint, write_section
+from .config import CPTQuantCheckpointConfig, CPTQuantConfig
+from .pipeline import Preparation, prepare, quantize_model
+from .plan import QuantizationRecord
+from .quantize import dequantize_model
+
+
+class CPTQuantHfQuantizer(HfQuantizer):
+    """Quantizes a dense model after its weights are loaded, or loads a packed one.
+
+    Attributes:
+        record: plan, scores and settings of the model, once it is loaded.
+    """
+
+    requires_calibration = False
+    quantization_config: CPTQuantConfig
+    record: QuantizationRecord
+    _preparation: Preparation
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            self.record = read_section(self.quantization_config.to_dict(), model)
+            check_files(checkpoint_files or (), self.record)
+            build_skeleton(model, self.record)
+        else:
+            with torch.device("cpu"):  # transformers builds the model on the meta device; the data are real
+                self._preparation = prepare(model, self.quantization_config.recipe())
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            finish_loading(model)
+        else:
+            self.record = quantize_model(model, self.quantization_config.recipe(), self._preparation)
+            del self._preparation  # the calibration data
+            self.quantization_config = CPTQuantCheckpointConfig(write_section(self.record, is_portable(model)))
+            model.config.quantization_config = self.quantization_config
+        model.save_pretrained = partial(save_checkpoint, model, self.record)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        dequantize_model(model, dtype)
+        del model.save_pretrained
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top can be trained: gradients reach the inputs of packed layers."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class CompressedTensorsDispatch(CompressedTensorsConfig):
+    """Stands for `compressed-tensors` in transformers' table and decides whose checkpoint it is."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        owner = CPTQuantConfig if "cptquant" in config_dict else CompressedTensorsConfig
+        return owner.from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+
+def register() -> None:
+    """Enter config and quantizer into transformers' tables. Doing it again, or after a reload, changes nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING["cptquant"] = CPTQuantConfig
+    AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = CompressedTensorsDispatch
+    AUTO_QUANTIZER_MAPPING["cptquant"] = CPTQuantHfQuantizer

@@ -190,7 +190,9 @@ def _from_dataset(dataset: Any, source: str, recipe: Recipe, labelled: bool, def
     textual = [name for name, dtype in columns.items() if dtype in ("string", "large_string")]
     column = recipe.text_column or ("text" if "text" in textual else textual[0] if len(textual) == 1 else None)
     if column not in textual:
-        raise CalibrationError(f"{source} has no text column {column or '(several fit)'}; set text_column= to one of {textual or list(columns)}")
+        raise CalibrationError(
+            f"{source} has no text column {column or '(several fit)'}; set text_column= to one of {textual or list(columns)}"
+        )
     label_column = recipe.label_column or default_label
     if not labelled or label_column is None:
         return Documents(dataset[column], None, source)
@@ -233,7 +235,9 @@ def _windows(stream: Tensor, length: int, recipe: Recipe) -> Tensor:
     if len(stream) < length:
         raise CalibrationError(
             f"the calibration data hold {len(stream)} tokens, not even one sequence of {length}: give more text or set"
-            f" sequence_length to at most {len(stream)}" if len(stream) else "the calibration data hold no text"
+            f" sequence_length to at most {len(stream)}"
+            if len(stream)
+            else "the calibration data hold no text"
         )
     return _draw(stream[: len(stream) // length * length].view(-1, length), recipe)
 
@@ -274,9 +278,7 @@ def _masked_fields(rows: Tensor, tokenizer: PreTrainedTokenizerBase, recipe: Rec
     return {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels}
 
 
-def _classification_fields(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, recipe: Recipe
-) -> dict[str, Tensor]:
+def _classification_fields(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, recipe: Recipe) -> dict[str, Tensor]:
     """One row a text, cut at `length` and padded to the longest."""
     filled = [index for index, text in enumerate(documents.texts) if text.strip()]
     if not filled:

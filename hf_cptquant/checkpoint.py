@@ -25,8 +25,9 @@ from transformers.utils import logging
 from .errors import CheckpointError, PlanError, in_module
 from .model_view import view_model
 from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
-from .plan import PACKED_BITS, PER_CHANNEL, PLAN_FILE, LayerScheme, ModulePlan, QuantizationRecord, SensitivityTable
+from .plan import PACKED_BITS, PER_CHANNEL, PLAN_FILE, LayerScheme, ModulePlan, SensitivityTable
 from .quantize import replace_module
+from .record import QuantizationRecord
 
 logger = logging.get_logger(__name__)
 
@@ -128,7 +129,9 @@ def _read_schemes(groups: Mapping[str, Any]) -> dict[str, LayerScheme]:
     for key, group in groups.items():
         weights = group["weights"]
         if weights["num_bits"] not in PACKED_BITS or weights["type"] != "int":
-            raise CheckpointError(f"{key} in config.json has {weights['num_bits']!r} bits of type {weights['type']!r}; possible: {PACKED_BITS} of 'int'")
+            raise CheckpointError(
+                f"{key} in config.json has {weights['num_bits']!r} bits of type {weights['type']!r}; possible: {PACKED_BITS} of 'int'"
+            )
         size = {"channel": PER_CHANNEL, "group": weights["group_size"]}.get(weights["strategy"])
         if not isinstance(size, int):
             raise CheckpointError(f"{key} in config.json has strategy {weights['strategy']!r} and group size {weights['group_size']!r}")
@@ -264,7 +267,9 @@ def refuse_foreign(folder: Path) -> None:
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give a folder")
     if folder.is_dir() and not (folder / PLAN_FILE).exists():
-        held = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin", ".gguf") or path.name == "config.json"]
+        held = [
+            path.name for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin", ".gguf") or path.name == "config.json"
+        ]
         if held:
             raise CheckpointError(f"{folder} holds another model ({held[0]}); give a new folder")
 

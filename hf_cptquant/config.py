@@ -43,7 +43,7 @@ class Recipe:
     allocation: str = "kmeans"
     granularity: str = "block"
     group_size: int = 128
-    symmetric: bool | None = None
+    symmetric: bool = True
     rounding: str = "nearest"
     perturb: str = "all"
     perturbation_scale: float = 0.1
@@ -65,7 +65,7 @@ class Recipe:
         _check_choice("rounding", self.rounding, ROUNDING_NAMES)
         _check_choice("perturb", self.perturb, PERTURB_NAMES)
         _check_choice("group_size", self.group_size, GROUP_SIZES)
-        _check_choice("symmetric", self.symmetric, (None, True, False))
+        _check_choice("symmetric", self.symmetric, (True, False))
         _check_choice("allow_skipped", self.allow_skipped, (True, False))
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise ConfigError(f"bits={self.bits!r} must name at least one bit width, each once")
@@ -142,7 +142,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
             inference engines fuse, such as q/k/v, and each other projection alone) or `"module"`. Default `"block"`.
         group_size: input features that share a scale below 8 bits: 16 to 256, or -1 for one scale per output
             channel. Where it does not divide a layer, the largest of 128, 64, 32 below it that does. 8 bits are per channel.
-        symmetric: without zero points. By default 8 bits are symmetric and fewer bits are not.
+        symmetric: without zero points. The scale is then signed, which uses all levels. `False` stores zero points, which plain
+            transformers cannot load with compressed-tensors 0.18 to 0.20 (they load with this package and in vLLM).
         rounding: `"nearest"` (equation 1).
         perturb: disturb `"all"` quantizable weights of a unit or, as the paper says, the `"first"`.
         perturbation_scale: standard deviation of the disturbance relative to the root mean square of the weight;
@@ -174,7 +175,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         allocation: str | None = None,
         granularity: str | None = None,
         group_size: int = 128,
-        symmetric: bool | None = None,
+        symmetric: bool = True,
         rounding: str = "nearest",
         perturb: str = "all",
         perturbation_scale: float = 0.1,

@@ -2,7 +2,8 @@
 
 Equation 1 of the paper, Q(x) = round((x − min)/scale) + q_min, with the minimum expressed as an integer
 zero point so that it packs into as many bits as a weight does: x̂ = (q − z)·scale, z = q_min − round(min/scale).
-For that every range is widened to contain 0. Scales are rounded to the model's dtype *first*, and the integers are
+For that every range is widened to contain 0. Without a zero point, x̂ = q·scale, the scale is signed: the weight of largest
+magnitude lies on q_min = −2^(bits−1) whatever its sign, so that no level is wasted on the side that has one more. Scales are rounded to the model's dtype *first*, and the integers are
 chosen against the rounded scales, so what is stored is what was optimized. Dequantization multiplies an exactly
 represented small integer by a scale: one rounding, and bit for bit what compressed-tensors computes.
 """
@@ -24,7 +25,8 @@ class QuantizedWeight:
 
     Attributes:
         integers: int8 `[out_features, in_features]`, signed, in [−2^(bits−1), 2^(bits−1) − 1].
-        scale: `[out_features, groups]` in the model's dtype, positive and finite.
+        scale: `[out_features, groups]` in the model's dtype, finite and not 0; negative where the scheme is symmetric and
+            the weight of largest magnitude is positive.
         zero_point: int8 `[out_features, groups]` in the same range, or None if the scheme is symmetric.
         scheme: bits, group size, symmetry.
     """
@@ -62,14 +64,14 @@ def fit_grid(weight: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor | None
     if not bool(torch.isfinite(low + high).all()):
         raise ModelError("the weight holds NaN or infinity; repair or exclude it (modules_to_not_convert)")
     smallest, largest = integer_range(scheme.bits)
-    span, steps = (torch.maximum(-low, high), largest) if scheme.symmetric else (high - low, largest - smallest)
-    exact = span / steps
+    steps = -smallest if scheme.symmetric else largest - smallest
+    span = torch.maximum(-low, high) if scheme.symmetric else high - low
     limits = torch.finfo(weight.dtype)
     ceiling = limits.max / steps * (1 - 2 * limits.eps)  # keeps steps · scale finite after rounding to the dtype
-    scale = exact.clamp(limits.tiny, ceiling).to(weight.dtype)
-    scale = torch.where(exact == 0, torch.ones_like(scale), scale)
+    magnitude = torch.where(span == 0, 1.0, (span / steps).clamp(limits.tiny, ceiling))
     if scheme.symmetric:
-        return scale, None
+        return torch.where(high > -low, -magnitude, magnitude).to(weight.dtype), None
+    scale = magnitude.to(weight.dtype)
     zero_point = (smallest - torch.round(low / scale.float())).clamp(smallest, largest)
     return scale, zero_point.to(torch.int8)
 

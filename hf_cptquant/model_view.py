@@ -94,9 +94,7 @@ class ModelView:
         return BitPlan(modules, self.left, self.other_bytes)
 
 
-def view_model(
-    model: PreTrainedModel, modules_to_not_convert: Sequence[str] | None = None, allow_skipped: bool = False
-) -> ModelView:
+def view_model(model: PreTrainedModel, modules_to_not_convert: Sequence[str] | None = None, allow_skipped: bool = False) -> ModelView:
     """Find the blocks of a model and what in them can be quantized.
 
     Args:
@@ -142,13 +140,13 @@ def view_model(
     if not allow_skipped:
         _refuse_skipping(model, sum(module.out_features * module.in_features for module in modules), skipped)
     quantizable = sum(module.out_features * module.in_features * module.element_size for module in modules)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in _saved_tensors(model).values())
-    return ModelView(blocks, tuple(modules), tuple(left), total - quantizable)
+    return ModelView(blocks, tuple(modules), tuple(left), _saved_bytes(model) - quantizable)
 
 
-def _saved_tensors(model: nn.Module) -> dict[int, nn.Parameter]:
-    """The distinct tensors that `save_pretrained` writes (tied ones once)."""
-    return {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+def _saved_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the tensors that `save_pretrained` writes: tied ones once, also before they are tied."""
+    kept = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in model.all_tied_weights_keys}
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in kept.values()}.values())
 
 
 def _refuse_skipping(model: PreTrainedModel, quantizable: int, skipped: Sequence[LeftAlone]) -> None:

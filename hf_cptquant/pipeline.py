@@ -18,8 +18,9 @@ from .calibration import CalibrationSet, ModelFacts, load_calibration
 from .config import Recipe
 from .errors import ModelError
 from .model_view import TASKS, max_length_of, task_of, view_model
-from .plan import BitPlan, LeftAlone, QuantizationRecord
+from .plan import BitPlan, LeftAlone
 from .quantize import apply_plan
+from .record import QuantizationRecord
 from .sensitivity import METHODS
 
 logger = logging.get_logger(__name__)

@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +77,19 @@ class LayerScheme:
 UNTOUCHED = LayerScheme(16)
 
 
-def scheme_for(bits: int, in_features: int, group_size: int = 128, symmetric: bool | None = None) -> LayerScheme:
+def scheme_for(bits: int, in_features: int, group_size: int = 128, symmetric: bool = True) -> LayerScheme:
     """The scheme that a module gets for a bit width.
 
-    8 bits are symmetric and per channel; fewer bits are asymmetric in groups of `group_size`, or of the
-    largest of 128, 64, 32 below it that divides `in_features`, or else per channel. `symmetric` overrides
-    the first half of each rule.
+    8 bits are per channel; fewer bits are in groups of `group_size`, or of the largest of 128, 64, 32 below it that
+    divides `in_features`, or else per channel.
     """
     if bits == 16:
         return UNTOUCHED
     if bits == 8:
-        return LayerScheme(8, PER_CHANNEL, True if symmetric is None else symmetric)
+        return LayerScheme(8, PER_CHANNEL, symmetric)
     candidates = (group_size, *(size for size in (128, 64, 32) if size < group_size))
     fitting = [size for size in candidates if size > 0 and in_features % size == 0]
-    return LayerScheme(bits, fitting[0] if fitting else PER_CHANNEL, bool(symmetric))
+    return LayerScheme(bits, fitting[0] if fitting else PER_CHANNEL, symmetric)
 
 
 @dataclass(frozen=True)
@@ -199,11 +198,10 @@ class BitPlan:
             blocks.setdefault(module.block, {})[module.name.removeprefix(module.block + ".")] = module
         return blocks
 
-    def with_bits(self, bits: Mapping[str, int], group_size: int = 128, symmetric: bool | None = None) -> BitPlan:
+    def with_bits(self, bits: Mapping[str, int], group_size: int = 128, symmetric: bool = True) -> BitPlan:
         """The same modules with the bit width of their unit: unit name → bits."""
         decided = (
-            replace(module, scheme=scheme_for(bits[module.unit], module.in_features, group_size, symmetric))
-            for module in self.modules
+            replace(module, scheme=scheme_for(bits[module.unit], module.in_features, group_size, symmetric)) for module in self.modules
         )
         return replace(self, modules=tuple(decided))
 
@@ -228,24 +226,12 @@ class BitPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BitPlan:
         if data.get("format") != "cptquant-plan" or data.get("version") != PLAN_VERSION:
-            raise PlanError(
-                f"not a bit plan of version {PLAN_VERSION}: format {data.get('format')!r}, version {data.get('version')!r}"
-            )
+            raise PlanError(f"not a bit plan of version {PLAN_VERSION}: format {data.get('format')!r}, version {data.get('version')!r}")
         try:
-            modules = tuple(
-                ModulePlan(
-                    name,
-                    entry["block"],
-                    entry["unit"],
-                    *(int(size) for size in entry["shape"]),
-                    entry["element_size"],
-                    LayerScheme(entry["bits"], entry["group_size"], entry["symmetric"]),
-                )
-                for name, entry in data["modules"].items()
-            )
+            modules = tuple(_module_from_dict(name, entry) for name, entry in data["modules"].items())
             left = tuple(LeftAlone(**entry) for entry in data["left"])
             return cls(modules, left, data["other_bytes"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"the bit plan is incomplete: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
@@ -301,48 +287,10 @@ class SensitivityTable:
         return cls.from_dict(read_json(path))
 
 
-@dataclass(frozen=True)
-class QuantizationRecord:
-    """Everything that one run leaves behind beside the weights; `cptquant_plan.json` on disk.
-
-    Attributes:
-        plan: the plan that was executed.
-        table: the scores it came from.
-        settings: the recipe as plain JSON values.
-        calibration: what the calibration data were (source, sizes, hash).
-        measured: figures taken around the run (seconds, perplexities); may be empty.
-    """
-
-    plan: BitPlan
-    table: SensitivityTable
-    settings: Mapping[str, Any]
-    calibration: Mapping[str, Any]
-    measured: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **self.plan.to_dict(),
-            "sensitivity": self.table.to_dict(),
-            "settings": dict(self.settings),
-            "calibration": dict(self.calibration),
-            "measured": dict(self.measured),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> QuantizationRecord:
-        plan = BitPlan.from_dict(data)
-        try:
-            table = SensitivityTable.from_dict(data["sensitivity"])
-            return cls(plan, table, data["settings"], data["calibration"], data["measured"])
-        except KeyError as error:
-            raise PlanError(f"the record of the quantization has no {error}") from error
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> QuantizationRecord:
-        return cls.from_dict(read_json(path))
+def _module_from_dict(name: str, entry: Mapping[str, Any]) -> ModulePlan:
+    out_features, in_features = entry["shape"]
+    scheme = LayerScheme(entry["bits"], entry["group_size"], entry["symmetric"])
+    return ModulePlan(name, entry["block"], entry["unit"], out_features, in_features, entry["element_size"], scheme)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

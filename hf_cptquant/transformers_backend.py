@@ -19,8 +19,8 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, read_section, save_checkpoint, write_section
 from .config import CPTQuantCheckpointConfig, CPTQuantConfig
 from .pipeline import Preparation, prepare, quantize_model
-from .plan import QuantizationRecord
 from .quantize import dequantize_model
+from .record import QuantizationRecord
 
 
 class CPTQuantHfQuantizer(HfQuantizer):

@@ -65,8 +65,8 @@ def optimal_intervals(values: np.ndarray, counts: np.ndarray, clusters: int) -> 
             improved[end] = candidates.min()
         best = improved
         cuts.append(cut)
-    starts, end = [], size
+    intervals, end = [0], size
     for cut in reversed(cuts):
         end = int(cut[end])
-        starts.append(end)
-    return np.array([0, *reversed(starts)])
+        intervals.insert(1, end)
+    return np.array(intervals)

@@ -110,11 +110,7 @@ def linear(
     rows = x.reshape(-1, in_features)
     if layout != WIRE and x.dtype == torch.bfloat16 and 0 < len(rows) <= MAX_ROWS[layout]:
         rows = rows.contiguous()
-        product = (
-            cpu.int4_linear(rows, weight, scale, group_size)
-            if layout == CPU_INT4
-            else cpu.int8_linear(rows, weight, scale)
-        )
+        product = cpu.int4_linear(rows, weight, scale, group_size) if layout == CPU_INT4 else cpu.int8_linear(rows, weight, scale)
         product = product if bias is None else product + bias
     else:
         dense = dense_weight(PackedTensors(weight, scale, zero_point, layout), bits, in_features)
@@ -143,7 +139,8 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gradient: Tensor):
-    tensors = PackedTensors(*ctx.saved_tensors, ctx.layout)
+    weight, scale, zero_point = ctx.saved_tensors
+    tensors = PackedTensors(weight, scale, zero_point, ctx.layout)
     dense = dense_weight(tensors, ctx.bits, ctx.in_features)
     return gradient @ dense.to(gradient.dtype), None, None, None, None, None, None, None
 

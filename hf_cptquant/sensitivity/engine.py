@@ -154,6 +154,10 @@ def _stack(block: str) -> str:
     return block.rpartition(".")[0]
 
 
+def _returning(output: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: output
+
+
 @contextmanager
 def _replayed(finished: Mapping[str, nn.Module], outputs: Outputs) -> Iterator[None]:
     """Let every finished block return the last output of its stack instead of running.
@@ -162,7 +166,7 @@ def _replayed(finished: Mapping[str, nn.Module], outputs: Outputs) -> Iterator[N
     """
     replaced = {block: block.__dict__.get("forward") for block in finished.values()}
     for name, block in finished.items():
-        block.forward = lambda *_args, output=outputs[_stack(name)], **_kwargs: output
+        block.forward = _returning(outputs[_stack(name)])
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
 """Calibration data: whatever the user has → batches of keyword arguments for `model.forward`, labels included.
 
-Three steps, each deterministic under the seed: read documents (or tokens), cut them into equal windows, arrange the windows for
-the model's task. Equal windows with equally many labels make the mean over batches independent of the batch size. Data
-are never replaced by other data: what cannot be used is an error that says what would work.
+Three steps, each deterministic under the seed: read documents (or tokens), cut them into equal windows, arrange the
+windows for the model's task. Equal windows with equally many labels make the mean over batches independent of the batch
+size. Data are never replaced by other data: what cannot be used is an error that says what would work.
 """
 
 from __future__ import annotations
@@ -74,11 +74,13 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
     """Read, tokenize and batch the calibration data of a recipe.
 
     Raises:
-        CalibrationError: no data, too little text, an unreachable dataset, a missing tokenizer or one of another vocabulary.
+        CalibrationError: no data, too little text, an unreachable dataset, a missing tokenizer or one of another
+            vocabulary.
     """
     if recipe.dataset is None:
         raise CalibrationError(
-            f"no calibration data: pass dataset=, one of {', '.join(HUB_DATASETS)} from the Hub, or without a network {WAYS_WITHOUT_NETWORK}"
+            f"no calibration data: pass dataset=, one of {', '.join(HUB_DATASETS)} from the Hub, or without a network"
+            f" {WAYS_WITHOUT_NETWORK}"
         )
     length = min(recipe.sequence_length, facts.max_length or recipe.sequence_length)
     if _is_tokens(recipe.dataset):
@@ -99,10 +101,14 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
     _check_ids(input_ids, facts)
     sequences, width = input_ids.shape
     if sequences < recipe.num_samples:
-        logger.info(f"The calibration data give {sequences} sequences of {width} tokens, fewer than num_samples={recipe.num_samples}.")
+        logger.info(
+            f"The calibration data give {sequences} sequences of {width} tokens,"
+            f" fewer than num_samples={recipe.num_samples}."
+        )
     batch_size = recipe.batch_size or max(1, LOGIT_BYTES // (4 * width * facts.vocabulary))
     batches = tuple(
-        {name: tensor[start : start + batch_size] for name, tensor in fields.items()} for start in range(0, sequences, batch_size)
+        {name: tensor[start : start + batch_size] for name, tensor in fields.items()}
+        for start in range(0, sequences, batch_size)
     )
     description = {
         "source": source,
@@ -122,13 +128,17 @@ def load_tokenizer(recipe: Recipe, facts: ModelFacts) -> PreTrainedTokenizerBase
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         except (OSError, ValueError, KeyError) as error:
             raise CalibrationError(
-                f"no tokenizer at {os.fspath(tokenizer)!r}: pass tokenizer= (a name, a path or an object), or token tensors as dataset="
+                f"no tokenizer at {os.fspath(tokenizer)!r}: pass tokenizer= (a name, a path or an object), or token"
+                f" tensors as dataset="
             ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise CalibrationError(f"tokenizer= is {type(tokenizer).__name__}; pass a name, a path or a transformers tokenizer")
+        raise CalibrationError(
+            f"tokenizer= is {type(tokenizer).__name__}; pass a name, a path or a transformers tokenizer"
+        )
     if not SMALLEST_VOCABULARY_SHARE * facts.vocabulary <= len(tokenizer) <= facts.vocabulary:
         raise CalibrationError(
-            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the model {facts.vocabulary}: it belongs to"
+            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the model"
+            f" {facts.vocabulary}: it belongs to"
             " another model; pass the right one as tokenizer=, or token tensors as dataset="
         )
     return tokenizer
@@ -147,7 +157,9 @@ def read_documents(recipe: Recipe, labelled: bool) -> Documents:
 
     if isinstance(dataset, datasets.Dataset):
         return _from_dataset(dataset, "datasets.Dataset", recipe, labelled)
-    raise CalibrationError(f"dataset= is {type(dataset).__name__}; pass one of {', '.join(HUB_DATASETS)}, or {WAYS_WITHOUT_NETWORK}")
+    raise CalibrationError(
+        f"dataset= is {type(dataset).__name__}; pass one of {', '.join(HUB_DATASETS)}, or {WAYS_WITHOUT_NETWORK}"
+    )
 
 
 def _from_hub(name: str, recipe: Recipe, labelled: bool) -> Documents:
@@ -163,7 +175,8 @@ def _from_hub(name: str, recipe: Recipe, labelled: bool) -> Documents:
             dataset = datasets.Dataset.from_list(list(islice(stream, POOL * recipe.num_samples)))
     except OSError as error:
         raise CalibrationError(
-            f"dataset={name!r} is on the Hugging Face Hub, which could not be reached ({error}); without a network pass {WAYS_WITHOUT_NETWORK}"
+            f"dataset={name!r} is on the Hugging Face Hub, which could not be reached ({error}); without a network"
+            f" pass {WAYS_WITHOUT_NETWORK}"
         ) from error
     return _from_dataset(dataset, name, recipe, labelled, default_label="label" if name == "imdb" else None)
 
@@ -185,13 +198,16 @@ def _from_file(path: Path, recipe: Recipe, labelled: bool) -> Documents:
         raise CalibrationError(f"the calibration file {path} cannot be read as {path.suffix}: {error}") from error
 
 
-def _from_dataset(dataset: Any, source: str, recipe: Recipe, labelled: bool, default_label: str | None = None) -> Documents:
+def _from_dataset(
+    dataset: Any, source: str, recipe: Recipe, labelled: bool, default_label: str | None = None
+) -> Documents:
     columns = {name: feature.dtype for name, feature in dataset.features.items()}
     textual = [name for name, dtype in columns.items() if dtype in ("string", "large_string")]
     column = recipe.text_column or ("text" if "text" in textual else textual[0] if len(textual) == 1 else None)
     if column not in textual:
         raise CalibrationError(
-            f"{source} has no text column {column or '(several fit)'}; set text_column= to one of {textual or list(columns)}"
+            f"{source} has no text column {column or '(several fit)'}; set text_column= to one of"
+            f" {textual or list(columns)}"
         )
     label_column = recipe.label_column or default_label
     if not labelled or label_column is None:
@@ -214,7 +230,11 @@ def _token_rows(tokens: Any, length: int, recipe: Recipe) -> Tensor:
         shapes = [(tuple(item.shape), str(item.dtype)) for item in given[:3]]
         raise CalibrationError(f"token tensors must be integers of shape [length] or [sequences, length], not {shapes}")
     matrices = [item.long().cpu() for item in given if item.dim() == 2]
-    if len(matrices) == len(given) and len({item.shape[1] for item in matrices}) == 1 and matrices[0].shape[1] <= length:
+    if (
+        len(matrices) == len(given)
+        and len({item.shape[1] for item in matrices}) == 1
+        and matrices[0].shape[1] <= length
+    ):
         return _draw(torch.cat(matrices), recipe)
     return _windows(torch.cat([item.long().cpu().flatten() for item in given]), length, recipe)
 
@@ -257,7 +277,11 @@ def _arrange(rows: Tensor, facts: ModelFacts, recipe: Recipe, tokenizer: Any) ->
         return _masked_fields(rows, tokenizer(), recipe)
     if facts.task == "seq2seq-lm":  # continue the first half of a window by the second
         source, target = rows.tensor_split(2, dim=1)
-        return {"input_ids": source.contiguous(), "attention_mask": torch.ones_like(source), "labels": target.contiguous()}
+        return {
+            "input_ids": source.contiguous(),
+            "attention_mask": torch.ones_like(source),
+            "labels": target.contiguous(),
+        }
     fields = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
     return {**fields, "labels": rows} if facts.task == "causal-lm" else fields
 
@@ -265,7 +289,9 @@ def _arrange(rows: Tensor, facts: ModelFacts, recipe: Recipe, tokenizer: Any) ->
 def _masked_fields(rows: Tensor, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, Tensor]:
     """Replace the same number of tokens in every window by the mask token; the labels are what stood there."""
     if tokenizer.mask_token_id is None:
-        raise CalibrationError(f"the tokenizer {tokenizer.name_or_path!r} has no mask token, which a masked language model needs")
+        raise CalibrationError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no mask token, which a masked language model needs"
+        )
     generator = torch.Generator().manual_seed(recipe.seed)
     count = max(1, round(MASKED_SHARE * rows.shape[1]))
     positions = torch.rand(rows.shape, generator=generator).argsort(1)[:, :count]
@@ -278,7 +304,9 @@ def _masked_fields(rows: Tensor, tokenizer: PreTrainedTokenizerBase, recipe: Rec
     return {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels}
 
 
-def _classification_fields(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, recipe: Recipe) -> dict[str, Tensor]:
+def _classification_fields(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, recipe: Recipe
+) -> dict[str, Tensor]:
     """One row a text, cut at `length` and padded to the longest."""
     filled = [index for index, text in enumerate(documents.texts) if text.strip()]
     if not filled:
@@ -286,8 +314,12 @@ def _classification_fields(documents: Documents, tokenizer: PreTrainedTokenizerB
     chosen = _draw(torch.tensor(filled), recipe).tolist()
     texts = list(documents.texts)
     if tokenizer.pad_token is None:
-        raise CalibrationError(f"the tokenizer {tokenizer.name_or_path!r} has no padding token; set tokenizer.pad_token")
-    encoded = tokenizer([texts[index] for index in chosen], truncation=True, max_length=length, padding=True, return_tensors="pt")
+        raise CalibrationError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no padding token; set tokenizer.pad_token"
+        )
+    encoded = tokenizer(
+        [texts[index] for index in chosen], truncation=True, max_length=length, padding=True, return_tensors="pt"
+    )
     fields = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
     if documents.labels is not None:
         fields["labels"] = torch.tensor([documents.labels[index] for index in chosen])
@@ -297,7 +329,9 @@ def _classification_fields(documents: Documents, tokenizer: PreTrainedTokenizerB
 def _check_ids(input_ids: Tensor, facts: ModelFacts) -> None:
     least, most = int(input_ids.min()), int(input_ids.max())
     if least < 0 or most >= facts.vocabulary:
-        raise CalibrationError(f"token ids from {least} to {most} do not fit the model's vocabulary of {facts.vocabulary}")
+        raise CalibrationError(
+            f"token ids from {least} to {most} do not fit the model's vocabulary of {facts.vocabulary}"
+        )
 
 
 def batches_on(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:

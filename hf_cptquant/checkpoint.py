@@ -2,8 +2,9 @@
 
 A finished model is described by one section that plain transformers and vLLM understand (`config_groups` with explicit,
 disjoint module names: no class names, no regular expressions, nothing that depends on the order of keys) and that bears
-the record of the run under `"cptquant"`. Models that compressed-tensors cannot say (GPT-2's `Conv1D`) get the same section under our own
-`quant_method`. Reading trusts nothing: names, bits, shapes and dtypes are checked before any kernel sees a tensor.
+the record of the run under `"cptquant"`. Models that compressed-tensors cannot say (GPT-2's `Conv1D`) get the same
+section under our own `quant_method`. Reading trusts nothing: names, bits, shapes and dtypes are checked before any
+kernel sees a tensor.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
             "allocation": record.settings["allocation"],
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "bit_plan": {
-                block: {name: module.scheme.bits for name, module in members.items()} for block, members in plan.by_block().items()
+                block: {name: module.scheme.bits for name, module in members.items()}
+                for block, members in plan.by_block().items()
             },
             "sensitivity": record.table.scores,
             "sensitivity_raw": dict(record.table.raw),
@@ -104,19 +106,27 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
     try:
         own = section["cptquant"]
         if own["version"] != SECTION_VERSION:
-            raise CheckpointError(f"the checkpoint has version {own['version']!r} of the format; this package reads {SECTION_VERSION}")
+            raise CheckpointError(
+                f"the checkpoint has version {own['version']!r} of the format; this package reads {SECTION_VERSION}"
+            )
         schemes = _read_schemes(section["config_groups"])
         settings = own["settings"]
         plan = view_model(model, settings["modules_to_not_convert"], allow_skipped=True).plan(settings["granularity"])
-        table = SensitivityTable(own["method"], own["metric"], own["metric_before"], own["sensitivity_raw"], own["fingerprint"])
-        bit_plan = {f"{block}.{name}": bits for block, members in own["bit_plan"].items() for name, bits in members.items()}
+        table = SensitivityTable(
+            own["method"], own["metric"], own["metric_before"], own["sensitivity_raw"], own["fingerprint"]
+        )
+        bit_plan = {
+            f"{block}.{name}": bits for block, members in own["bit_plan"].items() for name, bits in members.items()
+        }
         calibration, measured = own["calibration"], own["measured"]
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"quantization_config in config.json is incomplete: {error!r}") from error
     known = {module.name for module in plan.modules}
     for name in (*schemes, *bit_plan):
         if name not in known:
-            raise CheckpointError(f"{name}: config.json quantizes it, but {type(model).__name__} has no such module to quantize")
+            raise CheckpointError(
+                f"{name}: config.json quantizes it, but {type(model).__name__} has no such module to quantize"
+            )
     modules = []
     for module in plan.modules:
         with in_module(module.name):
@@ -130,11 +140,14 @@ def _read_schemes(groups: Mapping[str, Any]) -> dict[str, LayerScheme]:
         weights = group["weights"]
         if weights["num_bits"] not in PACKED_BITS or weights["type"] != "int":
             raise CheckpointError(
-                f"{key} in config.json has {weights['num_bits']!r} bits of type {weights['type']!r}; possible: {PACKED_BITS} of 'int'"
+                f"{key} in config.json has {weights['num_bits']!r} bits of type {weights['type']!r}; possible:"
+                f" {PACKED_BITS} of 'int'"
             )
         size = {"channel": PER_CHANNEL, "group": weights["group_size"]}.get(weights["strategy"])
         if not isinstance(size, int):
-            raise CheckpointError(f"{key} in config.json has strategy {weights['strategy']!r} and group size {weights['group_size']!r}")
+            raise CheckpointError(
+                f"{key} in config.json has strategy {weights['strategy']!r} and group size {weights['group_size']!r}"
+            )
         try:
             scheme = LayerScheme(weights["num_bits"], size, bool(weights["symmetric"]))
         except PlanError as error:
@@ -179,13 +192,17 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
 
 def _check_tensor(tensor: Any, name: str, leaf: str, module: ModulePlan | None) -> None:
     if tensor.get_dtype() not in SAFETENSORS_DTYPES[leaf]:
-        raise CheckpointError(f"{name}: {leaf} is stored as {tensor.get_dtype()}, not {' or '.join(SAFETENSORS_DTYPES[leaf])}")
+        raise CheckpointError(
+            f"{name}: {leaf} is stored as {tensor.get_dtype()}, not {' or '.join(SAFETENSORS_DTYPES[leaf])}"
+        )
     if module is not None:  # None: transformers renames this model's weights on loading, and checks their shapes itself
         with torch.device("meta"):
             expected = QuantLinear(module.in_features, module.out_features, module.scheme).state_dict()
         shape = tuple(expected[leaf].shape) if leaf in expected else None
         if tuple(tensor.get_shape()) != shape:
-            raise CheckpointError(f"{name}: {leaf} has shape {tuple(tensor.get_shape())}, the plan ({module.scheme}) needs {shape}")
+            raise CheckpointError(
+                f"{name}: {leaf} has shape {tuple(tensor.get_shape())}, the plan ({module.scheme}) needs {shape}"
+            )
 
 
 def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
@@ -193,7 +210,12 @@ def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
     for module in record.plan.packed:
         dense = model.get_submodule(module.name)
         packed = PACKED_CLASSES[type(dense)](
-            module.in_features, module.out_features, module.scheme, dense.bias is not None, dense.weight.dtype, dense.weight.device
+            module.in_features,
+            module.out_features,
+            module.scheme,
+            dense.bias is not None,
+            dense.weight.dtype,
+            dense.weight.device,
         )
         replace_module(model, module.name, packed)
 
@@ -210,7 +232,8 @@ def finish_loading(model: PreTrainedModel) -> None:
                 raise CheckpointError(f"{name}: {leaf} is missing from the checkpoint")
         if module.weight_shape.tolist() != [module.out_features, module.in_features]:
             raise CheckpointError(
-                f"{name}: weight_shape is {module.weight_shape.tolist()}, the model has {[module.out_features, module.in_features]}"
+                f"{name}: weight_shape is {module.weight_shape.tolist()}, the model has"
+                f" {[module.out_features, module.in_features]}"
             )
         if not bool(torch.isfinite(module.weight_scale).all()):
             raise CheckpointError(f"{name}: weight_scale holds NaN or infinity")
@@ -218,7 +241,8 @@ def finish_loading(model: PreTrainedModel) -> None:
 
 
 def is_portable(model: nn.Module) -> bool:
-    """Whether compressed-tensors can say every packed module, so that plain transformers and vLLM read the checkpoint."""
+    """Whether compressed-tensors can say every packed module, so that plain transformers and vLLM read the
+    checkpoint."""
     return not any(isinstance(module, QuantConv1D) for module in packed_modules(model).values())
 
 
@@ -249,7 +273,9 @@ def save_checkpoint(
     if kwargs.get("is_main_process", True):
         refuse_foreign(target)
         if not is_portable(model):
-            logger.warning("compressed-tensors cannot say Conv1D layers: reloading this checkpoint needs `import hf_cptquant`.")
+            logger.warning(
+                "compressed-tensors cannot say Conv1D layers: reloading this checkpoint needs `import hf_cptquant`."
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -268,7 +294,9 @@ def refuse_foreign(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file; give a folder")
     if folder.is_dir() and not (folder / PLAN_FILE).exists():
         held = [
-            path.name for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin", ".gguf") or path.name == "config.json"
+            path.name
+            for path in sorted(folder.iterdir())
+            if path.suffix in (".safetensors", ".bin", ".gguf") or path.name == "config.json"
         ]
         if held:
             raise CheckpointError(f"{folder} holds another model ({held[0]}); give a new folder")
@@ -279,8 +307,10 @@ def _move_into_place(staging: Path, target: Path) -> None:
         staging.chmod(0o777 & ~_umask())
         staging.rename(target)
         return
-    written = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")  # the config last: it makes the rest valid
-    stale = {path for path in target.glob("model*.safetensors*")} - {target / path.name for path in written}
+    written = sorted(
+        staging.iterdir(), key=lambda path: path.name == "config.json"
+    )  # the config last: it makes the rest valid
+    stale = set(target.glob("model*.safetensors*")) - {target / path.name for path in written}
     for path in written:
         path.replace(target / path.name)
     for path in stale:

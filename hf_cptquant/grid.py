@@ -1,11 +1,12 @@
 """The integer grid: scales, zero points, quantize, dequantize.
 
-Equation 1 of the paper, Q(x) = round((x − min)/scale) + q_min, with the minimum expressed as an integer
-zero point so that it packs into as many bits as a weight does: x̂ = (q − z)·scale, z = q_min − round(min/scale).
-For that every range is widened to contain 0. Without a zero point, x̂ = q·scale, the scale is signed: the weight of largest
-magnitude lies on q_min = −2^(bits−1) whatever its sign, so that no level is wasted on the side that has one more. Scales are rounded to the model's dtype *first*, and the integers are
-chosen against the rounded scales, so what is stored is what was optimized. Dequantization multiplies an exactly
-represented small integer by a scale: one rounding, and bit for bit what compressed-tensors computes.
+Equation 1 of the paper, Q(x) = round((x − min)/scale) + q_min, with the minimum expressed as an integer zero point so
+that it packs into as many bits as a weight does: x̂ = (q − z)·scale, z = q_min − round(min/scale). For that every range
+is widened to contain 0. Without a zero point, x̂ = q·scale, the scale is signed: the weight of largest magnitude lies
+on q_min = −2^(bits−1) whatever its sign, so that no level is wasted on the side that has one more. Scales are rounded
+to the model's dtype *first*, and the integers are chosen against the rounded scales, so what is stored is what was
+optimized. Dequantization multiplies an exactly represented small integer by a scale: one rounding, and bit for bit what
+compressed-tensors computes.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class QuantizedWeight:
 
     Attributes:
         integers: int8 `[out_features, in_features]`, signed, in [−2^(bits−1), 2^(bits−1) − 1].
-        scale: `[out_features, groups]` in the model's dtype, finite and not 0; negative where the scheme is symmetric and
-            the weight of largest magnitude is positive.
+        scale: `[out_features, groups]` in the model's dtype, finite and not 0; negative where the scheme is symmetric
+            and the weight of largest magnitude is positive.
         zero_point: int8 `[out_features, groups]` in the same range, or None if the scheme is symmetric.
         scheme: bits, group size, symmetry.
     """

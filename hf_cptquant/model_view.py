@@ -94,7 +94,9 @@ class ModelView:
         return BitPlan(modules, self.left, self.other_bytes)
 
 
-def view_model(model: PreTrainedModel, modules_to_not_convert: Sequence[str] | None = None, allow_skipped: bool = False) -> ModelView:
+def view_model(
+    model: PreTrainedModel, modules_to_not_convert: Sequence[str] | None = None, allow_skipped: bool = False
+) -> ModelView:
     """Find the blocks of a model and what in them can be quantized.
 
     Args:
@@ -135,7 +137,9 @@ def view_model(model: PreTrainedModel, modules_to_not_convert: Sequence[str] | N
         left.append(LeftAlone(name, reason, weights))
 
     if not modules:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(module.reason for module in left).items())
+        reasons = ", ".join(
+            f"{count} × {reason}" for reason, count in Counter(module.reason for module in left).items()
+        )
         raise ModelError(f"{type(model).__name__} has nothing to quantize ({reasons or 'no matrices'})")
     if not allow_skipped:
         _refuse_skipping(model, sum(module.out_features * module.in_features for module in modules), skipped)
@@ -145,8 +149,14 @@ def view_model(model: PreTrainedModel, modules_to_not_convert: Sequence[str] | N
 
 def _saved_bytes(model: PreTrainedModel) -> int:
     """Bytes of the tensors that `save_pretrained` writes: tied ones once, also before they are tied."""
-    kept = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in model.all_tied_weights_keys}
-    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in kept.values()}.values())
+    kept = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in model.all_tied_weights_keys
+    }
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in kept.values()}.values()
+    )
 
 
 def _refuse_skipping(model: PreTrainedModel, quantizable: int, skipped: Sequence[LeftAlone]) -> None:
@@ -154,7 +164,8 @@ def _refuse_skipping(model: PreTrainedModel, quantizable: int, skipped: Sequence
     if weights > quantizable:
         largest = max(skipped, key=lambda module: module.weights)
         raise ModelError(
-            f"{weights / (weights + quantizable):.0%} of the weights in the blocks of {type(model).__name__} would be skipped,"
+            f"{weights / (weights + quantizable):.0%} of the weights in the blocks of {type(model).__name__} would"
+            f" be skipped,"
             f" e.g. {largest.name}: {largest.reason}; pass allow_skipped=True to quantize only the rest"
         )
 
@@ -178,7 +189,8 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 def units(view: ModelView, granularity: str) -> dict[str, tuple[QuantizableModule, ...]]:
     """Unit name → its modules, in the model's order.
 
-    `"block"`: the paper's layer. `"group"`: projections that inference engines fuse share a unit. `"module"`: each alone.
+    `"block"`: the paper's layer. `"group"`: projections that inference engines fuse share a unit. `"module"`: each
+    alone.
     """
     grouped: dict[str, tuple[QuantizableModule, ...]] = {}
     siblings: dict[str, set[str]] = {}
@@ -199,7 +211,8 @@ def units(view: ModelView, granularity: str) -> dict[str, tuple[QuantizableModul
 
 
 def task_of(model: nn.Module) -> str | None:
-    """`"causal-lm"`, `"masked-lm"`, `"sequence-classification"`, `"seq2seq-lm"`, or None for a class without such a head."""
+    """`"causal-lm"`, `"masked-lm"`, `"sequence-classification"`, `"seq2seq-lm"`, or None for a class without such a
+    head."""
     name = type(model).__name__
     return next((task for task, classes in TASKS.items() if name in classes.values()), None)
 

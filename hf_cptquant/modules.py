@@ -1,8 +1,8 @@
 """`QuantLinear` and `QuantConv1D`: packed weights in place of `nn.Linear` and GPT-2's `Conv1D`.
 
-Buffers only, no parameters: k-bit preparation of adapters casts parameters, and nothing here is trained by
-gradient. At rest the buffers are in the layout that the device's kernel reads; `state_dict` always shows the wire format,
-and a move to another device or dtype passes through it.
+Buffers only, no parameters: k-bit preparation of adapters casts parameters, and nothing here is trained by gradient. At
+rest the buffers are in the layout that the device's kernel reads; `state_dict` always shows the wire format, and a move
+to another device or dtype passes through it.
 """
 
 from __future__ import annotations
@@ -58,9 +58,13 @@ class QuantLinear(nn.Module):
         def empty(*shape: int, dtype: torch.dtype | None) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
 
-        self.register_buffer("weight_packed", empty(out_features, packed_length(in_features, scheme.bits), dtype=torch.int32))
+        self.register_buffer(
+            "weight_packed", empty(out_features, packed_length(in_features, scheme.bits), dtype=torch.int32)
+        )
         self.register_buffer("weight_scale", empty(out_features, groups, dtype=dtype))
-        zero_point = None if scheme.symmetric else empty(packed_length(out_features, scheme.bits), groups, dtype=torch.int32)
+        zero_point = (
+            None if scheme.symmetric else empty(packed_length(out_features, scheme.bits), groups, dtype=torch.int32)
+        )
         self.register_buffer("weight_zero_point", zero_point)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
         self.register_buffer("bias", empty(out_features, dtype=dtype) if bias else None)
@@ -143,7 +147,10 @@ class QuantLinear(nn.Module):
         self.settle()
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme}, layout={self.layout}"
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme},"
+            f" layout={self.layout}"
+        )
 
 
 class QuantConv1D(QuantLinear):

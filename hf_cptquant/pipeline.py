@@ -44,7 +44,8 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
     task = task_of(model)
     if task is None:
         raise ModelError(
-            f"{type(model).__name__} computes no loss that calibration could measure; load the model with one of the heads"
+            f"{type(model).__name__} computes no loss that calibration could measure; load the model with one of"
+            f" the heads"
             f" {', '.join(TASKS)} (AutoModelForCausalLM, AutoModelForMaskedLM, …)"
         )
     plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
@@ -81,13 +82,19 @@ def report(plan: BitPlan) -> str:
     everything = plan.weights + sum(module.weights for module in plan.left)
     packed = sum(module.weights for module in plan.packed)
     lines = [
-        f"Quantized {packed:,} of {everything:,} weights ({packed / everything:.1%}) in {len(plan.packed)} of {len(plan.modules)} quantizable modules:"
+        f"Quantized {packed:,} of {everything:,} weights ({packed / everything:.1%}) in {len(plan.packed)} of"
+        f" {len(plan.modules)} quantizable modules:"
         f" {plan.bits_per_weight:.2f} bits per weight, {plan.original_bytes / 1e6:,.1f} → {plan.nbytes / 1e6:,.1f} MB"
         f" ({plan.compression_ratio:.2f}x smaller)."
     ]
     if untouched := [module for module in plan.modules if not module.scheme.packed]:
-        lines.append(f"  16 bits by plan: {len(untouched)} modules, {sum(module.weights for module in untouched):,} weights")
+        lines.append(
+            f"  16 bits by plan: {len(untouched)} modules, {sum(module.weights for module in untouched):,} weights"
+        )
     for reason, modules in left.items():
         names = ", ".join(module.name for module in modules[:3]) + (", …" if len(modules) > 3 else "")
-        lines.append(f"  left alone, {reason}: {len(modules)} modules, {sum(module.weights for module in modules):,} weights ({names})")
+        lines.append(
+            f"  left alone, {reason}: {len(modules)} modules, {sum(module.weights for module in modules):,} weights"
+            f" ({names})"
+        )
     return "\n".join(lines)

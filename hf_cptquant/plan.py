@@ -42,7 +42,9 @@ class LayerScheme:
         if self.bits not in BITS:
             raise PlanError(f"{self.bits!r} bits are not possible; choose from {', '.join(map(str, BITS))}")
         if self.group_size != PER_CHANNEL and self.group_size < 1:
-            raise PlanError(f"group size {self.group_size!r} is not possible; use -1 (per channel) or a positive number")
+            raise PlanError(
+                f"group size {self.group_size!r} is not possible; use -1 (per channel) or a positive number"
+            )
 
     @property
     def packed(self) -> bool:
@@ -201,7 +203,8 @@ class BitPlan:
     def with_bits(self, bits: Mapping[str, int], group_size: int = 128, symmetric: bool = True) -> BitPlan:
         """The same modules with the bit width of their unit: unit name → bits."""
         decided = (
-            replace(module, scheme=scheme_for(bits[module.unit], module.in_features, group_size, symmetric)) for module in self.modules
+            replace(module, scheme=scheme_for(bits[module.unit], module.in_features, group_size, symmetric))
+            for module in self.modules
         )
         return replace(self, modules=tuple(decided))
 
@@ -226,7 +229,10 @@ class BitPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BitPlan:
         if data.get("format") != "cptquant-plan" or data.get("version") != PLAN_VERSION:
-            raise PlanError(f"not a bit plan of version {PLAN_VERSION}: format {data.get('format')!r}, version {data.get('version')!r}")
+            raise PlanError(
+                f"not a bit plan of version {PLAN_VERSION}: format {data.get('format')!r}, version"
+                f" {data.get('version')!r}"
+            )
         try:
             modules = tuple(_module_from_dict(name, entry) for name, entry in data["modules"].items())
             left = tuple(LeftAlone(**entry) for entry in data["left"])

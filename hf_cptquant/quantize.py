@@ -1,4 +1,5 @@
-"""Execute a plan: swap dense modules for packed ones, one at a time, so that a dense weight is freed before the next is packed."""
+"""Execute a plan: swap dense modules for packed ones, one at a time, so that a dense weight is freed before the next is
+packed."""
 
 from __future__ import annotations
 
@@ -52,7 +53,10 @@ def _check_fits(module: nn.Module | None, decision: ModulePlan) -> None:
         found = "no such module" if module is None else f"a {type(module).__name__}"
         raise PlanError(f"the plan decides on it, but the model has {found} there; is the plan for another model?")
     if tuple(_matrix(module).shape) != (decision.out_features, decision.in_features):
-        raise PlanError(f"the plan has shape {(decision.out_features, decision.in_features)}, the model {tuple(_matrix(module).shape)}")
+        raise PlanError(
+            f"the plan has shape {(decision.out_features, decision.in_features)}, the model"
+            f" {tuple(_matrix(module).shape)}"
+        )
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """What one run leaves behind beside the weights: `cptquant_plan.json`.
 
-The section in `config.json` is for other programs, which drop keys that they do not know when they write it again; this file
-is ours and says everything: the plan, the scores it came from, the settings, the data, the figures taken.
+The section in `config.json` is for other programs, which drop keys that they do not know when they write it again; this
+file is ours and says everything: the plan, the scores it came from, the settings, the data, the figures taken.
 """
 
 from __future__ import annotations

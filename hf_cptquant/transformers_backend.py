@@ -1,8 +1,8 @@
 """The quantizer that transformers calls: hooks without arithmetic, and their registration.
 
-`from_pretrained` asks two tables which config and quantizer belong to a `quant_method`. We add `cptquant` to both. Our checkpoints
-say `compressed-tensors`, so that they load without us; where we are imported, the config entry of that name is
-replaced by a class that hands checkpoints with a `cptquant` section to us and all others to the original, untouched.
+`from_pretrained` asks two tables which config and quantizer belong to a `quant_method`. We add `cptquant` to both. Our
+checkpoints say `compressed-tensors`, so that they load without us; where we are imported, the config entry of that name
+is replaced by a class that hands checkpoints with a `cptquant` section to us and all others to the original, untouched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, read_section, save_checkpoint, write_section
+from .checkpoint import (
+    build_skeleton,
+    check_files,
+    finish_loading,
+    is_portable,
+    read_section,
+    save_checkpoint,
+    write_section,
+)
 from .config import CPTQuantCheckpointConfig, CPTQuantConfig
 from .pipeline import Preparation, prepare, quantize_model
 from .quantize import dequantize_model
@@ -35,7 +43,9 @@ class CPTQuantHfQuantizer(HfQuantizer):
     record: QuantizationRecord
     _preparation: Preparation
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
         if self.pre_quantized:
             self.record = read_section(self.quantization_config.to_dict(), model)
             check_files(checkpoint_files or (), self.record)

@@ -1,8 +1,8 @@
 """Bits by clusters of the scores (arXiv 2412.03599 §3.2): highest centre → most bits.
 
-In one dimension k-means has an exact solution: optimal clusters are intervals of the sorted scores, and dynamic programming
-over the cut points finds the best ones (Wang & Song, "Ckmeans.1d.dp", The R Journal 3/2, 2011). So there is no start to choose, no
-seed and no restart, and the same scores always give the same plan.
+In one dimension k-means has an exact solution: optimal clusters are intervals of the sorted scores, and dynamic
+programming over the cut points finds the best ones (Wang & Song, "Ckmeans.1d.dp", The R Journal 3/2, 2011). So there is
+no start to choose, no seed and no restart, and the same scores always give the same plan.
 """
 
 from __future__ import annotations

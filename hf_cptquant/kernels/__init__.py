@@ -18,7 +18,8 @@ from . import cpu, reference
 WIRE, CPU_INT4, CPU_INT8 = "wire", "cpu_int4", "cpu_int8"
 
 # Rows up to which torch's kernel beats "dequantize, then dense matmul" (2 cores with AVX-512 and AMX, 2048 × 2048:
-# int4 5.8 ms against 9.6 ms at 64 rows, 11.0 against 10.9 at 128; int8 1.6 against 1.9 at 16 rows, 4.2 against 2.2 at 32)
+# int4 5.8 ms against 9.6 ms at 64 rows, 11.0 against 10.9 at 128; int8 1.6 against 1.9 at 16 rows, 4.2 against 2.2 at
+# 32)
 MAX_ROWS = {CPU_INT4: 64, CPU_INT8: 16}
 
 
@@ -27,7 +28,8 @@ class PackedTensors:
     """The tensors of one packed weight in some layout.
 
     Attributes:
-        weight: wire: int32 words `[out, packed_length(in, bits)]`; cpu_int4: uint8 `[out, in / 2]`; cpu_int8: int8 `[out, in]`.
+        weight: wire: int32 words `[out, packed_length(in, bits)]`; cpu_int4: uint8 `[out, in / 2]`; cpu_int8: int8
+            `[out, in]`.
         scale: `[out, groups]`; cpu_int4: scale and shift, `[groups, out, 2]`.
         zero_point: int32 `[packed_length(out, bits), groups]` in every layout, or None.
     """
@@ -46,7 +48,9 @@ class Choice:
     reason: str
 
 
-def choose_layout(scheme: LayerScheme, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose_layout(
+    scheme: LayerScheme, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype
+) -> Choice:
     """Pick the layout for a weight from where it lives and what it is multiplied in.
 
     Args:
@@ -59,10 +63,15 @@ def choose_layout(scheme: LayerScheme, out_features: int, in_features: int, devi
     if scheme.bits == 8 and scheme.symmetric and scheme.group_size == PER_CHANNEL:
         return Choice(CPU_INT8, f"torch's int8 kernel up to {MAX_ROWS[CPU_INT8]} rows, dequantize beyond")
     if scheme.bits != 4 or scheme.group_size not in cpu.INT4_GROUP_SIZES:
-        return Choice(WIRE, f"torch's CPU kernels take 4 bits in groups of {cpu.INT4_GROUP_SIZES} and symmetric 8 bits per channel")
+        return Choice(
+            WIRE,
+            f"torch's CPU kernels take 4 bits in groups of {cpu.INT4_GROUP_SIZES} and symmetric 8 bits per channel",
+        )
     block = cpu.int4_block()
     if block is None or out_features % block:
-        return Choice(WIRE, f"torch's int4 kernel lays out blocks of {block or 'unknown'} rows; this weight has {out_features}")
+        return Choice(
+            WIRE, f"torch's int4 kernel lays out blocks of {block or 'unknown'} rows; this weight has {out_features}"
+        )
     return Choice(CPU_INT4, f"torch's int4 kernel up to {MAX_ROWS[CPU_INT4]} rows, dequantize beyond")
 
 
@@ -110,7 +119,11 @@ def linear(
     rows = x.reshape(-1, in_features)
     if layout != WIRE and x.dtype == torch.bfloat16 and 0 < len(rows) <= MAX_ROWS[layout]:
         rows = rows.contiguous()
-        product = cpu.int4_linear(rows, weight, scale, group_size) if layout == CPU_INT4 else cpu.int8_linear(rows, weight, scale)
+        product = (
+            cpu.int4_linear(rows, weight, scale, group_size)
+            if layout == CPU_INT4
+            else cpu.int8_linear(rows, weight, scale)
+        )
         product = product if bias is None else product + bias
     else:
         dense = dense_weight(PackedTensors(weight, scale, zero_point, layout), bits, in_features)

@@ -1,9 +1,9 @@
 """Measuring a model with one unit changed at a time, without running what the change cannot reach.
 
 A unit lies in one block, and the blocks that run before it see no difference. So the blocks are visited in the order in
-which they run; the outputs of the finished ones are carried along, and for each variant the model's own forward runs with
-every finished block replaced by its carried output. Nothing about a block's arguments has to be known, the results are those of the full
-forward bit for bit, and on average half of the work is left.
+which they run; the outputs of the finished ones are carried along, and for each variant the model's own forward runs
+with every finished block replaced by its carried output. Nothing about a block's arguments has to be known, the results
+are those of the full forward bit for bit, and on average half of the work is left.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def running_order(model: PreTrainedModel, batch: Batch, blocks: Mapping[str, nn.
         _loss(model, next(batches_on([_first_sequence(batch)], model.device)))
     odd = [name for name in blocks if calls.count(name) != 1]
     if odd:
-        raise CalibrationError(f"{odd[0]} runs {calls.count(odd[0])} times in one forward pass; blocks that run once are supported")
+        raise CalibrationError(
+            f"{odd[0]} runs {calls.count(odd[0])} times in one forward pass; blocks that run once are supported"
+        )
     return calls
 
 
@@ -107,7 +109,9 @@ def _first_sequence(batch: Batch) -> Batch:
 def _mean(losses: Sequence[tuple[float, int]]) -> float:
     mean = math.fsum(loss * count for loss, count in losses) / sum(count for _, count in losses)
     if not math.isfinite(mean):
-        raise CalibrationError(f"the model's loss on the calibration data is {mean}; try dtype=torch.float32 or other data")
+        raise CalibrationError(
+            f"the model's loss on the calibration data is {mean}; try dtype=torch.float32 or other data"
+        )
     return mean
 
 

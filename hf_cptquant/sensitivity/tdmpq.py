@@ -1,9 +1,9 @@
 """TDMPQ: the rise of the loss when the weights of a unit are disturbed (arXiv 2412.03599 §3.4, Algorithm 3).
 
-W' = W + ε with ε ~ N(0, σ²) (equation 9), total variation TV = Σ loss over the batches (10), S = TV / N (11), weights restored
-afterwards (12). The score of a unit is S minus the S of the undisturbed model. σ is relative to the root mean square
-of each weight, so that a unit is not called sensitive for having small weights; the noise is seeded by the unit's
-name, so it depends neither on the order of the units nor on the batch size nor on the device.
+W' = W + ε with ε ~ N(0, σ²) (equation 9), total variation TV = Σ loss over the batches (10), S = TV / N (11), weights
+restored afterwards (12). The score of a unit is S minus the S of the undisturbed model. σ is relative to the root mean
+square of each weight, so that a unit is not called sensitive for having small weights; the noise is seeded by the
+unit's name, so it depends neither on the order of the units nor on the batch size nor on the device.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     base = mean_loss(model, batches, desc="Measuring the model")
     losses = dict.fromkeys(units, base)
     with logging.tqdm(total=len(units), desc="Scoring units") as bar:
-        for unit, loss in measure_variants(model, batches, {block: list(names) for block, names in variants.items()}, change):
+        for unit, loss in measure_variants(
+            model, batches, {block: list(names) for block, names in variants.items()}, change
+        ):
             losses[unit] = loss
             bar.update()
     raw = {unit: loss - base for unit, loss in losses.items()}
@@ -87,7 +89,9 @@ def _disturbed(weight: Tensor, scale: float, key: str) -> Tensor:
     return (full + noise * (scale * full.square().mean().sqrt())).to(weight.dtype)
 
 
-def _fingerprint(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe, base: float) -> str:
+def _fingerprint(
+    model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe, base: float
+) -> str:
     """Identifies what the figures belong to; the exact base loss stands for the weights."""
     facts = {
         "class": type(model).__name__,

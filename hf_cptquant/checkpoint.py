@@ -272,10 +272,7 @@ def save_checkpoint(
     hub = {name: kwargs.pop(name) for name in ("repo_id", "private", "create_pr", "commit_message") if name in kwargs}
     if kwargs.get("is_main_process", True):
         refuse_foreign(target)
-        if not is_portable(model):
-            logger.warning(
-                "compressed-tensors cannot say Conv1D layers: reloading this checkpoint needs `import hf_cptquant`."
-            )
+        _say_limits(model)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -286,6 +283,17 @@ def save_checkpoint(
             shutil.rmtree(staging, ignore_errors=True)
     if push_to_hub:
         model.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
+
+
+def _say_limits(model: PreTrainedModel) -> None:
+    """Warn of the places where the checkpoint will not load."""
+    if not is_portable(model):
+        logger.warning("compressed-tensors cannot say Conv1D layers: reloading this checkpoint needs `import hf_cptquant`.")
+    elif any(not module.scheme.symmetric for module in packed_modules(model).values()):
+        logger.warning(
+            "Zero points (symmetric=False): plain transformers cannot load this checkpoint with compressed-tensors 0.18 to"
+            " 0.20, which expect them unpacked; it loads with `import hf_cptquant`."
+        )
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -65,7 +65,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Swap every packed module back for a dense one, in place, with the dequantized weight."""
+def dequantize_model(model: nn.Module) -> None:
+    """Swap every packed module back for a dense one with the dequantized weight, in place."""
     for name, module in packed_modules(model).items():
-        replace_module(model, name, module.dense().to(dtype).train(module.training))
+        replace_module(model, name, module.dense().train(module.training))

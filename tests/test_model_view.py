@@ -1,0 +1,104 @@
+"""Blocks, quantizable modules, groups and reasons on every supported architecture."""
+
+import pytest
+import torch
+from conftest import TINY_CONFIGS, tiny_model
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from hf_cptquant.errors import ModelError
+from hf_cptquant.model_view import find_blocks, task_of, units, view_model
+
+EXPECTED = {  # blocks, quantizable modules per block (first), units per block (first), task
+    "llama": (3, 7, ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"], "causal-lm"),
+    "opt": (3, 6, ["self_attn.qkv_proj", "self_attn.out_proj", "fc1", "fc2"], "causal-lm"),
+    "gpt2": (3, 4, ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"], "causal-lm"),
+    "t5": (4, 5, ["layer.0.SelfAttention.qkv", "layer.0.SelfAttention.o", "layer.1.DenseReluDense.wi"], "seq2seq-lm"),
+    "bert-mlm": (3, 6, ["attention.self.qkv", "attention.output.dense", "intermediate.dense", "output.dense"], "masked-lm"),
+    "bert-classifier": (3, 6, ["attention.self.qkv", "attention.output.dense", "intermediate.dense", "output.dense"],
+                        "sequence-classification"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TINY_CONFIGS)
+def test_structure(kind):
+    model = tiny_model(kind)
+    view = view_model(model)
+    blocks, modules, groups, task = EXPECTED[kind]
+    assert len(view.blocks) == blocks
+    first = view.blocks[0]
+    assert len([module for module in view.modules if module.block == first]) == modules
+    assert [name for name in units(view, "group") if name.startswith(first + ".")] == [f"{first}.{group}" for group in groups]
+    assert set(units(view, "block")) == set(view.blocks)
+    assert len(units(view, "module")) == len(view.modules)
+    assert task_of(model) == task
+
+
+@pytest.mark.parametrize("kind", TINY_CONFIGS)
+def test_shapes_are_maps_from_inputs_to_outputs(kind):
+    model = tiny_model(kind)
+    for module in view_model(model).modules:
+        x = torch.zeros(1, module.in_features)
+        assert model.get_submodule(module.name)(x).shape == (1, module.out_features)
+
+
+@pytest.mark.parametrize("kind", TINY_CONFIGS)
+def test_bytes_and_view_are_the_same_on_the_meta_device(kind, tmp_path):
+    model = tiny_model(kind)
+    view = view_model(model)
+    with torch.device("meta"):
+        assert view_model(type(model)(model.config)) == view
+    model.save_pretrained(tmp_path)
+    header = 8 + int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    quantizable = sum(module.out_features * module.in_features * module.element_size for module in view.modules)
+    assert view.other_bytes + quantizable == (tmp_path / "model.safetensors").stat().st_size - header
+
+
+def test_every_matrix_is_either_quantizable_or_left_with_a_reason():
+    for kind in TINY_CONFIGS:
+        model = tiny_model(kind)
+        view = view_model(model)
+        matrices = {
+            name for name, module in model.named_modules() if any(p.dim() > 1 for p in module.parameters(recurse=False))
+        }
+        assert {module.name for module in view.modules} | {module.name for module in view.left} == matrices
+        assert all(module.reason for module in view.left)
+
+
+def test_reasons():
+    reasons = {module.name: module.reason for module in view_model(tiny_model("t5")).left}
+    assert reasons["lm_head"] == "shares its weight with another module"
+    assert reasons["encoder.block.0.layer.1.DenseReluDense.wo"] == "kept in float32 by the model"
+    assert reasons["decoder.block.0.layer.0.SelfAttention.relative_attention_bias"] == "Embedding is not supported"
+    llama = view_model(tiny_model("llama"), modules_to_not_convert=["down_proj", "model.layers.1"])
+    left = {module.name for module in llama.left if module.reason == "named in modules_to_not_convert"}
+    assert {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"} <= left
+    assert {module.block for module in llama.modules} == {"model.layers.0", "model.layers.2"}
+    assert not any(module.name.endswith("down_proj") for module in llama.modules)
+
+
+def test_mostly_unsupported_blocks_are_refused_unless_allowed():
+    config = MixtralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=2, num_local_experts=4, vocab_size=100)  # fmt: skip
+    model = MixtralForCausalLM(config)
+    with pytest.raises(ModelError, match=r"89% .* e.g. model.layers.0.mlp.experts: .*allow_skipped=True"):
+        view_model(model)
+    view = view_model(model, allow_skipped=True)
+    assert {module.name.split(".")[3] for module in view.modules} == {"self_attn"}
+
+
+def test_nothing_to_quantize():
+    with pytest.raises(ModelError, match="nothing to quantize"):
+        view_model(tiny_model("llama"), modules_to_not_convert=["model.layers"])
+
+
+def test_blocks_without_marked_layers_are_the_longest_uniform_list():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(2, 2), nn.ReLU(), nn.ReLU(), nn.ReLU()])
+            self.stages = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)) for _ in range(3)])
+            self.short = nn.ModuleList([nn.Linear(2, 2) for _ in range(2)])
+
+    assert find_blocks(Plain()) == ("stages.0", "stages.1", "stages.2")
+    assert find_blocks(nn.Linear(2, 2)) == ()

@@ -287,13 +287,33 @@ def save_checkpoint(
 
 def _say_limits(model: PreTrainedModel) -> None:
     """Warn of the places where the checkpoint will not load."""
+    packed = packed_modules(model)
     if not is_portable(model):
         logger.warning("compressed-tensors cannot say Conv1D layers: reloading this checkpoint needs `import hf_cptquant`.")
-    elif any(not module.scheme.symmetric for module in packed_modules(model).values()):
+    elif not _initializes_without_weights(model, packed):
+        logger.warning(
+            f"{type(model).__name__} reads the weights of its layers when it is built, which plain transformers cannot do"
+            " with any compressed-tensors checkpoint: reloading this one needs `import hf_cptquant`."
+        )
+    elif any(not module.scheme.symmetric for module in packed.values()):
         logger.warning(
             "Zero points (symmetric=False): plain transformers cannot load this checkpoint with compressed-tensors 0.18 to"
             " 0.20, which expect them unpacked; it loads with `import hf_cptquant`."
         )
+
+
+def _initializes_without_weights(model: PreTrainedModel, packed: Mapping[str, QuantLinear]) -> bool:
+    """Whether the model's class can initialize itself where layers have lost their `weight`, as they do on loading in
+    plain transformers. Tried on an empty model, since the class alone knows."""
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    for name in packed:
+        del empty.get_submodule(name).weight
+    try:
+        empty.initialize_weights()
+    except AttributeError:
+        return False
+    return True
 
 
 def refuse_foreign(folder: Path) -> None:

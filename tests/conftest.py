@@ -58,7 +58,9 @@ def small_config(texts: list[str]) -> Callable[..., CPTQuantConfig]:
     """Settings whose calibration takes seconds on SmolLM2."""
 
     def build(**settings) -> CPTQuantConfig:
-        return CPTQuantConfig(**{"dataset": texts, "num_samples": 2, "sequence_length": 64, "group_size": 64, **settings})
+        return CPTQuantConfig(
+            **{"dataset": texts, "num_samples": 2, "sequence_length": 64, "group_size": 64, **settings}
+        )
 
     return build
 

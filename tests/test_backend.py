@@ -66,7 +66,9 @@ def test_real_model_is_packed_as_planned(quantized, smollm2):
 def test_real_model_still_predicts(quantized, smollm2, texts):
     model, _ = quantized
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    windows = tokenizer("\n".join(texts[-3:]), return_tensors="pt", verbose=False)["input_ids"][0, : 4 * 128].view(4, 128)
+    windows = tokenizer("\n".join(texts[-3:]), return_tensors="pt", verbose=False)["input_ids"][0, : 4 * 128].view(
+        4, 128
+    )
     dense = AutoModelForCausalLM.from_pretrained(smollm2)
     before, after = (perplexity(candidate, windows, desc=None) for candidate in (dense, model))
     assert before < after < 1.5 * before
@@ -108,7 +110,9 @@ def test_config_of_the_model_is_what_stands_in_config_json(quantized):
     model, folder = quantized
     config = model.config.quantization_config
     assert isinstance(config, CPTQuantConfig)
-    assert json.loads((folder / "config.json").read_text())["quantization_config"] == json.loads(json.dumps(config.to_dict()))
+    assert json.loads((folder / "config.json").read_text())["quantization_config"] == json.loads(
+        json.dumps(config.to_dict())
+    )
     again = CPTQuantConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
     assert again.recipe() == config.recipe()
@@ -118,7 +122,10 @@ def test_config_of_the_model_is_what_stands_in_config_json(quantized):
 def test_report_says_what_was_quantized_and_what_was_left_and_why(quantized):
     plan = quantized[0].hf_quantizer.record.plan
     text = report(plan)
-    assert f"of {sum(p.numel() for p in LlamaForCausalLM(quantized[0].config).parameters() if p.dim() > 1) + 49152 * 576:,}" in text
+    assert (
+        f"of {sum(p.numel() for p in LlamaForCausalLM(quantized[0].config).parameters() if p.dim() > 1) + 49152 * 576:,}"
+        in text
+    )
     assert "shares its weight with another module: 2 modules" in text
     assert "lm_head" in text
 
@@ -140,7 +147,9 @@ def test_real_encoder_as_masked_lm_and_classifier(minilm, texts):
         assert len(packed_modules(model)) == 6 * 6
         assert model.config.quantization_config.to_dict()["cptquant"]["calibration"]["sequences"] == 4
         original = AutoModel.from_pretrained(minilm)
-        inputs = AutoTokenizer.from_pretrained(minilm)(["a sunny day", "the weather is nice"], return_tensors="pt", padding=True)
+        inputs = AutoTokenizer.from_pretrained(minilm)(
+            ["a sunny day", "the weather is nice"], return_tensors="pt", padding=True
+        )
         with torch.no_grad():
             states = [base(**inputs).last_hidden_state.mean(1) for base in (original, model.base_model)]
         assert torch.cosine_similarity(*states, dim=1).min() > 0.97
@@ -193,7 +202,8 @@ def test_modules_to_not_convert(tiny_folder, tokens):
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "symmetric"), [((2, 3, 6), 16, True), ((5,), -1, True), ((4, 8), 32, False), ((3, 16), 64, False)]
+    ("bits", "group_size", "symmetric"),
+    [((2, 3, 6), 16, True), ((5,), -1, True), ((4, 8), 32, False), ((3, 16), 64, False)],
 )
 def test_other_bits_and_schemes(bits, group_size, symmetric, tiny_folder, tokens):
     config = CPTQuantConfig(bits=bits, group_size=group_size, symmetric=symmetric, dataset=tokens, sequence_length=32)

@@ -95,7 +95,9 @@ def test_encoder_decoder_windows_are_split_in_halves(load, tokens):
 
 
 def test_classifier_rows_are_padded_texts_with_their_labels(load, tokenizer):
-    dataset = datasets.Dataset.from_dict({"text": ["good", "a very bad film", ""], "label": [1, 0, 1], "id": ["a", "b", "c"]})
+    dataset = datasets.Dataset.from_dict(
+        {"text": ["good", "a very bad film", ""], "label": [1, 0, 1], "id": ["a", "b", "c"]}
+    )
     (batch,) = load("sequence-classification", dataset=dataset, label_column="label").batches
     assert batch["labels"].tolist() == [1, 0]
     assert tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == ["good", "a very bad film"]
@@ -150,10 +152,19 @@ BAD_DATA = {
     "nothing given": ({}, "no calibration data.*wikitext2.*list of strings"),
     "no texts": ({"dataset": []}, "hold no text"),
     "blank texts": ({"dataset": ["", "  \n"]}, "hold no text"),
-    "too short": ({"dataset": ["three short words"]}, r"hold \d tokens, not even one sequence of 32: .*sequence_length"),
+    "too short": (
+        {"dataset": ["three short words"]},
+        r"hold \d tokens, not even one sequence of 32: .*sequence_length",
+    ),
     "missing file": ({"dataset": "nowhere.txt"}, "nowhere.txt does not exist"),
-    "column": ({"dataset": datasets.Dataset.from_dict({"a": ["x"], "b": ["y"]})}, r"no text column.*text_column=.*'a', 'b'"),
-    "wrong column": ({"dataset": datasets.Dataset.from_dict({"a": ["x"]}), "text_column": "b"}, r"text column b.*\['a'\]"),
+    "column": (
+        {"dataset": datasets.Dataset.from_dict({"a": ["x"], "b": ["y"]})},
+        r"no text column.*text_column=.*'a', 'b'",
+    ),
+    "wrong column": (
+        {"dataset": datasets.Dataset.from_dict({"a": ["x"]}), "text_column": "b"},
+        r"text column b.*\['a'\]",
+    ),
     "no text at all": ({"dataset": datasets.Dataset.from_dict({"n": [1]})}, "no text column"),
     "float tokens": ({"dataset": torch.rand(2, 32)}, "must be integers"),
     "big tokens": ({"dataset": torch.full((2, 32), 30522)}, "ids from 30522 to 30522 do not fit .* 30522"),
@@ -190,7 +201,9 @@ def test_missing_tokenizer_and_one_of_another_vocabulary(load, texts, tmp_path):
     with pytest.raises(CalibrationError, match="no tokenizer at .*tokenizer="):
         load(dataset=texts, name=tmp_path)
     for vocabulary in (30521, 49152):
-        with pytest.raises(CalibrationError, match=f"has 30522 tokens and the model {vocabulary}: it belongs to another model"):
+        with pytest.raises(
+            CalibrationError, match=f"has 30522 tokens and the model {vocabulary}: it belongs to another model"
+        ):
             load(dataset=texts, vocabulary=vocabulary)
 
 

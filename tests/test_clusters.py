@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_cptquant.allocation import ALLOCATIONS
@@ -46,6 +46,7 @@ def least_error(scores, clusters):
     )
 
 
+@settings(deadline=None)
 @given(few_scores, cluster_counts)
 def test_no_partition_is_better(scores, clusters):
     result = kmeans(named(scores), WIDTHS[:clusters])
@@ -53,6 +54,7 @@ def test_no_partition_is_better(scores, clusters):
     assert error_of(named(scores), result) == least_error(scores, used)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=8), cluster_counts)
 def test_no_partition_is_better_for_floats(scores, clusters):
     result = kmeans(named(scores), WIDTHS[:clusters])
@@ -61,6 +63,7 @@ def test_no_partition_is_better_for_floats(scores, clusters):
     assert float(error_of(named(scores), result) - least_error(scores, used)) <= 32 * 8 * np.finfo(float).eps
 
 
+@settings(deadline=None)
 @given(few_scores, cluster_counts)
 def test_higher_scores_never_get_fewer_bits(scores, clusters):
     units = named(scores)
@@ -73,6 +76,7 @@ def test_higher_scores_never_get_fewer_bits(scores, clusters):
             assert result[lower] == result[higher]
 
 
+@settings(deadline=None)
 @given(few_scores, cluster_counts)
 def test_every_width_is_used_that_the_scores_can_tell_apart(scores, clusters):
     result = kmeans(named(scores), WIDTHS[:clusters])
@@ -107,6 +111,7 @@ def test_by_hand(scores, bits, expected):
     assert kmeans(scores, bits) == expected
 
 
+@settings(deadline=None)
 @given(few_scores, cluster_counts, st.randoms(use_true_random=False))
 def test_order_does_not_matter(scores, clusters, random):
     units, bits = list(named(scores).items()), list(WIDTHS[:clusters])
@@ -116,6 +121,7 @@ def test_order_does_not_matter(scores, clusters, random):
     assert kmeans(dict(units), bits) == expected
 
 
+@settings(deadline=None)
 @given(separated, st.floats(1e-3, 1e3), st.floats(-1e3, 1e3))
 def test_separated_groups_are_found_at_any_scale_and_shift(groups, scale, shift):
     scores = {f"{group}.{unit}": 100 * group + score for group, x in enumerate(groups) for unit, score in enumerate(x)}

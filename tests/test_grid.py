@@ -4,7 +4,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize as dequantize_of_compressed_tensors
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_cptquant.errors import ModelError, PlanError
@@ -272,12 +272,14 @@ def drawn_weight(data, dtype, largest):
     return torch.tensor([values], dtype=torch.float64).to(dtype)
 
 
+@settings(deadline=None)
 @given(st.data(), st.sampled_from(BITS), st.booleans(), st.sampled_from(DTYPES))
 def test_every_dequantized_value_is_finite(data, bits, symmetric, dtype):
     result = dequantized(round_nearest(drawn_weight(data, dtype, 1.0), LayerScheme(bits, 4, symmetric)))
     assert torch.isfinite(result).all()
 
 
+@settings(deadline=None)
 @given(st.data(), st.sampled_from(BITS), st.booleans(), st.sampled_from(DTYPES))
 def test_error_is_half_a_step_inside_the_grid_and_about_one_outside(data, bits, symmetric, dtype):
     # half of the largest value: the range of a group cannot overflow

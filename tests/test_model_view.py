@@ -28,7 +28,9 @@ def test_structure(kind):
     assert len(view.blocks) == blocks
     first = view.blocks[0]
     assert len([module for module in view.modules if module.block == first]) == modules
-    assert [name for name in units(view, "group") if name.startswith(first + ".")] == [f"{first}.{group}" for group in groups]
+    assert [name for name in units(view, "group") if name.startswith(first + ".")] == [
+        f"{first}.{group}" for group in groups
+    ]
     assert set(units(view, "block")) == set(view.blocks)
     assert len(units(view, "module")) == len(view.modules)
     assert task_of(model) == task

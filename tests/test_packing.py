@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_cptquant.errors import CheckpointError
@@ -77,6 +77,7 @@ def test_bits_beyond_the_last_integer_are_ignored(bits):
     assert torch.equal(unpack(words, bits, 33), integers)
 
 
+@settings(deadline=None)
 @given(data=st.data(), bits=st.sampled_from(BITS), dim=st.sampled_from([0, 1]))
 def test_round_trip(data, bits, dim):
     rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 70))

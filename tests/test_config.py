@@ -1,0 +1,287 @@
+"""CPTQuantConfig and Recipe: what is refused and how it is told, defaults, JSON both ways."""
+
+import copy
+import dataclasses
+import inspect
+import json
+import pickle
+
+import pytest
+import torch
+
+from hf_cptquant import CPTQuantConfig
+from hf_cptquant.config import CPTQuantCheckpointConfig, Recipe
+from hf_cptquant.errors import ConfigError, CPTQuantError
+
+MANY = {
+    "method": "tdmpq",
+    "bits": [3, 6, 16],
+    "allocation": "kmeans",
+    "granularity": "group",
+    "group_size": 64,
+    "symmetric": False,
+    "rounding": "nearest",
+    "perturb": "first",
+    "perturbation_scale": 0.05,
+    "dataset": ["first text", "second text"],
+    "tokenizer": "some/model",
+    "text_column": "body",
+    "label_column": "stars",
+    "num_samples": 16,
+    "sequence_length": 64,
+    "batch_size": 2,
+    "modules_to_not_convert": ["lm_head", r".*\.fc2"],
+    "allow_skipped": True,
+    "seed": 7,
+}
+
+
+class Tokenizer:
+    """Any object that is not a name."""
+
+
+def test_many_settings_cover_all():
+    assert MANY.keys() == {field.name for field in dataclasses.fields(Recipe)}
+    assert MANY.keys() == inspect.signature(CPTQuantConfig).parameters.keys() - {"unknown"}
+
+
+def test_defaults_are_filled_in_by_the_recipe():
+    config = CPTQuantConfig()
+    assert (config.allocation, config.granularity) == (None, None)
+    recipe = config.recipe()
+    assert (recipe.method, recipe.allocation, recipe.granularity) == ("tdmpq", "kmeans", "block")
+    assert recipe.bits == (4, 8, 16)
+    assert (recipe.group_size, recipe.symmetric, recipe.rounding) == (128, True, "nearest")
+    assert (recipe.perturb, recipe.num_samples, recipe.sequence_length, recipe.seed) == ("all", 128, 2048, 0)
+    assert recipe == Recipe()
+
+
+def test_recipe_has_the_settings_given():
+    recipe = CPTQuantConfig(**MANY).recipe()
+    lists = {"bits": (3, 6, 16), "modules_to_not_convert": ("lm_head", r".*\.fc2")}
+    assert dataclasses.asdict(recipe) == {**MANY, **lists}
+
+
+def test_recipe_is_frozen():
+    recipe = CPTQuantConfig().recipe()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.seed = 1
+
+
+def test_recipe_does_not_follow_later_changes():
+    bits = [4, 8]
+    config = CPTQuantConfig(bits=bits)
+    recipe = config.recipe()
+    bits.append(16)
+    config.seed = 5
+    assert (recipe.bits, recipe.seed) == ((4, 8), 0)
+
+
+def test_settings_changed_later_are_checked_too():
+    config = CPTQuantConfig()
+    config.group_size = 100
+    with pytest.raises(ConfigError, match="group_size=100"):
+        config.recipe()
+    with pytest.raises(ConfigError, match="group_size=100"):
+        config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("unknown", "nearest"),
+    [
+        ("group_sise", "group_size"),
+        ("groupsize", "group_size"),
+        ("bit", "bits"),
+        ("num_sample", "num_samples"),
+        ("seq_length", "sequence_length"),
+        ("modules_to_not_converts", "modules_to_not_convert"),
+        ("allow_skip", "allow_skipped"),
+    ],
+)
+def test_unknown_setting_names_the_nearest(unknown, nearest):
+    with pytest.raises(ConfigError, match=f"no setting '{unknown}'; did you mean '{nearest}'"):
+        CPTQuantConfig(**{unknown: 1})
+
+
+def test_unknown_setting_like_no_other_is_named_alone():
+    with pytest.raises(ConfigError, match="no setting 'xyzzy'$"):
+        CPTQuantConfig(xyzzy=1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("method", value) for value in ("tdmq", None, 3)),
+        *(("allocation", value) for value in ("k-means", 3, "", False)),
+        *(("granularity", value) for value in ("layer", 3, "", False)),
+        *(("rounding", value) for value in ("up", None, True)),
+        *(("perturb", value) for value in ("last", None)),
+        *(("group_size", value) for value in (0, 100, -2, 128.0, "128", None, True)),
+        *(("symmetric", value) for value in (None, 1, 0, "yes")),
+        *(("allow_skipped", value) for value in (None, 1, "yes")),
+        *(
+            ("bits", value)
+            for value in (4, 4.5, "4", None, (), [], (7,), (1,), (4, 4), (4, "8"), (4.0,), (True,), [[4]])
+        ),
+        *(("num_samples", value) for value in (0, -1, 1.5, "8", None, True)),
+        *(("sequence_length", value) for value in (7, 0, 64.0, "64", None)),
+        *(("batch_size", value) for value in (0, -1, 1.5, "8", True)),
+        *(("seed", value) for value in (-1, 0.5, "0", None, False)),
+        *(("perturbation_scale", value) for value in (0, -0.1, float("inf"), float("nan"), "0.1", None, True)),
+        *(("text_column", value) for value in (3, ["text"])),
+        *(("label_column", value) for value in (3, ["label"])),
+        *(("modules_to_not_convert", value) for value in ("lm_head", "", 3, 4.5, True, ["a", 3], [None])),
+        *(("dataset", value) for value in ("unknown", "", "data.csv", 3, 0.5, True, b"text", {"text": ["a"]})),
+        *(("tokenizer", value) for value in (3, True)),
+    ],
+    ids=repr,
+)
+def test_wrong_type_or_range_names_the_setting(setting, value):
+    with pytest.raises(ConfigError, match=f"{setting}="):
+        CPTQuantConfig(**{setting: value})
+
+
+@pytest.mark.parametrize("setting", ["method", "allocation", "granularity", "rounding", "perturb", "group_size"])
+def test_wrong_choice_lists_the_right_ones(setting):
+    choices = {"method": "tdmpq", "allocation": "kmeans", "granularity": "module", "rounding": "nearest"}
+    choice = choices.get(setting, {"perturb": "first", "group_size": "256"}.get(setting))
+    with pytest.raises(ConfigError, match=f"{setting}='nonsense' is not one of .*{choice}"):
+        CPTQuantConfig(**{setting: "nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("bits", value) for value in ([4], (2,), [2, 3, 4, 5, 6, 8, 16], [16, 4])),
+        *(("group_size", value) for value in (-1, 16, 32, 64, 128, 256)),
+        *(("granularity", value) for value in ("block", "group", "module")),
+        *(
+            ("dataset", value)
+            for value in (None, "wikitext2", "c4", "imdb", "a/b.txt", "b.jsonl", "c.json", "d.parquet")
+        ),
+        ("perturbation_scale", 1),
+        ("batch_size", None),
+        ("sequence_length", 8),
+        ("modules_to_not_convert", ()),
+    ],
+    ids=repr,
+)
+def test_documented_values_are_accepted(setting, value):
+    recipe = CPTQuantConfig(**{setting: value}).recipe()
+    assert getattr(recipe, setting) == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("wikitext", "wikitext2"), ("wikitext-2", "wikitext2"), ("imbd", "imdb"), ("C4", "c4")]
+)
+def test_unknown_dataset_names_the_nearest(name, nearest):
+    with pytest.raises(ConfigError, match=f"dataset='{name}' .*did you mean '{nearest}'"):
+        CPTQuantConfig(dataset=name)
+
+
+def test_unknown_dataset_like_no_other_lists_what_there_is():
+    with pytest.raises(
+        ConfigError, match=r"wikitext2, c4, imdb nor a file ending in \.txt, \.jsonl, \.json, \.parquet$"
+    ):
+        CPTQuantConfig(dataset="qqqqqqqq")
+
+
+def test_bits_given_as_a_list():
+    config = CPTQuantConfig(bits=[4, 8])
+    assert config.recipe().bits == (4, 8)
+    assert config.to_dict()["bits"] == [4, 8]
+
+
+@pytest.mark.parametrize("settings", [{}, MANY], ids=["default", "many"])
+def test_json_round_trip(settings):
+    config = CPTQuantConfig(**settings)
+    data = config.to_dict()
+    restored = CPTQuantConfig.from_dict(json.loads(json.dumps(data)))
+    assert type(restored) is CPTQuantConfig
+    assert restored.recipe() == config.recipe()
+    assert restored.to_dict() == data
+    assert dict(config) == data
+    assert data["quant_method"] == "cptquant"
+
+
+def test_to_dict_has_the_settings_as_given():
+    assert CPTQuantConfig(**MANY).to_dict() == {"quant_method": "cptquant", **MANY}
+    default = CPTQuantConfig().to_dict()
+    assert default.keys() == {"quant_method", *MANY}
+    assert (default["allocation"], default["granularity"]) == (None, None)
+
+
+def test_to_dict_cannot_change_the_config():
+    config = CPTQuantConfig(**MANY)
+    data = config.to_dict()
+    data["dataset"].append("third text")
+    data["modules_to_not_convert"].clear()
+    assert config.to_dict() == {"quant_method": "cptquant", **MANY}
+
+
+@pytest.mark.parametrize(
+    "dataset", [torch.ones(2, 8, dtype=torch.long), [torch.ones(8)], Tokenizer()], ids=["tensor", "tensors", "object"]
+)
+def test_objects_become_none_in_to_dict(dataset):
+    config = CPTQuantConfig(dataset=dataset, tokenizer=Tokenizer())
+    data = json.loads(json.dumps(config.to_dict()))
+    assert (data["dataset"], data["tokenizer"]) == (None, None)
+    assert config.recipe().dataset is dataset
+
+
+def test_paths_become_strings_in_to_dict(tmp_path):
+    config = CPTQuantConfig(dataset=tmp_path / "texts.txt", tokenizer=tmp_path)
+    data = json.loads(json.dumps(config.to_dict()))
+    assert (data["dataset"], data["tokenizer"]) == (str(tmp_path / "texts.txt"), str(tmp_path))
+
+
+def test_from_dict_hands_back_unused_keywords():
+    config, unused = CPTQuantConfig.from_dict({"seed": 3}, return_unused_kwargs=True, device_map="auto", num_samples=4)
+    assert unused == {"device_map": "auto"}
+    assert (config.seed, config.num_samples) == (3, 4)
+
+
+def test_from_dict_refuses_unknown_settings():
+    with pytest.raises(ConfigError, match="no setting 'sede'; did you mean 'seed'"):
+        CPTQuantConfig.from_dict({"quant_method": "cptquant", "sede": 3})
+
+
+@pytest.mark.parametrize("settings", [{}, MANY], ids=["default", "many"])
+def test_copies_and_pickles(settings):
+    config = CPTQuantConfig(**settings)
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert type(copied) is CPTQuantConfig
+        assert copied.to_dict() == config.to_dict()
+        assert copied.recipe() == config.recipe()
+
+
+def test_deepcopy_of_a_config_with_objects():
+    config = CPTQuantConfig(dataset=torch.arange(16).view(2, 8), tokenizer=Tokenizer())
+    assert torch.equal(copy.deepcopy(config).dataset, config.dataset)
+
+
+@pytest.mark.parametrize("settings", [{}, MANY, {"dataset": torch.ones(2, 8)}], ids=["default", "many", "tensor"])
+def test_repr_shows_the_settings(settings):
+    config = CPTQuantConfig(**settings)
+    name, _, shown = repr(config).partition(" ")
+    assert name == "CPTQuantConfig"
+    assert json.loads(shown) == config.to_dict()
+
+
+def test_section_of_a_checkpoint_is_kept_verbatim():
+    section = {"quant_method": "compressed-tensors", "other": [1, 2], "cptquant": {"version": 1, "settings": MANY}}
+    config = CPTQuantConfig.from_dict(section)
+    assert type(config) is CPTQuantCheckpointConfig
+    assert config.to_dict() == section
+    assert config.recipe() == CPTQuantConfig(**MANY).recipe()
+    expected = copy.deepcopy(section)
+    section["other"].append(3)
+    config.to_dict()["cptquant"].clear()
+    assert config.to_dict() == expected
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied.to_dict() == expected
+
+
+def test_config_errors_are_value_errors_of_the_package():
+    assert issubclass(ConfigError, CPTQuantError)
+    assert issubclass(ConfigError, ValueError)

@@ -1,0 +1,484 @@
+"""QuantLinear and QuantConv1D: products against float64, layouts, and all that a module in a model must survive."""
+
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_cptquant import explain_choice
+from hf_cptquant.kernels import cpu
+from hf_cptquant.modules import QuantConv1D, QuantLinear, packed_modules
+from hf_cptquant.plan import LayerScheme
+from hf_cptquant.rounding import ROUNDINGS
+
+BITS = (2, 3, 4, 5, 6, 8)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INT4, INT8, WIRE = "cpu_int4", "cpu_int8", "wire"
+
+needs_int4 = pytest.mark.skipif(cpu.int4_block() is None, reason="the int4 layout of this machine is not known")
+with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+
+# One module for each layout on the CPU: scheme, [out, in], dtype, layout.
+SETTLED = pytest.mark.parametrize(
+    ("scheme", "shape", "dtype", "layout"),
+    [
+        pytest.param(LayerScheme(4, 32), (64, 96), torch.bfloat16, INT4, marks=needs_int4, id="int4-sym"),
+        pytest.param(LayerScheme(4, 64, False), (128, 128), torch.bfloat16, INT4, marks=needs_int4, id="int4-asym"),
+        pytest.param(LayerScheme(8), (40, 96), torch.bfloat16, INT8, id="int8"),
+        pytest.param(LayerScheme(8, -1, False), (40, 96), torch.bfloat16, WIRE, id="wire-8-asym"),
+        pytest.param(LayerScheme(3, 32, False), (40, 96), torch.float32, WIRE, id="wire-3-asym"),
+        pytest.param(LayerScheme(4, 32), (64, 96), torch.float16, WIRE, id="wire-4-sym"),
+    ],
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The matrices are small, and waiting for a second thread on a busy machine takes longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def quantized_weight(scheme, shape, dtype, seed=0):
+    return ROUNDINGS["nearest"](random(*shape, dtype=dtype, seed=seed) * 0.05, scheme)
+
+
+def packed_module(scheme, shape, dtype, bias=True, cls=QuantLinear, seed=0):
+    values = random(shape[0], dtype=dtype, seed=seed + 1) if bias else None
+    return cls.from_quantized(quantized_weight(scheme, shape, dtype, seed), values)
+
+
+def exact_weight(quantized):
+    """(q − z)·scale in float64, `[out, in]`."""
+    rows, groups = quantized.scale.shape
+    steps = quantized.integers.double().view(rows, groups, -1)
+    if quantized.zero_point is not None:
+        steps = steps - quantized.zero_point.double().unsqueeze(-1)
+    return (steps * quantized.scale.double().unsqueeze(-1)).view(rows, -1)
+
+
+def exact_product(x, weight, bias):
+    return x.double() @ weight.t() + (0 if bias is None else bias.double())
+
+
+def relative_error(result, exact):
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+def tolerance(dtype, terms):
+    """Each weight and each sum is rounded to the dtype by half an eps at most; sums of so many terms are in float32."""
+    return torch.finfo(dtype).eps + terms**0.5 * torch.finfo(torch.float32).eps
+
+
+@with_and_without_bias
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("cls", [QuantLinear, QuantConv1D])
+def test_product_is_that_of_the_integers(cls, bits, symmetric, dtype, bias):
+    for group_size in (32, -1):
+        scheme, shape = LayerScheme(bits, group_size, symmetric), (40, 96)
+        module = packed_module(scheme, shape, dtype, bias, cls)
+        weight = exact_weight(quantized_weight(scheme, shape, dtype))
+        for rows in (1, 3, 100):
+            x = random(rows, 96, dtype=dtype, seed=2)
+            result = module(x)
+            assert result.dtype == dtype
+            assert relative_error(result, exact_product(x, weight, module.bias)) <= tolerance(dtype, 96)
+
+
+@SETTLED
+def test_inputs_of_any_shape(scheme, shape, dtype, layout):
+    module = packed_module(scheme, shape, dtype)
+    assert module.layout == layout
+    for leading in ((), (1,), (5,), (2, 3), (2, 1, 3), (1, 1, 1, 2)):
+        x = random(*leading, shape[1], dtype=dtype, seed=2)
+        result = module(x)
+        assert result.shape == (*leading, shape[0])
+        rows = module(x.reshape(-1, shape[1]))
+        assert torch.equal(result.reshape(-1, shape[0]), rows)
+
+
+@SETTLED
+def test_non_contiguous_inputs(scheme, shape, dtype, layout):
+    module = packed_module(scheme, shape, dtype)
+    out_features, in_features = shape
+    transposed = random(in_features, 5, dtype=dtype).t()
+    strided = random(5, 2 * in_features, dtype=dtype)[:, ::2]
+    swapped = random(3, 2, in_features, dtype=dtype).transpose(0, 1)
+    expanded = random(1, in_features, dtype=dtype).expand(4, in_features)
+    for x in (transposed, strided, swapped, expanded):
+        assert not x.is_contiguous()
+        result = module(x)
+        assert result.is_contiguous()
+        assert torch.equal(result, module(x.contiguous()))
+
+
+@SETTLED
+def test_empty_batch(scheme, shape, dtype, layout):
+    module = packed_module(scheme, shape, dtype)
+    for leading in ((0,), (2, 0), (0, 3)):
+        result = module(torch.empty(*leading, shape[1], dtype=dtype))
+        assert result.shape == (*leading, shape[0])
+        assert result.dtype == dtype
+
+
+@SETTLED
+def test_input_is_not_changed(scheme, shape, dtype, layout):
+    module, x = packed_module(scheme, shape, dtype), random(3, shape[1], dtype=dtype)
+    before = x.clone()
+    module(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "width", "dtype"),
+    [
+        (LayerScheme(4), (40, 33), 34, torch.float32),
+        (LayerScheme(3), (40, 33), 40, torch.float32),
+        (LayerScheme(8), (40, 63), 64, torch.float32),
+        (LayerScheme(4, 32), (40, 96), 95, torch.float32),
+        (LayerScheme(8), (40, 96), 95, torch.bfloat16),
+        (LayerScheme(4, 32), (64, 96), 64, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_input_of_wrong_width_is_refused(scheme, shape, width, dtype):
+    module = packed_module(scheme, shape, dtype)
+    for rows in (2, 100):
+        with pytest.raises((RuntimeError, ValueError)):
+            module(random(rows, width, dtype=dtype))
+
+
+@needs_int4
+@pytest.mark.parametrize("offset", [0, 1], ids=["centred", "positive"])
+@with_and_without_bias
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_int4_layout_is_taken_and_accurate(group_size, symmetric, bias, offset):
+    check_fast_layout(LayerScheme(4, group_size, symmetric), (192, 512), INT4, bias, offset, rows=(1, 3, 64, 65, 100))
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["centred", "positive"])
+@with_and_without_bias
+@pytest.mark.parametrize("shape", [(64, 512), (40, 576), (77, 48)], ids=str)
+def test_int8_layout_is_taken_and_accurate(shape, bias, offset):
+    check_fast_layout(LayerScheme(8), shape, INT8, bias, offset, rows=(1, 3, 16, 17, 100))
+
+
+def check_fast_layout(scheme, shape, layout, bias, offset, rows):
+    """At most twice the error of torch's own product with the dequantized weight, for few and for many rows."""
+    module = packed_module(scheme, shape, torch.bfloat16, bias)
+    assert module.layout == layout
+    weight = exact_weight(quantized_weight(scheme, shape, torch.bfloat16))
+    for count in rows:
+        x = (random(count, shape[1], seed=2) + offset).bfloat16()
+        exact = exact_product(x, weight, module.bias)
+        of_torch = F.linear(x, weight.bfloat16(), module.bias)
+        assert relative_error(module(x), exact) <= 2 * relative_error(of_torch, exact)
+
+
+@pytest.mark.parametrize("in_features", [1, 8, 24, 33, 100])
+def test_int8_kernel_is_not_taken_for_widths_that_it_reads_beyond(in_features):
+    """torch's int8 kernel reads rows in pieces of 16 and, where they do not fit, memory that is not the weight's."""
+    module = packed_module(LayerScheme(8), (40, in_features), torch.bfloat16)
+    assert module.layout == WIRE  # or the product may end the process
+    x = random(3, in_features, dtype=torch.bfloat16)
+    weight = exact_weight(quantized_weight(LayerScheme(8), (40, in_features), torch.bfloat16))
+    assert relative_error(module(x), exact_product(x, weight, module.bias)) <= tolerance(torch.bfloat16, in_features)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 16), (5, 80)], ids=str)
+def test_int8_kernel_takes_small_weights(shape):
+    module = packed_module(LayerScheme(8), shape, torch.bfloat16)
+    assert module.layout == INT8
+    weight = exact_weight(quantized_weight(LayerScheme(8), shape, torch.bfloat16))
+    for rows in (13, 16):
+        x = random(rows, shape[1], dtype=torch.bfloat16, seed=2)
+        error = relative_error(module(x), exact_product(x, weight, module.bias))
+        assert error <= tolerance(torch.bfloat16, shape[1])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "dtype", "reason"),
+    [
+        (LayerScheme(4, 32), (64, 64), torch.float32, r"bfloat16 only.*torch\.float32"),
+        (LayerScheme(8), (64, 64), torch.float16, r"bfloat16 only.*torch\.float16"),
+        (LayerScheme(3, 32), (64, 64), torch.bfloat16, r"4 bits in groups of .*32.* and symmetric 8 bits per channel"),
+        (LayerScheme(4, 16), (64, 64), torch.bfloat16, r"4 bits in groups of .*32"),
+        (LayerScheme(4), (64, 64), torch.bfloat16, r"4 bits in groups of .*32"),
+        (LayerScheme(8, -1, False), (64, 64), torch.bfloat16, r"symmetric 8 bits per channel"),
+        (LayerScheme(8, 32), (64, 64), torch.bfloat16, r"symmetric 8 bits per channel"),
+        (LayerScheme(4, 32), (40, 64), torch.bfloat16, r"blocks of .* rows; this weight has 40"),
+    ],
+    ids=str,
+)
+def test_wire_layout_says_why_no_kernel_is_taken(scheme, shape, dtype, reason):
+    module = packed_module(scheme, shape, dtype)
+    assert module.layout == WIRE
+    assert re.search(f"^wire: .*{reason}", explain_choice(module))
+
+
+@needs_int4
+def test_fast_layouts_say_which_kernel_and_up_to_how_many_rows():
+    int4 = packed_module(LayerScheme(4, 32), (64, 64), torch.bfloat16)
+    int8 = packed_module(LayerScheme(8), (64, 64), torch.bfloat16)
+    assert explain_choice(int4) == "cpu_int4: torch's int4 kernel up to 64 rows, dequantize beyond"
+    assert explain_choice(int8) == "cpu_int8: torch's int8 kernel up to 16 rows, dequantize beyond"
+
+
+def test_choice_names_a_device_without_a_kernel():
+    module = QuantLinear(64, 64, LayerScheme(4, 32), dtype=torch.bfloat16, device="meta")
+    assert "no packed kernel for meta" in explain_choice(module)
+
+
+@with_and_without_bias
+@SETTLED
+def test_state_dict_is_the_wire_format_in_every_layout(scheme, shape, dtype, layout, bias):
+    module, quantized = packed_module(scheme, shape, dtype, bias), quantized_weight(scheme, shape, dtype)
+    assert module.layout == layout
+    state = module.state_dict()
+    expected = {
+        "weight_packed": pack_to_int32(quantized.integers, scheme.bits),
+        "weight_scale": quantized.scale,
+        "weight_shape": torch.tensor(shape),
+    }
+    if not scheme.symmetric:
+        expected["weight_zero_point"] = pack_to_int32(quantized.zero_point, scheme.bits, packed_dim=0)
+    if bias:
+        expected["bias"] = random(shape[0], dtype=dtype, seed=1)
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name], tensor)
+
+
+@SETTLED
+def test_stored_bytes_are_those_that_the_plan_counts(scheme, shape, dtype, layout):
+    state = packed_module(scheme, shape, dtype, bias=False).state_dict()
+    del state["weight_shape"]
+    assert sum(tensor.nbytes for tensor in state.values()) == scheme.nbytes(*shape, dtype.itemsize)
+
+
+@SETTLED
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_load_state_dict_into_an_empty_module(scheme, shape, dtype, layout, assign):
+    module = packed_module(scheme, shape, dtype)
+    loaded = QuantLinear(shape[1], shape[0], scheme, dtype=dtype)
+    loaded.load_state_dict(module.state_dict(), assign=assign)
+    assert loaded.layout == layout
+    check_same(loaded, module)
+
+
+@SETTLED
+def test_load_state_dict_into_a_module_in_use(scheme, shape, dtype, layout):
+    first, second = packed_module(scheme, shape, dtype), packed_module(scheme, shape, dtype, seed=7)
+    first.load_state_dict(second.state_dict())
+    assert first.layout == layout
+    check_same(first, second)
+
+
+@pytest.mark.parametrize("out_features", [1, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
+def test_load_state_dict_of_few_output_features(bits, out_features):
+    """Their zero points of a group fill less than or exactly one word."""
+    module = packed_module(LayerScheme(bits, 32, False), (out_features, 96), torch.float32)
+    loaded = QuantLinear(96, out_features, module.scheme, dtype=torch.float32)
+    loaded.load_state_dict(module.state_dict())
+    check_same(loaded, module)
+
+
+def test_load_state_dict_refuses_other_shapes():
+    module = packed_module(LayerScheme(4, 32), (64, 96), torch.bfloat16)
+    other = packed_module(LayerScheme(4, 32), (64, 64), torch.bfloat16)
+    expected = module(random(2, 96, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="size mismatch for weight_packed"):
+        module.load_state_dict({**module.state_dict(), "weight_packed": other.state_dict()["weight_packed"]})
+    assert torch.equal(module(random(2, 96, dtype=torch.bfloat16)), expected)
+
+
+def check_same(module, expected):
+    """Same state in the wire format and same product, for few and for many rows."""
+    state, expected_state = module.state_dict(), expected.state_dict()
+    assert state.keys() == expected_state.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected_state.items())
+    for rows in (2, 100):
+        x = random(rows, expected.in_features, dtype=expected.weight_scale.dtype, seed=3)
+        assert torch.equal(module(x), expected(x))
+
+
+@SETTLED
+def test_deepcopy_shares_nothing(scheme, shape, dtype, layout):
+    module = packed_module(scheme, shape, dtype)
+    copied = copy.deepcopy(module)
+    assert copied.layout == layout
+    check_same(copied, module)
+    for buffer in copied.buffers():
+        buffer.zero_()
+    check_same(module, packed_module(scheme, shape, dtype))
+
+
+@SETTLED
+def test_pickle(scheme, shape, dtype, layout):
+    module = packed_module(scheme, shape, dtype)
+    restored = pickle.loads(pickle.dumps(module))
+    assert restored.layout == layout
+    check_same(restored, module)
+
+
+@SETTLED
+def test_torch_load_on_another_device_settles_there(scheme, shape, dtype, layout):
+    file = io.BytesIO()
+    torch.save(packed_module(scheme, shape, dtype), file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="meta", weights_only=False)
+    assert loaded.layout == loaded.choice.layout
+
+
+@SETTLED
+@pytest.mark.parametrize("other", DTYPES, ids=str)
+def test_another_dtype_and_back_loses_nothing(scheme, shape, dtype, layout, other):
+    module, x = packed_module(scheme, shape, dtype), random(3, shape[1], dtype=dtype, seed=2)
+    integers, expected = module.state_dict()["weight_packed"], module(x)
+    module.to(other)
+    assert module.layout == module.choice.layout
+    assert module.weight.dtype == module.bias.dtype == other
+    assert torch.equal(module.state_dict()["weight_packed"], integers)
+    exact = exact_product(x.to(other), exact_weight(quantized_weight(scheme, shape, dtype)), random(shape[0], seed=1))
+    coarsest = max(torch.finfo(dtype).eps, torch.finfo(other).eps)  # of the scales
+    assert relative_error(module(x.to(other)), exact) <= 2 * coarsest
+    module.to(dtype)
+    assert module.layout == layout
+    assert torch.equal(module.state_dict()["weight_packed"], integers)
+    if torch.finfo(other).eps <= torch.finfo(dtype).eps:  # the scales and the bias survive too
+        assert torch.equal(module(x), expected)
+
+
+@SETTLED
+def test_gradient_of_the_input_is_that_of_the_dense_weight(scheme, shape, dtype, layout):
+    module = packed_module(scheme, shape, dtype)
+    assert module.layout == layout
+    weight = exact_weight(quantized_weight(scheme, shape, dtype))
+    for leading in ((3,), (2, 50), (2, 1, 2)):
+        x = random(*leading, shape[1], dtype=dtype, seed=2).requires_grad_()
+        gradient = random(*leading, shape[0], dtype=dtype, seed=3)
+        module(x).backward(gradient)
+        assert x.grad.dtype == dtype
+        assert relative_error(x.grad, gradient.double() @ weight) <= tolerance(dtype, shape[0])
+
+
+@pytest.mark.parametrize("cls", [QuantLinear, QuantConv1D])
+def test_gradient_in_float64(cls):
+    module = packed_module(LayerScheme(4, 32, False), (5, 64), torch.float32, cls=cls).double()
+    x = random(2, 3, 64, dtype=torch.float64, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(module, x)
+
+
+@SETTLED
+def test_op_keeps_what_it_registers(scheme, shape, dtype, layout):
+    module = packed_module(scheme, shape, dtype)
+    arguments = (
+        random(2, 3, shape[1], dtype=dtype).requires_grad_(),
+        *(module.weight_packed, module.weight_scale, module.weight_zero_point, module.bias),
+        *(scheme.bits, scheme.group_size, layout),
+    )
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.hf_cptquant.linear.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        pytest.param(LayerScheme(4, 32), torch.bfloat16, marks=needs_int4, id="int4"),
+        pytest.param(LayerScheme(3, 32, False), torch.float32, id="wire"),
+    ],
+)
+def test_compile_without_graph_breaks(scheme, dtype):
+    torch._dynamo.reset()
+    module = packed_module(scheme, (64, 96), dtype)
+    compiled = torch.compile(module, fullgraph=True)
+    for leading in ((2, 3), (100,)):
+        x = random(*leading, 96, dtype=dtype)
+        assert torch.equal(compiled(x), module(x))
+
+
+def test_compiled_and_eager_agree_on_the_dtype_under_autocast():
+    torch._dynamo.reset()
+    module, x = packed_module(LayerScheme(4, 32), (64, 96), torch.float32), random(2, 96)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compiled(x).dtype == module(x).dtype
+
+
+@SETTLED
+@pytest.mark.parametrize("cls", [QuantLinear, QuantConv1D])
+def test_weight_is_the_dequantized_weight(scheme, shape, dtype, layout, cls):
+    module = packed_module(scheme, shape, dtype, cls=cls)
+    expected = exact_weight(quantized_weight(scheme, shape, dtype)).to(dtype)
+    expected = expected.t() if cls is QuantConv1D else expected
+    assert module.weight.dtype == dtype
+    assert torch.equal(module.weight, expected)
+    assert module.weight.is_contiguous()
+
+
+@SETTLED
+def test_weights_are_held_packed_and_not_as_parameters(scheme, shape, dtype, layout):
+    module = packed_module(scheme, shape, dtype, bias=False)
+    module(random(100, shape[1], dtype=dtype))
+    module(random(1, shape[1], dtype=dtype))
+    assert list(module.parameters()) == []
+    held = sum(buffer.nbytes for buffer in module.buffers())
+    per_group = 2 * dtype.itemsize  # the int4 layout holds a shift beside each scale
+    allowance = shape[0] * scheme.groups(shape[1]) * per_group + module.weight_shape.nbytes
+    assert held <= scheme.nbytes(*shape, dtype.itemsize) + allowance
+
+
+@with_and_without_bias
+@SETTLED
+def test_dense_linear_is_equivalent(scheme, shape, dtype, layout, bias):
+    module = packed_module(scheme, shape, dtype, bias)
+    check_dense(module, nn.Linear, exact_weight(quantized_weight(scheme, shape, dtype)), dtype)
+    assert (module.dense().in_features, module.dense().out_features) == (shape[1], shape[0])
+
+
+@SETTLED
+def test_dense_conv1d_is_equivalent(scheme, shape, dtype, layout):
+    module = packed_module(scheme, shape, dtype, cls=QuantConv1D)
+    check_dense(module, Conv1D, exact_weight(quantized_weight(scheme, shape, dtype)), dtype)
+    assert (module.nf, module.dense().nf) == (shape[0], shape[0])
+
+
+def check_dense(module, cls, exact, dtype):
+    dense = module.dense()
+    assert type(dense) is cls
+    assert torch.equal(dense.weight, module.weight)
+    assert (dense.bias is None) == (module.bias is None)
+    assert all(parameter.device.type == "cpu" for parameter in dense.parameters())
+    x = random(2, 3, module.in_features, dtype=dtype, seed=2)
+    product = exact_product(x, exact, module.bias)
+    assert relative_error(dense(x), product) <= tolerance(dtype, module.in_features)
+    assert relative_error(module(x), product) <= tolerance(dtype, module.in_features)
+
+
+def test_packed_modules_are_found_by_name():
+    model = nn.Sequential(nn.Linear(4, 4), packed_module(LayerScheme(4, 32), (64, 96), torch.float32))
+    model.append(nn.ModuleList([packed_module(LayerScheme(4, 32), (64, 96), torch.float32, cls=QuantConv1D)]))
+    assert packed_modules(model) == {"1": model[1], "2.0": model[2][0]}
+
+
+def test_repr_names_shape_and_scheme():
+    module = packed_module(LayerScheme(3, 32, False), (40, 96), torch.float32, bias=False)
+    assert repr(module) == "QuantLinear(96, 40, bias=False, 3 asym g32, layout=wire)"

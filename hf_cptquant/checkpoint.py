@@ -289,16 +289,16 @@ def _say_limits(model: PreTrainedModel) -> None:
     """Warn of the places where the checkpoint will not load."""
     packed = packed_modules(model)
     if not is_portable(model):
-        logger.warning("compressed-tensors cannot say Conv1D layers: reloading this checkpoint needs `import hf_cptquant`.")
+        logger.warning("compressed-tensors cannot say Conv1D layers: reloading needs `import hf_cptquant`.")
     elif not _initializes_without_weights(model, packed):
         logger.warning(
-            f"{type(model).__name__} reads the weights of its layers when it is built, which plain transformers cannot do"
-            " with any compressed-tensors checkpoint: reloading this one needs `import hf_cptquant`."
+            f"{type(model).__name__} reads the weights of its layers when built, which fails in plain transformers"
+            " with any compressed-tensors checkpoint: reloading needs `import hf_cptquant`."
         )
     elif any(not module.scheme.symmetric for module in packed.values()):
         logger.warning(
-            "Zero points (symmetric=False): plain transformers cannot load this checkpoint with compressed-tensors 0.18 to"
-            " 0.20, which expect them unpacked; it loads with `import hf_cptquant`."
+            "Zero points (symmetric=False): compressed-tensors 0.18 to 0.20 expect them unpacked, so plain transformers"
+            " cannot load this checkpoint with them; reloading needs `import hf_cptquant`, or compressed-tensors 0.17."
         )
 
 

@@ -104,8 +104,8 @@ def quantize(
     quantized.save_pretrained(output)
     AutoTokenizer.from_pretrained(tokenizer or model).save_pretrained(output)
     record = QuantizationRecord.load(output)
-    console.print(report(record.plan), highlight=False)
-    console.print(f"Written to {output}. See the plan with: cptquant inspect {output}", highlight=False)
+    console.print(report(record.plan), highlight=False, soft_wrap=True)
+    console.print(f"Written to {output}. See the plan with: cptquant inspect {output}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -133,7 +133,7 @@ def demo(
     table.add_row("greedy continuation", result.sentence_before, result.sentence_after)
     console.print(table)
     agreement = "bit for bit" if result.reload_difference == 0 else f"to within {result.reload_difference:.3g}"
-    console.print(f"Written to {output} and reloaded: the logits agree {agreement}.", highlight=False)
+    console.print(f"Written to {output} and reloaded: the logits agree {agreement}.", highlight=False, soft_wrap=True)
 
 
 def parse_bits(text: str) -> tuple[int, ...]:
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return app(args=arguments, prog_name="cptquant")
     except CPTQuantError as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 
 

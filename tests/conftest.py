@@ -1,4 +1,5 @@
-"""Fixtures: the two real models that PyPI packages carry, small real calibration, tiny random models of every architecture."""
+"""Fixtures: the two real models that PyPI packages carry, small real calibration, tiny random models of every"
+f" architecture."""
 
 from __future__ import annotations
 

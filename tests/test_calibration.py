@@ -184,7 +184,7 @@ def test_unusable_data(load, case):
 def test_damaged_files(load, tmp_path):
     for name in ("data.parquet", "data.jsonl"):
         (tmp_path / name).write_bytes(b"{not valid")
-        with pytest.raises(CalibrationError, match=f"{name} cannot be read"):
+        with pytest.raises(CalibrationError, match=rf"{name} cannot be read"):
             load(dataset=tmp_path / name)
     (tmp_path / "data.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(CalibrationError, match="cannot be read"):
@@ -198,7 +198,7 @@ def test_labels_must_exist(load):
 
 
 def test_missing_tokenizer_and_one_of_another_vocabulary(load, texts, tmp_path):
-    with pytest.raises(CalibrationError, match="no tokenizer at .*tokenizer="):
+    with pytest.raises(CalibrationError, match=r"no tokenizer at .*tokenizer="):
         load(dataset=texts, name=tmp_path)
     for vocabulary in (30521, 49152):
         with pytest.raises(

@@ -35,7 +35,11 @@ model = transformers.{model_class}.from_pretrained(sys.argv[1])
 tokens = torch.load(sys.argv[3])
 with torch.no_grad():
     logits = model(tokens).logits
-weights = {{n: m.weight.detach().contiguous() for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor)}}
+weights = {{
+    name: module.weight.detach().contiguous()
+    for name, module in model.named_modules()
+    if isinstance(getattr(module, "weight", None), torch.Tensor)
+}}
 torch.save({{"logits": logits, "weights": weights, "ours": "hf_cptquant" in sys.modules}}, sys.argv[2])
 {after}
 """

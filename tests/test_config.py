@@ -104,7 +104,7 @@ def test_unknown_setting_names_the_nearest(unknown, nearest):
 
 
 def test_unknown_setting_like_no_other_is_named_alone():
-    with pytest.raises(ConfigError, match="no setting 'xyzzy'$"):
+    with pytest.raises(ConfigError, match=r"no setting 'xyzzy'$"):
         CPTQuantConfig(xyzzy=1)
 
 

@@ -50,7 +50,8 @@ import importlib, sys
 import hf_cptquant, hf_cptquant.transformers_backend as backend
 heavy = {"matplotlib", "datasets", "pyarrow", "evaluate", "typer", "gguf"} & set(sys.modules)
 assert not heavy, heavy
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs, AUTO_QUANTIZER_MAPPING as quantizers
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers
 sizes = len(configs), len(quantizers)
 importlib.reload(backend)
 importlib.reload(hf_cptquant)

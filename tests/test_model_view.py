@@ -14,7 +14,8 @@ EXPECTED = {  # blocks, quantizable modules per block (first), units per block (
     "opt": (3, 6, ["self_attn.qkv_proj", "self_attn.out_proj", "fc1", "fc2"], "causal-lm"),
     "gpt2": (3, 4, ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"], "causal-lm"),
     "t5": (4, 5, ["layer.0.SelfAttention.qkv", "layer.0.SelfAttention.o", "layer.1.DenseReluDense.wi"], "seq2seq-lm"),
-    "bert-mlm": (3, 6, ["attention.self.qkv", "attention.output.dense", "intermediate.dense", "output.dense"], "masked-lm"),
+    "bert-mlm": (3, 6, ["attention.self.qkv", "attention.output.dense", "intermediate.dense", "output.dense"],
+                 "masked-lm"),
     "bert-classifier": (3, 6, ["attention.self.qkv", "attention.output.dense", "intermediate.dense", "output.dense"],
                         "sequence-classification"),
 }  # fmt: skip

@@ -115,7 +115,7 @@ def test_inputs_of_any_shape(scheme, shape, dtype, layout):
 @SETTLED
 def test_non_contiguous_inputs(scheme, shape, dtype, layout):
     module = packed_module(scheme, shape, dtype)
-    out_features, in_features = shape
+    in_features = shape[1]
     transposed = random(in_features, 5, dtype=dtype).t()
     strided = random(5, 2 * in_features, dtype=dtype)[:, ::2]
     swapped = random(3, 2, in_features, dtype=dtype).transpose(0, 1)

@@ -141,7 +141,7 @@ def test_finished_blocks_do_not_run_again(tokens, minilm):
     recipe = recipe_for("llama", tokens, sequence_length=32, batch_size=8)
     (batch,) = batches = calibration_for(model, recipe, minilm).batches
     assert batch["input_ids"].shape == (8, 32)
-    runs = {index: 0 for index in range(3)}
+    runs = dict.fromkeys(range(3), 0)
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
     variants = {f"model.layers.{index}": [f"unit {index}"] for index in range(3)}

@@ -1,0 +1,56 @@
+"""The README's code runs, and its commands are the ones that exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+from hf_cptquant import CPTQuantConfig, cli
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(
+    r"^\$ (.*?)(?:\s+#.*)?$", "\n".join(re.findall(r"```console\n(.*?)```", README, re.DOTALL)), re.MULTILINE
+)
+
+
+@pytest.fixture
+def offline_hub(monkeypatch, smollm2, texts):
+    """`from_pretrained` of the README's Hub names gives SmolLM2 and a small calibration instead."""
+    original = transformers.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(name, *args, quantization_config=None, **kwargs):
+        if quantization_config is not None and name.startswith("facebook/"):
+            name = smollm2
+            quantization_config = CPTQuantConfig(
+                **{**quantization_config.recipe().to_dict(), "dataset": texts, "num_samples": 2, "sequence_length": 64}
+            )
+        extra = {} if quantization_config is None else {"quantization_config": quantization_config}
+        return original(name, *args, **extra, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_python_blocks_run(number, tmp_path, monkeypatch, offline_hub):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(BLOCKS[number], f"README block {number}", "exec"), {})
+
+
+def test_there_are_the_two_commands_and_ci_runs_the_second():
+    assert COMMANDS[:2] == ["pip install uv && uv run cptquant demo", "pip install uv && uv run pytest"]
+    ci = (Path(__file__).parent.parent / ".ci" / "run").read_text()
+    assert "pip install uv" in ci
+    assert "\nuv run pytest" in ci
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("cptquant")])
+def test_commands_are_understood(command):
+    name, *options = shlex.split(command)[1:]
+    flags = [option for option in options if option.startswith("--")]
+    help_text = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(cli.app, [name, "--help"]).output
+    assert f"cptquant {name}" in help_text or f" {name} " in help_text
+    assert all(flag in help_text for flag in flags)

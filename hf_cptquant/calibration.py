@@ -242,11 +242,14 @@ def _token_rows(tokens: Any, length: int, recipe: Recipe) -> Tensor:
 def _token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, enough: int) -> Tensor:
     """Tokens of the documents, one after the other with a blank line between, until there are `enough`."""
     ids: list[int] = []
-    for text in texts:
-        if text.strip():
-            ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= enough:
-            break
+    with logging.tqdm(total=enough, desc="Tokenizing calibration data", unit="token") as bar:
+        for text in texts:
+            if text.strip():
+                piece = tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+                ids += piece
+                bar.update(len(piece))
+            if len(ids) >= enough:
+                break
     return torch.tensor(ids[:enough], dtype=torch.long)
 
 

@@ -19,7 +19,7 @@ from .config import Recipe
 from .errors import ModelError
 from .model_view import TASKS, max_length_of, task_of, view_model
 from .plan import BitPlan, LeftAlone
-from .quantize import apply_plan
+from .quantize import apply_plan, check_fits
 from .record import QuantizationRecord
 from .sensitivity import METHODS
 
@@ -58,9 +58,10 @@ def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
     """Score, plan, and quantize a dense model in place.
 
     Raises:
-        ModelError: a weight holds NaN or infinity.
+        ModelError: a weight holds NaN or infinity, or is offloaded.
         CalibrationError: the loss is not finite.
     """
+    check_fits(model, preparation.plan)
     start = time.perf_counter()
     table = METHODS[recipe.method](model, preparation.plan, preparation.calibration, recipe)
     bits = ALLOCATIONS[recipe.allocation](table.scores, recipe.bits)

@@ -21,24 +21,17 @@ def apply_plan(model: nn.Module, plan: BitPlan, rounding: str = "nearest") -> No
     """Quantize the modules of a plan in place.
 
     Raises:
-        PlanError: the plan names a module that the model does not have, or another shape. Nothing is changed then.
-        ModelError: a weight holds NaN or infinity, or is not in memory.
+        PlanError, ModelError: as `check_fits`; nothing is changed then.
+        ModelError: a weight holds NaN or infinity.
     """
-    modules = dict(model.named_modules())
-    for decision in plan.modules:
-        with in_module(decision.name):
-            _check_fits(modules.get(decision.name), decision)
-    del modules  # holds on to the dense modules
+    check_fits(model, plan)
     for decision in logging.tqdm(plan.packed, desc="Quantizing"):
         with in_module(decision.name):
             replace_module(model, decision.name, _quantized(model.get_submodule(decision.name), decision, rounding))
 
 
 def _quantized(module: nn.Module, decision: ModulePlan, rounding: str) -> QuantLinear:
-    weight = _matrix(module)
-    if weight.device.type == "meta":
-        raise ModelError("the weight is offloaded; load the model without offloading to quantize it")
-    quantized = ROUNDINGS[rounding](weight.detach().contiguous(), decision.scheme)
+    quantized = ROUNDINGS[rounding](_matrix(module).detach().contiguous(), decision.scheme)
     packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module.bias)
     return packed.train(module.training)
 
@@ -48,8 +41,21 @@ def _matrix(module: nn.Module) -> torch.Tensor:
     return module.weight.t() if isinstance(module, Conv1D) else module.weight
 
 
+def check_fits(model: nn.Module, plan: BitPlan) -> None:
+    """Raise before any work is done if a plan cannot be executed on a model.
+
+    Raises:
+        PlanError: the plan names a module that the model does not have, or another shape.
+        ModelError: a weight is not in memory.
+    """
+    modules = dict(model.named_modules())
+    for decision in plan.modules:
+        with in_module(decision.name):
+            _check_fits(modules.get(decision.name), decision)
+
+
 def _check_fits(module: nn.Module | None, decision: ModulePlan) -> None:
-    if type(module) not in PACKED_CLASSES:
+    if module is None or type(module) not in PACKED_CLASSES:
         found = "no such module" if module is None else f"a {type(module).__name__}"
         raise PlanError(f"the plan decides on it, but the model has {found} there; is the plan for another model?")
     if tuple(_matrix(module).shape) != (decision.out_features, decision.in_features):
@@ -57,6 +63,8 @@ def _check_fits(module: nn.Module | None, decision: ModulePlan) -> None:
             f"the plan has shape {(decision.out_features, decision.in_features)}, the model"
             f" {tuple(_matrix(module).shape)}"
         )
+    if module.weight.device.type == "meta":
+        raise ModelError("the weight is offloaded; load the model without offloading to quantize it")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..calibration import batches_on
-from ..errors import CalibrationError
+from ..errors import CalibrationError, ModelError
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +87,7 @@ def running_order(model: PreTrainedModel, batch: Batch, blocks: Mapping[str, nn.
     """Names of the blocks in the order in which a forward pass calls them.
 
     Raises:
-        CalibrationError: a block runs never or more than once, so that its output cannot be carried.
+        ModelError: a block runs never or more than once, so that its output cannot be carried.
     """
     calls: list[str] = []
     with ExitStack() as hooks:
@@ -96,7 +96,7 @@ def running_order(model: PreTrainedModel, batch: Batch, blocks: Mapping[str, nn.
         _loss(model, next(batches_on([_first_sequence(batch)], model.device)))
     odd = [name for name in blocks if calls.count(name) != 1]
     if odd:
-        raise CalibrationError(
+        raise ModelError(
             f"{odd[0]} runs {calls.count(odd[0])} times in one forward pass; blocks that run once are supported"
         )
     return calls

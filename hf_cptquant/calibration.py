@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .config import HUB_DATASETS, WAYS_WITHOUT_NETWORK, Recipe
 from .errors import CalibrationError
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 MASKED_SHARE = 0.15  # of the tokens of a window, as BERT was trained
 POOL = 8  # windows are drawn from at most this many times the tokens that are needed

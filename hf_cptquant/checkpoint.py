@@ -30,7 +30,7 @@ from .plan import PACKED_BITS, PER_CHANNEL, PLAN_FILE, LayerScheme, ModulePlan, 
 from .quantize import replace_module
 from .record import QuantizationRecord
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 SECTION_VERSION = 1
 SAFETENSORS_DTYPES = {

@@ -23,7 +23,6 @@ from .config import CPTQuantConfig
 from .demo import run_demo
 from .errors import CheckpointError, CPTQuantError, ModelError
 from .model_view import TASKS
-from .pipeline import report
 from .plan import PLAN_FILE
 from .record import QuantizationRecord
 
@@ -103,8 +102,6 @@ def quantize(
     )
     quantized.save_pretrained(output)
     AutoTokenizer.from_pretrained(tokenizer or model).save_pretrained(output)
-    record = QuantizationRecord.load(output)
-    console.print(report(record.plan), highlight=False, soft_wrap=True)
     console.print(f"Written to {output}. See the plan with: cptquant inspect {output}", highlight=False, soft_wrap=True)
 
 

@@ -70,10 +70,10 @@ class Recipe:
         _check_choice("group_size", self.group_size, GROUP_SIZES)
         _check_choice("symmetric", self.symmetric, (True, False))
         _check_choice("allow_skipped", self.allow_skipped, (True, False))
+        for width in self.bits or ():
+            _check_choice("bits", width, BIT_WIDTHS)
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise ConfigError(f"bits={self.bits!r} must name at least one bit width, each once")
-        for width in self.bits:
-            _check_choice("bits", width, BIT_WIDTHS)
         for name, least in (("num_samples", 1), ("sequence_length", 8), ("seed", 0)):
             _check_integer(name, getattr(self, name), least)
         if self.batch_size is not None:
@@ -86,6 +86,8 @@ class Recipe:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be the name of a column")
         if not all(isinstance(pattern, str) for pattern in self.modules_to_not_convert or ()):
             raise ConfigError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of strings")
+        if isinstance(self.tokenizer, (bool, int, float)):
+            raise ConfigError(f"tokenizer={self.tokenizer!r} must be a name, a path or a tokenizer")
         _check_dataset(self.dataset)
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,7 +199,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         seed: int = 0,
         **unknown: Any,
     ) -> None:
-        unknown.pop("quant_method", None)
+        if unknown.pop("quant_method", self.quant_method) != self.quant_method:
+            raise ConfigError("the settings are for another quant_method than 'cptquant'")
         if unknown:
             name = next(iter(unknown))
             raise ConfigError(
@@ -228,11 +231,11 @@ class CPTQuantConfig(QuantizationConfigMixin):
         """The settings, checked and frozen, with the defaults filled in."""
         settings = {field.name: getattr(self, field.name) for field in fields(Recipe)}
         for name in ("bits", "modules_to_not_convert"):
-            if isinstance(settings[name], (str, int)):
+            if not isinstance(settings[name], (list, tuple, type(None))):
                 raise ConfigError(f"{name}={settings[name]!r} must be a list")
             settings[name] = settings[name] and tuple(settings[name])
-        settings["allocation"] = self.allocation or "kmeans"
-        settings["granularity"] = self.granularity or "block"
+        settings["allocation"] = "kmeans" if self.allocation is None else self.allocation
+        settings["granularity"] = "block" if self.granularity is None else self.granularity
         return Recipe(**settings)
 
     def to_dict(self) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def fit_grid(weight: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor | None
     span = torch.maximum(-low, high) if scheme.symmetric else high - low
     limits = torch.finfo(weight.dtype)
     ceiling = limits.max / steps * (1 - 2 * limits.eps)  # keeps steps · scale finite after rounding to the dtype
-    magnitude = torch.where(span == 0, 1.0, (span / steps).clamp(limits.tiny, ceiling))
+    floor = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)  # float16 needs its subnormals
+    magnitude = torch.where(span == 0, 1.0, (span / steps).clamp(floor, ceiling))
     if scheme.symmetric:
         return torch.where(high > -low, -magnitude, magnitude).to(weight.dtype), None
     scale = magnitude.to(weight.dtype)

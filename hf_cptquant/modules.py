@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .errors import ModelError
 from .grid import QuantizedWeight
 from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, linear, to_layout
 from .packing import pack, packed_length
@@ -84,6 +85,8 @@ class QuantLinear(nn.Module):
         return module.settle()
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ModelError(f"the input has {x.shape[-1]} features, this layer takes {self.in_features}")
         return linear(
             x,
             self.weight_packed,
@@ -124,6 +127,8 @@ class QuantLinear(nn.Module):
         module.weight = nn.Parameter(self.weight, requires_grad=False)
         if self.bias is not None:
             module.bias = nn.Parameter(self.bias, requires_grad=False)
+        elif module.bias is not None:  # `Conv1D` always has one
+            module.bias = nn.Parameter(self.weight_scale.new_zeros(self.out_features), requires_grad=False)
         return module
 
     def _hold(self, tensors: PackedTensors) -> QuantLinear:
@@ -144,6 +149,16 @@ class QuantLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._hold(to_layout(self.tensors, WIRE, self.in_features))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.settle()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies hold the wire format, since they may be opened on another device or processor."""
+        wire = to_layout(self.tensors, WIRE, self.in_features)
+        buffers = {**self._buffers, "weight_packed": wire.weight, "weight_scale": wire.scale}
+        return {**self.__dict__, "_buffers": buffers, "layout": WIRE}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         self.settle()
 
     def extra_repr(self) -> str:

@@ -23,7 +23,7 @@ from .quantize import apply_plan, check_fits
 from .record import QuantizationRecord
 from .sensitivity import METHODS
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
     scored = time.perf_counter()
     apply_plan(model, plan, recipe.rounding)
     measured = {"seconds_scoring": round(scored - start, 2), "seconds_rounding": round(time.perf_counter() - scored, 2)}
-    unsupported = any(module.reason.endswith("is not supported") for module in plan.left)
-    (logger.warning if unsupported else logger.info)(report(plan))
+    logger.warning(report(plan))  # the default verbosity: nothing is left out silently
     settings = {**recipe.to_dict(), "dataset": None, "tokenizer": None}  # the calibration section describes the data
     return QuantizationRecord(plan, table, settings, preparation.calibration.description, measured)
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import PlanError
+from .errors import PlanError, in_module
 
 PLAN_FILE = "cptquant_plan.json"
 PLAN_VERSION = 1
@@ -39,12 +39,14 @@ class LayerScheme:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise PlanError(f"{self.bits!r} bits are not possible; choose from {', '.join(map(str, BITS))}")
-        if self.group_size != PER_CHANNEL and self.group_size < 1:
+        if type(self.group_size) is not int or (self.group_size != PER_CHANNEL and self.group_size < 1):
             raise PlanError(
                 f"group size {self.group_size!r} is not possible; use -1 (per channel) or a positive number"
             )
+        if type(self.symmetric) is not bool:
+            raise PlanError(f"symmetric must be true or false, not {self.symmetric!r}")
 
     @property
     def packed(self) -> bool:
@@ -115,6 +117,11 @@ class ModulePlan:
     element_size: int
     scheme: LayerScheme
 
+    def __post_init__(self) -> None:
+        for size in (self.out_features, self.in_features, self.element_size):
+            if type(size) is not int or size < 1:
+                raise PlanError(f"{self.name}: a size must be a positive whole number, not {size!r}")
+
     @property
     def weights(self) -> int:
         return self.out_features * self.in_features
@@ -153,6 +160,8 @@ class BitPlan:
     other_bytes: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.other_bytes) is not int or self.other_bytes < 0:
+            raise PlanError(f"other_bytes must be a whole number of at least 0, not {self.other_bytes!r}")
         repeated = [name for name, count in Counter(module.name for module in self.modules).items() if count > 1]
         if repeated:
             raise PlanError(f"the plan names {repeated[0]} more than once")
@@ -237,7 +246,7 @@ class BitPlan:
             modules = tuple(_module_from_dict(name, entry) for name, entry in data["modules"].items())
             left = tuple(LeftAlone(**entry) for entry in data["left"])
             return cls(modules, left, data["other_bytes"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"the bit plan is incomplete: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
@@ -280,9 +289,13 @@ class SensitivityTable:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SensitivityTable:
         try:
-            return cls(*(data[key] for key in ("method", "metric", "base", "raw", "fingerprint")))
-        except KeyError as error:
-            raise PlanError(f"the sensitivity table has no {error}") from error
+            table = cls(*(data[key] for key in ("method", "metric", "base", "raw", "fingerprint")))
+            figures = [table.base, *table.raw.values()]
+        except (KeyError, AttributeError) as error:
+            raise PlanError(f"the sensitivity table is incomplete: {error!r}") from error
+        if not all(type(figure) in (int, float) for figure in figures):
+            raise PlanError("the sensitivity table holds something that is not a number")
+        return table
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON; `"scores"` maps each unit to its number."""
@@ -294,9 +307,15 @@ class SensitivityTable:
 
 
 def _module_from_dict(name: str, entry: Mapping[str, Any]) -> ModulePlan:
-    out_features, in_features = entry["shape"]
-    scheme = LayerScheme(entry["bits"], entry["group_size"], entry["symmetric"])
-    return ModulePlan(name, entry["block"], entry["unit"], out_features, in_features, entry["element_size"], scheme)
+    with in_module(name):
+        try:
+            out_features, in_features = entry["shape"]
+            scheme = LayerScheme(entry["bits"], entry["group_size"], entry["symmetric"])
+            return ModulePlan(
+                name, entry["block"], entry["unit"], out_features, in_features, entry["element_size"], scheme
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"its entry in the bit plan is wrong: {error}") from error
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

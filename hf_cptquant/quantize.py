@@ -13,8 +13,6 @@ from .modules import PACKED_CLASSES, QuantLinear, packed_modules
 from .plan import BitPlan, ModulePlan
 from .rounding import ROUNDINGS
 
-logger = logging.get_logger(__name__)
-
 
 @torch.no_grad()
 def apply_plan(model: nn.Module, plan: BitPlan, rounding: str = "nearest") -> None:

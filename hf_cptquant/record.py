@@ -46,11 +46,11 @@ class QuantizationRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizationRecord:
         plan = BitPlan.from_dict(data)
-        try:
-            table = SensitivityTable.from_dict(data["sensitivity"])
-            return cls(plan, table, data["settings"], data["calibration"], data["measured"])
-        except KeyError as error:
-            raise PlanError(f"the record of the quantization has no {error}") from error
+        for part in ("sensitivity", "settings", "calibration", "measured"):
+            if not isinstance(data.get(part), Mapping):
+                raise PlanError(f"the record of the quantization has no {part!r}")
+        table = SensitivityTable.from_dict(data["sensitivity"])
+        return cls(plan, table, data["settings"], data["calibration"], data["measured"])
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")

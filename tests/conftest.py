@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never wait for a network
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is: idle threads leave a busy machine to others
 
 import pytest
 import torch
@@ -106,3 +107,11 @@ def tiny_folder(tmp_path: Path, minilm: Path) -> Callable[..., Path]:
 def tokens() -> torch.Tensor:
     """Random tokens `[8, 32]` for the tiny models without a tokenizer."""
     return torch.randint(1, 512, (8, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What is logged through transformers' logger."""
+    transformers.utils.logging.enable_propagation()
+    yield caplog
+    transformers.utils.logging.disable_propagation()

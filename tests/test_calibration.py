@@ -170,7 +170,7 @@ BAD_DATA = {
     "big tokens": ({"dataset": torch.full((2, 32), 30522)}, "ids from 30522 to 30522 do not fit .* 30522"),
     "negative tokens": ({"dataset": torch.full((2, 32), -1)}, "do not fit"),
     "object": ({"dataset": object()}, "dataset= is object"),
-    "tokenizer object": ({"dataset": ["x"], "tokenizer": 3}, "tokenizer= is int"),
+    "tokenizer object": ({"dataset": ["x"], "tokenizer": object()}, "tokenizer= is object"),
 }
 
 

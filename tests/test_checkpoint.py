@@ -19,7 +19,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import logging
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from hf_cptquant import BitPlan, CPTQuantConfig, CPTQuantError, SensitivityTable
@@ -173,11 +172,9 @@ def test_plain_transformers_reads_odd_schemes(tiny, settings, tmp_path):
     torch.testing.assert_close(loaded["logits"], logits_of(model))
 
 
-def test_zero_points_reload_packed_and_the_limit_is_said(tiny, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.get_logger("hf_cptquant"), "propagate", True)
-    with caplog.at_level("WARNING"):
-        model, folder = tiny("llama", symmetric=False, bits=(4,))
-    assert "0.18" in caplog.text
+def test_zero_points_reload_packed_and_the_limit_is_said(tiny, tmp_path, logged):
+    model, folder = tiny("llama", symmetric=False, bits=(4,))
+    assert "0.18" in logged.text
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits_of(reloaded), logits_of(model))
     assert all(
@@ -186,33 +183,27 @@ def test_zero_points_reload_packed_and_the_limit_is_said(tiny, tmp_path, caplog,
     )
 
 
-def test_encoder_decoder_reloads_and_the_limit_is_said(tiny, caplog, monkeypatch):
+def test_encoder_decoder_reloads_and_the_limit_is_said(tiny, logged):
     # T5's own initialization reads `.weight` of every projection, which compressed-tensors has taken away
-    monkeypatch.setattr(logging.get_logger("hf_cptquant"), "propagate", True)
-    with caplog.at_level("WARNING"):
-        model, folder = tiny("t5", AutoModelForSeq2SeqLM)
-    assert "T5ForConditionalGeneration" in caplog.text
-    assert "import hf_cptquant" in caplog.text
+    model, folder = tiny("t5", AutoModelForSeq2SeqLM)
+    assert "T5ForConditionalGeneration" in logged.text
+    assert "import hf_cptquant" in logged.text
     assert torch.equal(logits_of(AutoModelForSeq2SeqLM.from_pretrained(folder)), logits_of(model))
 
 
 @pytest.mark.parametrize("kind", ["opt", "bert-mlm"])
-def test_other_architectures_reload_in_plain_transformers(kind, tiny, tmp_path, texts, caplog, monkeypatch):
-    monkeypatch.setattr(logging.get_logger("hf_cptquant"), "propagate", True)
+def test_other_architectures_reload_in_plain_transformers(kind, tiny, tmp_path, texts, logged):
     auto_class, dataset = (AutoModelForCausalLM, None) if kind == "opt" else (AutoModelForMaskedLM, texts[:2])
-    with caplog.at_level("WARNING"):
-        model, folder = tiny(kind, auto_class, **({"dataset": dataset} if dataset else {}))
-    assert "hf_cptquant" not in caplog.text
+    model, folder = tiny(kind, auto_class, **({"dataset": dataset} if dataset else {}))
+    assert "import hf_cptquant" not in logged.text
     loaded = probe(folder, tmp_path / "out.pt", model_class=auto_class.__name__)
     assert all(torch.equal(loaded["weights"][name], module.weight) for name, module in packed_modules(model).items())
     torch.testing.assert_close(loaded["logits"], logits_of(model))
 
 
-def test_conv1d_is_written_for_us_alone_and_says_so(tiny, caplog, monkeypatch):
-    monkeypatch.setattr(logging.get_logger("hf_cptquant"), "propagate", True)
-    with caplog.at_level("WARNING"):
-        model, folder = tiny("gpt2")
-    assert "import hf_cptquant" in caplog.text
+def test_conv1d_is_written_for_us_alone_and_says_so(tiny, logged):
+    model, folder = tiny("gpt2")
+    assert "import hf_cptquant" in logged.text
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "cptquant"
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits_of(reloaded), logits_of(model))

@@ -26,7 +26,7 @@ def run(*arguments) -> int:
     return 0
 
 
-def test_quantize_and_inspect(smollm2, data, tmp_path, capsys):
+def test_quantize_and_inspect(smollm2, data, tmp_path, capsys, logged):
     output = tmp_path / "out"
     options = [
         "--num-samples",
@@ -42,7 +42,8 @@ def test_quantize_and_inspect(smollm2, data, tmp_path, capsys):
     ]
     assert run("quantize", smollm2, "--output", output, "--dataset", data, *options) == 0
     total = 49152 * 576 * 2 + 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)  # embeddings and head, blocks
-    assert f"of {total:,} weights" in capsys.readouterr().out
+    assert f"of {total:,} weights" in logged.text
+    assert f"Written to {output}" in capsys.readouterr().out
     plan = BitPlan.load(output)
     assert {module.scheme.bits for module in plan.modules} == {4, 8}
     assert (output / "tokenizer.json").exists()

@@ -212,7 +212,7 @@ def test_to_dict_has_the_settings_as_given():
 
 
 def test_to_dict_cannot_change_the_config():
-    config = CPTQuantConfig(**MANY)
+    config = CPTQuantConfig(**copy.deepcopy(MANY))
     data = config.to_dict()
     data["dataset"].append("third text")
     data["modules_to_not_convert"].clear()

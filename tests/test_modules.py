@@ -144,6 +144,18 @@ def test_input_is_not_changed(scheme, shape, dtype, layout):
     assert torch.equal(x, before)
 
 
+@SETTLED
+@pytest.mark.parametrize("other", DTYPES, ids=str)
+def test_result_has_the_dtype_of_the_input(scheme, shape, dtype, layout, other):
+    module = packed_module(scheme, shape, dtype)
+    weight = exact_weight(quantized_weight(scheme, shape, dtype))
+    x = random(3, shape[1], dtype=other, seed=2)
+    result = module(x)
+    assert result.dtype == other
+    rounding = tolerance(max(dtype, other, key=lambda each: torch.finfo(each).eps), shape[1])
+    assert relative_error(result, exact_product(x, weight, module.bias)) <= rounding
+
+
 @pytest.mark.parametrize(
     ("scheme", "shape", "width", "dtype"),
     [

@@ -50,6 +50,8 @@ def record(plan, table):
         # 33 · 3 = 99 bits need 4 words, 10 · 3 = 30 bits of zero points need 1
         (LayerScheme(3), (10, 33), 4, 10 * 4 * 4 + 10 * 4),
         (LayerScheme(3, symmetric=False), (10, 33), 4, 10 * 4 * 4 + 10 * 4 + 4),
+        # 5 · 4 = 20 bits of zero points need 1 word in each of 2 groups
+        (LayerScheme(4, 32, symmetric=False), (5, 64), 2, 5 * 8 * 4 + 5 * 2 * 2 + 2 * 4),
         (LayerScheme(16), (576, 576), 2, 576 * 576 * 2),
         (LayerScheme(16), (576, 576), 4, 576 * 576 * 4),
     ],
@@ -233,7 +235,7 @@ def test_other_versions_and_formats_are_refused(plan, change):
 def test_missing_key_of_a_plan_is_named(plan, key):
     data = plan.to_dict()
     del data[key]
-    with pytest.raises(PlanError, match=f"incomplete.*{key}"):
+    with pytest.raises(PlanError, match=rf"{BLOCK0}\.fc: its entry in the bit plan is wrong: .*{key}"):
         BitPlan.from_dict(data)
 
 
@@ -241,7 +243,7 @@ def test_missing_key_of_a_plan_is_named(plan, key):
 def test_missing_key_of_a_module_is_named(plan, key):
     data = plan.to_dict()
     del data["modules"][f"{BLOCK0}.fc"][key]
-    with pytest.raises(PlanError, match=f"incomplete.*{key}"):
+    with pytest.raises(PlanError, match=rf"{BLOCK0}\.fc: its entry in the bit plan is wrong: .*{key}"):
         BitPlan.from_dict(data)
 
 
@@ -249,7 +251,7 @@ def test_missing_key_of_a_module_is_named(plan, key):
 def test_missing_key_of_a_table_is_named(table, key):
     data = table.to_dict()
     del data[key]
-    with pytest.raises(PlanError, match=f"sensitivity table has no '{key}'"):
+    with pytest.raises(PlanError, match=f"sensitivity table is incomplete: .*{key}"):
         SensitivityTable.from_dict(data)
 
 

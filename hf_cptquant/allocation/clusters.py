@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..errors import PlanError
+
 
 def kmeans(scores: Mapping[str, float], bits: Sequence[int]) -> dict[str, int]:
     """Cluster the scores and give each cluster a bit width.
@@ -22,7 +24,12 @@ def kmeans(scores: Mapping[str, float], bits: Sequence[int]) -> dict[str, int]:
     Returns:
         Unit → bits. Equal scores always get equal bits; with fewer different scores than bit widths, the highest
         widths stay unused.
+
+    Raises:
+        PlanError: no scores, or one that is not finite.
     """
+    if not scores or not np.isfinite(list(scores.values())).all():
+        raise PlanError("scores to cluster must be finite numbers, at least one")
     values, positions = np.unique(np.fromiter(scores.values(), float, len(scores)), return_inverse=True)
     counts = np.bincount(positions)
     widths = sorted(bits)[: len(values)]

@@ -61,6 +61,10 @@ def choose_layout(
     if dtype != torch.bfloat16:
         return Choice(WIRE, f"torch's CPU kernels are fast in bfloat16 only, the model is in {dtype}")
     if scheme.bits == 8 and scheme.symmetric and scheme.group_size == PER_CHANNEL:
+        if in_features % cpu.INT8_WIDTH:
+            return Choice(
+                WIRE, f"torch's int8 kernel reads {cpu.INT8_WIDTH} inputs at a time; this weight has {in_features}"
+            )
         return Choice(CPU_INT8, f"torch's int8 kernel up to {MAX_ROWS[CPU_INT8]} rows, dequantize beyond")
     if scheme.bits != 4 or scheme.group_size not in cpu.INT4_GROUP_SIZES:
         return Choice(

@@ -18,6 +18,7 @@ from ..packing import pack, unpack
 
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 INT4_BLOCKS = (64, 32)  # rows per block: AVX-512, AVX2 and the scalar fallback
+INT8_WIDTH = 16  # the int8 kernel reads whole vectors, beyond the row where the width is not a multiple
 INNER_K_TILES = 1  # an argument that the CPU op takes for symmetry with CUDA and ignores
 
 
@@ -36,7 +37,7 @@ def _from_blocks(packed: Tensor, in_features: int, block: int) -> Tensor:
     Within a block, each input feature has `block / 2` bytes: the low nibbles are the first half of the rows.
     """
     octets = packed.view(-1, in_features, block // 2)
-    return torch.cat((octets & 0xF, octets >> 4), -1).transpose(1, 2).reshape(-1, in_features)
+    return torch.cat((octets & 0xF, octets >> 4), -1).transpose(1, 2).contiguous().view(-1, in_features)
 
 
 def int4_to_kernel(words: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ for the length of one call.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,5 +27,6 @@ def dense_weight(words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: 
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` with a dequantized weight, computed in the dtype of the input."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    """`F.linear` with a dequantized weight, computed in the dtype of the input, under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

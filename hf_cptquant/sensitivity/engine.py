@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..calibration import batches_on
 from ..errors import CalibrationError, ModelError
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 Batch = Mapping[str, Tensor]
 Outputs = dict[str, Any]  # stack of blocks (the name of their list) → output of its last finished block

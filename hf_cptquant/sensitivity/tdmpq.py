@@ -23,8 +23,6 @@ from ..config import Recipe
 from ..plan import BitPlan, SensitivityTable
 from .engine import mean_loss, measure_variants, with_labels
 
-logger = logging.get_logger(__name__)
-
 
 def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe) -> SensitivityTable:
     """Measure every unit of a plan.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import transformers
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 console = Console()
 
+Number = TypeVar("Number", int, float)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -59,6 +60,7 @@ def quantize(
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.")] = None,
     perturb: Annotated[str, typer.Option(help="all or first: which weights of a unit are disturbed.")] = "all",
     perturbation_scale: Annotated[float, typer.Option(help="Size of the disturbance relative to the weights.")] = 0.1,
+    sparsity_levels: Annotated[str, typer.Option(help="Shares of the weights that pmpq prunes.")] = "0.3,0.5,0.7",
     modules_to_not_convert: Annotated[
         list[str] | None, typer.Option(help="Module to leave alone; may be repeated.")
     ] = None,
@@ -74,7 +76,7 @@ def quantize(
         raise CPTQuantError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     config = CPTQuantConfig(
         method=method,
-        bits=parse_bits(bits),
+        bits=parse_numbers("--bits", bits, int),
         allocation=allocation,
         granularity=granularity,
         group_size=group_size,
@@ -82,6 +84,7 @@ def quantize(
         rounding=rounding,
         perturb=perturb,
         perturbation_scale=perturbation_scale,
+        sparsity_levels=parse_numbers("--sparsity-levels", sparsity_levels, float),
         dataset=dataset,
         tokenizer=tokenizer,
         text_column=text_column,
@@ -133,12 +136,12 @@ def demo(
     console.print(f"Written to {output} and reloaded: the logits agree {agreement}.", highlight=False, soft_wrap=True)
 
 
-def parse_bits(text: str) -> tuple[int, ...]:
+def parse_numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
     """`"4,8,16"` → (4, 8, 16). Raises `CPTQuantError` for anything else."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
-        raise CPTQuantError(f"--bits {text}: give bit widths with commas, such as 4,8,16") from error
+        raise CPTQuantError(f"{option} {text}: give numbers with commas") from error
 
 
 def check_output(folder: Path) -> None:

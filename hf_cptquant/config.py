@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import ConfigError
 
-METHOD_NAMES = ("tdmpq",)
+METHOD_NAMES = ("pmpq", "tdmpq")
 ALLOCATION_NAMES = ("kmeans",)
 GRANULARITY_NAMES = ("block", "group", "module")
 ROUNDING_NAMES = ("nearest",)
@@ -50,6 +50,7 @@ class Recipe:
     rounding: str = "nearest"
     perturb: str = "all"
     perturbation_scale: float = 0.1
+    sparsity_levels: tuple[float, ...] = (0.3, 0.5, 0.7)
     dataset: Any = None
     tokenizer: Any = None
     text_column: str | None = None
@@ -81,6 +82,9 @@ class Recipe:
         scale = self.perturbation_scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ConfigError(f"perturbation_scale={scale!r} must be a positive number")
+        levels = self.sparsity_levels
+        if not levels or not all(isinstance(level, float) and 0 < level < 1 for level in levels):
+            raise ConfigError(f"sparsity_levels={levels!r} must be a list of numbers between 0 and 1")
         for name in ("text_column", "label_column"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be the name of a column")
@@ -93,7 +97,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. Objects that JSON cannot hold (datasets, tensors, tokenizers) become None."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain["bits"] = list(self.bits)
+        plain["bits"], plain["sparsity_levels"] = list(self.bits), list(self.sparsity_levels)
         plain["dataset"] = _plain_dataset(self.dataset)
         plain["tokenizer"] = os.fspath(self.tokenizer) if isinstance(self.tokenizer, (str, os.PathLike)) else None
         if self.modules_to_not_convert is not None:
@@ -140,7 +144,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
 
     Args:
         method: how sensitivity is measured. `"tdmpq"`: the rise of the loss when the weights of a unit are disturbed
-            (arXiv 2412.03599 §3.4).
+            (arXiv 2412.03599 §3.4). `"pmpq"`: the rise of the loss when they are pruned (§3.3).
         bits: the bit widths to choose from: 2, 3, 4, 5, 6, 8, 16 (16 leaves a weight as it came).
         allocation: `"kmeans"`: as many clusters of the scores as there are bit widths, most sensitive → most bits
             (§3.2).
@@ -155,6 +159,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         perturb: disturb `"all"` quantizable weights of a unit or, as the paper says, the `"first"`.
         perturbation_scale: standard deviation of the disturbance relative to the root mean square of the weight; 0.1 is
             about the error of 4-bit rounding.
+        sparsity_levels: shares of a unit's weights that `"pmpq"` prunes; the score is the mean over them.
         dataset: calibration data: `"wikitext2"`, `"c4"` or `"imdb"` from the Hub; a path to a text, JSON Lines or
             Parquet file; a list of strings; a `datasets.Dataset`; or token tensors `[sequences, length]`.
         tokenizer: name, path or object; by default the model's own.
@@ -187,6 +192,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         rounding: str = "nearest",
         perturb: str = "all",
         perturbation_scale: float = 0.1,
+        sparsity_levels: tuple[float, ...] | list[float] = (0.3, 0.5, 0.7),
         dataset: Any = None,
         tokenizer: Any = None,
         text_column: str | None = None,
@@ -215,6 +221,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.rounding = rounding
         self.perturb = perturb
         self.perturbation_scale = perturbation_scale
+        self.sparsity_levels = sparsity_levels
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.text_column = text_column
@@ -230,7 +237,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
     def recipe(self) -> Recipe:
         """The settings, checked and frozen, with the defaults filled in."""
         settings = {field.name: getattr(self, field.name) for field in fields(Recipe)}
-        for name in ("bits", "modules_to_not_convert"):
+        for name in ("bits", "sparsity_levels", "modules_to_not_convert"):
             if not isinstance(settings[name], (list, tuple, type(None))):
                 raise ConfigError(f"{name}={settings[name]!r} must be a list")
             settings[name] = settings[name] and tuple(settings[name])

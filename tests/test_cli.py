@@ -75,9 +75,9 @@ def test_help_explains_every_option(command, capsys):
 
 
 BAD = {
-    "method": (["--method", "tdmqp"], "method='tdmqp' is not one of 'tdmpq'; did you mean 'tdmpq'?"),
+    "method": (["--method", "tdmqp"], "method='tdmqp' is not one of 'pmpq', 'tdmpq'; did you mean 'tdmpq'?"),
     "bits": (["--bits", "4,7"], "bits=7 is not one of"),
-    "bits text": (["--bits", "four"], "--bits four: give bit widths with commas"),
+    "bits text": (["--bits", "four"], "--bits four: give numbers with commas"),
     "dataset": (["--dataset", "wikitext3"], "did you mean 'wikitext2'?"),
     "hub": (["--dataset", "wikitext2"], "which could not be reached"),
     "file": (["--dataset", "nowhere.txt"], "nowhere.txt does not exist"),

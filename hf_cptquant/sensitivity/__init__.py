@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import tdmpq
+from . import pmpq, tdmpq
 
-METHODS = {"tdmpq": tdmpq.score}
+METHODS = {"pmpq": pmpq.score, "tdmpq": tdmpq.score}

@@ -8,23 +8,29 @@ are those of the full forward bit for bit, and on average half of the work is le
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..calibration import batches_on
+from ..calibration import CalibrationSet, batches_on
+from ..config import Recipe
 from ..errors import CalibrationError, ModelError
+from ..plan import BitPlan
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 Batch = Mapping[str, Tensor]
+Level = float
+Variant = TypeVar("Variant")
 Outputs = dict[str, Any]  # stack of blocks (the name of their list) → output of its last finished block
 
 
@@ -54,31 +60,88 @@ def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[Batch
     return tuple({**batch, "labels": labels} for batch, labels in zip(batches, predicted, strict=True))
 
 
+def score_units(
+    model: PreTrainedModel,
+    plan: BitPlan,
+    calibration: CalibrationSet,
+    levels: Sequence[Level],
+    change: Callable[[dict[str, nn.Module], Level], AbstractContextManager[None]],
+) -> tuple[float, dict[str, float]]:
+    """How much the loss rises when each unit of a plan is changed.
+
+    Args:
+        model: dense, in evaluation mode; left as it was, whatever happens.
+        plan: the units; its bits are not read.
+        calibration: what the loss is measured on.
+        levels: the strengths of the change that are tried.
+        change: (name → module of a unit, level) → context in which their weights are changed.
+
+    Returns:
+        The loss of the unchanged model, and unit → rise of the loss, averaged over the levels (nats).
+    """
+    units: dict[str, dict[str, nn.Module]] = {}
+    variants: dict[str, dict[tuple[str, Level], None]] = {}
+    for module in plan.modules:
+        units.setdefault(module.unit, {})[module.name] = model.get_submodule(module.name)
+        for level in levels:
+            variants.setdefault(module.block, {})[module.unit, level] = None
+
+    batches = with_labels(model, calibration.batches)
+    base = mean_loss(model, batches, desc="Measuring the model")
+    rises: dict[str, list[float]] = {unit: [] for unit in units}
+    with logging.tqdm(total=len(units) * len(levels), desc="Scoring units") as bar:
+        for (unit, _), loss in measure_variants(
+            model, batches, variants, lambda variant: change(units[variant[0]], variant[1])
+        ):
+            rises[unit].append(loss - base)
+            bar.update()
+    return base, {unit: math.fsum(found) / len(levels) for unit, found in rises.items()}
+
+
+@contextmanager
+def changed_weights(modules: Mapping[str, nn.Module], new: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Give modules other weights, and put the very same tensors back on leaving.
+
+    Args:
+        modules: name → module with a `weight`.
+        new: (name, weight) → another weight of the same shape and dtype; the given one stays as it is.
+    """
+    originals = {name: module.weight.data for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.weight.data = new(name, originals[name])
+        yield
+    finally:
+        for name, module in modules.items():
+            module.weight.data = originals[name]
+
+
 def measure_variants(
     model: PreTrainedModel,
     batches: Sequence[Batch],
-    variants: Mapping[str, Sequence[str]],
-    change: Callable[[str], AbstractContextManager[None]],
-) -> Iterator[tuple[str, float]]:
-    """The mean loss with each unit changed in turn.
+    variants: Mapping[str, Iterable[Variant]],
+    change: Callable[[Variant], AbstractContextManager[None]],
+) -> Iterator[tuple[Variant, float]]:
+    """The mean loss of each of many changes to single blocks.
 
     Args:
-        model: in evaluation mode; left as it was, whatever happens.
+        model: in evaluation mode.
         batches: as for `mean_loss`.
-        variants: block → its units.
-        change: unit → context in which that unit's weights are changed.
+        variants: block → the changes to try in it.
+        change: variant → context in which weights of its block are changed; left before the result is yielded.
 
     Yields:
-        (unit, mean loss) in the order in which the blocks run.
+        (variant, mean loss) in the order in which the blocks run.
     """
     blocks = {name: model.get_submodule(name) for name in variants}
     order = running_order(model, batches[0], blocks)
     carried: list[Outputs] = [{} for _ in batches]
     for index, name in enumerate(order):
         finished = {block: blocks[block] for block in order[:index]}
-        for unit in variants[name]:
-            with change(unit):
-                yield unit, _mean(_suffix_losses(model, batches, finished, carried))
+        for variant in variants[name]:
+            with change(variant):
+                losses = _suffix_losses(model, batches, finished, carried)
+            yield variant, _mean(losses)
         if index + 1 < len(order):
             _advance(model, batches, finished, carried, name, blocks[name])
 
@@ -179,3 +242,27 @@ def _replayed(finished: Mapping[str, nn.Module], outputs: Outputs) -> Iterator[N
                 del block.forward
             else:
                 block.forward = forward
+
+
+def fingerprint(
+    model: PreTrainedModel,
+    plan: BitPlan,
+    calibration: CalibrationSet,
+    recipe: Recipe,
+    names: Sequence[str],
+    base: float,
+) -> str:
+    """Identifies what the figures of a method belong to.
+
+    Args:
+        names: the settings of the recipe that the method reads.
+        base: the loss of the unchanged model, whose exact value stands for the weights.
+    """
+    facts = {
+        "class": type(model).__name__,
+        "modules": [(module.name, module.unit, module.out_features, module.in_features) for module in plan.modules],
+        "base": base,
+        "calibration": calibration.description["sha256"],
+        "recipe": {name: getattr(recipe, name) for name in ("method", *names)},
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

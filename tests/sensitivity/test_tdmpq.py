@@ -151,6 +151,22 @@ def test_finished_blocks_do_not_run_again(tokens, minilm):
     assert runs == {0: 2 + 1 + 1, 1: 2 + 2 + 1, 2: 2 + 3}
 
 
+def test_weights_are_back_before_a_result_is_handed_out(tokens, minilm):
+    model = tiny_model("llama")
+    recipe = recipe_for("llama", tokens)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    original = weight.detach().clone()
+
+    def change(unit):
+        return perturbed({unit: model.get_submodule(unit)}, 0.5, seed=0)
+
+    batches = calibration_for(model, recipe, minilm).batches
+    variants = {f"model.layers.{index}": [f"model.layers.{index}.mlp.up_proj"] for index in range(3)}
+    results = measure_variants(model, batches, variants, change)
+    next(results)
+    assert torch.equal(weight, original)
+
+
 def test_a_loss_that_is_not_finite_is_an_error(tokens, minilm):
     model = tiny_model("llama")
     model.lm_head.weight.data.fill_(float("nan"))

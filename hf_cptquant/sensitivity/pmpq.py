@@ -1,0 +1,62 @@
+"""PMPQ: the rise of the loss when a unit is pruned (arXiv 2412.03599 §3.3, Algorithm 2).
+
+For each sparsity level s, the weights of a unit with |w| ≤ quantile(|w|, s) of all its weights are masked out
+(equations 6 and 7) and the loss is measured. The paper takes base accuracy minus accuracy; for a loss it is the
+measured loss minus the base. The score is the mean over the levels.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..calibration import CalibrationSet
+from ..config import Recipe
+from ..plan import BitPlan, SensitivityTable
+from .engine import changed_weights, fingerprint, score_units
+
+
+def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe) -> SensitivityTable:
+    """Measure every unit of a plan by pruning it.
+
+    Args:
+        model: dense, in evaluation mode; its weights are the same tensors afterwards, also after an exception.
+        plan: the units; its bits are not read.
+        calibration: what the loss is measured on.
+        recipe: `sparsity_levels`.
+
+    Returns:
+        Per unit the rise of the mean loss (nats), averaged over the levels.
+    """
+    base, raw = score_units(model, plan, calibration, recipe.sparsity_levels, pruned)
+    settings = ("sparsity_levels",)
+    return SensitivityTable("pmpq", "loss", base, raw, fingerprint(model, plan, calibration, recipe, settings, base))
+
+
+def pruned(modules: dict[str, nn.Module], sparsity: float) -> AbstractContextManager[None]:
+    """Context in which the smallest weights of some modules together are zero.
+
+    Args:
+        modules: name → module with a `weight`.
+        sparsity: share of all their weights that is masked out.
+    """
+    threshold = magnitude_quantile([module.weight.data for module in modules.values()], sparsity)
+    return changed_weights(modules, lambda _, weight: torch.where(weight.abs() > threshold, weight, 0))
+
+
+def magnitude_quantile(weights: list[Tensor], share: float) -> Tensor:
+    """The largest magnitude that a mask `|w| > quantile(|w|, share)` removes, exact at any size (equation 7).
+
+    `torch.quantile` interpolates between two neighbours in the sorted magnitudes, and refuses more than 16 million of
+    them. No weight lies between neighbours, so the lower one makes the same mask.
+
+    Args:
+        weights: tensors of any shape and one dtype, taken together.
+        share: between 0 and 1.
+    """
+    magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
+    return magnitudes.kthvalue(math.floor(share * (len(magnitudes) - 1)) + 1).values

@@ -23,6 +23,7 @@ MANY = {
     "rounding": "nearest",
     "perturb": "first",
     "perturbation_scale": 0.05,
+    "sparsity_levels": [0.2, 0.4],
     "dataset": ["first text", "second text"],
     "tokenizer": "some/model",
     "text_column": "body",
@@ -58,7 +59,7 @@ def test_defaults_are_filled_in_by_the_recipe():
 
 def test_recipe_has_the_settings_given():
     recipe = CPTQuantConfig(**MANY).recipe()
-    lists = {"bits": (3, 6, 16), "modules_to_not_convert": ("lm_head", r".*\.fc2")}
+    lists = {"bits": (3, 6, 16), "sparsity_levels": (0.2, 0.4), "modules_to_not_convert": ("lm_head", r".*\.fc2")}
     assert dataclasses.asdict(recipe) == {**MANY, **lists}
 
 
@@ -128,6 +129,7 @@ def test_unknown_setting_like_no_other_is_named_alone():
         *(("batch_size", value) for value in (0, -1, 1.5, "8", True)),
         *(("seed", value) for value in (-1, 0.5, "0", None, False)),
         *(("perturbation_scale", value) for value in (0, -0.1, float("inf"), float("nan"), "0.1", None, True)),
+        *(("sparsity_levels", value) for value in (0.5, "0.5", None, (), (0.0,), (1.0,), (0.5, "x"), (1,))),
         *(("text_column", value) for value in (3, ["text"])),
         *(("label_column", value) for value in (3, ["label"])),
         *(("modules_to_not_convert", value) for value in ("lm_head", "", 3, 4.5, True, ["a", 3], [None])),

@@ -51,8 +51,8 @@ def pruned(modules: dict[str, nn.Module], sparsity: float) -> AbstractContextMan
 def magnitude_quantile(weights: list[Tensor], share: float) -> Tensor:
     """The largest magnitude that a mask `|w| > quantile(|w|, share)` removes, exact at any size (equation 7).
 
-    `torch.quantile` interpolates between two neighbours in the sorted magnitudes, and refuses more than 16 million of
-    them. No weight lies between neighbours, so the lower one makes the same mask.
+    `torch.quantile` interpolates between two neighbours in the sorted magnitudes, and older versions refuse more
+    than 16 million of them. No weight lies between neighbours, so the lower one makes the same mask.
 
     Args:
         weights: tensors of any shape and one dtype, taken together.

@@ -50,7 +50,7 @@ def test_scores_equal_the_literal_algorithm(kind, tokens, minilm):
     table = METHODS["pmpq"](model, plan, calibration, recipe)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     expected = literal_scores(model, plan, calibration.batches, LEVELS)
-    assert max(map(abs, expected.values())) > 1e-2  # pruning matters, so the comparison means something
+    assert max(map(abs, expected.values())) > 1e-3  # pruning matters, so the comparison means something
     assert table.raw == pytest.approx(expected, abs=1e-6)
     assert table.method == "pmpq"
 
@@ -64,10 +64,8 @@ def test_mask_is_that_of_torch_quantile(share, dtype):
     assert torch.equal(flattened > magnitude_quantile(weights, share), expected)
 
 
-def test_more_weights_than_torch_quantile_takes():
+def test_more_weights_than_older_versions_of_torch_quantile_take():
     weight = torch.arange(2**24 + 3, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="too large"):
-        torch.quantile(weight, 0.5)
     assert magnitude_quantile([weight], 0.5).item() == 2**23 + 1
 
 

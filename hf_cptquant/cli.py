@@ -195,6 +195,7 @@ def show_plan(record: QuantizationRecord) -> None:
         f"{plan.bits_per_weight:.3f} bits per weight; {plan.original_bytes / 1e6:.1f} → {plan.nbytes / 1e6:.1f} MB:"
         f" compression ratio {plan.compression_ratio:.2f}, reduction {plan.final_reduction_percentage:.1f} %",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -117,6 +117,8 @@ def view_model(
             continue
         block = next((block for block in blocks if name.startswith(block + ".")), None)
         weights = sum(parameter.numel() for parameter in matrices)
+        if f"{name}.weight" in model.all_tied_weights_keys:
+            weights = 0  # counted where they come from
         if not should_convert_module(name, modules_to_not_convert):
             reason = "named in modules_to_not_convert"
         elif f"{name}.weight" in tied:

@@ -137,7 +137,7 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A module with a weight matrix that no plan touches, and why."""
+    """A module with a weight matrix that no plan touches, and why. Tied weights are counted once."""
 
     name: str
     reason: str

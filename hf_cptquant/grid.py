@@ -69,8 +69,11 @@ def fit_grid(weight: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor | None
     span = torch.maximum(-low, high) if scheme.symmetric else high - low
     limits = torch.finfo(weight.dtype)
     ceiling = limits.max / steps * (1 - 2 * limits.eps)  # keeps steps · scale finite after rounding to the dtype
-    floor = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)  # float16 needs its subnormals
-    magnitude = torch.where(span == 0, 1.0, (span / steps).clamp(floor, ceiling))
+    # float16 needs its subnormals; they are evenly spaced, and rounding up keeps the extremes of a group on the grid
+    spacing = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)
+    exact = (span / steps).clamp(spacing, ceiling)
+    exact = torch.where(exact < limits.tiny, torch.ceil(exact / spacing) * spacing, exact)
+    magnitude = torch.where(span == 0, 1.0, exact)
     if scheme.symmetric:
         return torch.where(high > -low, -magnitude, magnitude).to(weight.dtype), None
     scale = magnitude.to(weight.dtype)

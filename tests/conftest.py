@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never wait for a network
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is: idle threads leave a busy machine to others
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -18,6 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import python_help_texts, write_bundled_model
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 TINY_CONFIGS: dict[str, tuple[str, str, dict]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,

@@ -16,19 +16,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from .checkpoint import (
-    build_skeleton,
-    check_files,
-    finish_loading,
-    is_portable,
-    read_section,
-    save_checkpoint,
-    write_section,
-)
+from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, save_checkpoint
 from .config import CPTQuantCheckpointConfig, CPTQuantConfig
 from .pipeline import Preparation, prepare, quantize_model
 from .quantize import dequantize_model
 from .record import QuantizationRecord
+from .section import read_section, write_section
 
 
 class CPTQuantHfQuantizer(HfQuantizer):

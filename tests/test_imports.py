@@ -11,7 +11,8 @@ PACKAGE = Path(hf_cptquant.__file__).parent
 # From the bottom up: a module may import those above it in this list.
 ORDER = [
     "errors", "config", "plan", "record", "grid", "packing", "kernels", "modules", "model_view", "calibration",
-    "sensitivity", "allocation", "rounding", "quantize", "checkpoint", "evaluate", "pipeline", "transformers_backend",
+    "sensitivity", "allocation", "rounding", "quantize", "section", "checkpoint", "evaluate", "pipeline",
+    "transformers_backend",
 ]  # fmt: skip
 EDGES = ["demo", "cli"]
 

@@ -1,5 +1,6 @@
 """The README's code runs, and its commands are the ones that exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,8 @@ from typer.testing import CliRunner
 
 from hf_cptquant import CPTQuantConfig, cli
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(
     r"^\$ (.*?)(?:\s+#.*)?$", "\n".join(re.findall(r"```console\n(.*?)```", README, re.DOTALL)), re.MULTILINE
@@ -42,7 +44,7 @@ def test_python_blocks_run(number, tmp_path, monkeypatch, offline_hub):
 
 def test_there_are_the_two_commands_and_ci_runs_the_second():
     assert COMMANDS[:2] == ["pip install uv && uv run cptquant demo", "pip install uv && uv run pytest"]
-    ci = (Path(__file__).parent.parent / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
     assert "pip install uv" in ci
     assert "\nuv run pytest" in ci
 
@@ -54,3 +56,12 @@ def test_commands_are_understood(command):
     help_text = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(cli.app, [name, "--help"]).output
     assert f"cptquant {name}" in help_text or f" {name} " in help_text
     assert all(flag in help_text for flag in flags)
+
+
+def test_figures_are_those_of_the_benchmark():
+    results = json.loads((ROOT / "benchmarks" / "results" / "scale_sign.json").read_text())["results"]
+    signed, zero_point, unsigned, original = (
+        f"{results[grid]['perplexity']:.2f}" for grid in ("signed", "zero point", "unsigned", "bfloat16")
+    )
+    assert f"perplexity {signed} against {zero_point}" in README
+    assert f"{unsigned} with an unsigned scale; {original} in bfloat16" in README

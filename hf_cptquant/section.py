@@ -1,0 +1,153 @@
+"""The section of `config.json` that describes a quantized model, both ways, and its fit to a model.
+
+Plain transformers and vLLM understand it: `config_groups` with explicit, disjoint module names (no class names, no
+regular expressions, nothing that depends on the order of keys). It bears the record of the run under `"cptquant"`.
+Models that compressed-tensors cannot say (GPT-2's `Conv1D`) get the same section under our own `quant_method`. Reading
+trusts nothing: names, bits, groups and shapes are checked against the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .errors import CheckpointError, PlanError, in_module
+from .model_view import view_model
+from .plan import PACKED_BITS, PER_CHANNEL, LayerScheme, ModulePlan, SensitivityTable
+from .record import QuantizationRecord
+
+SECTION_VERSION = 1
+
+
+def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
+    """The value of `quantization_config` in `config.json`.
+
+    Args:
+        record: of the finished run.
+        portable: whether compressed-tensors can say every packed module; otherwise only this package reads it.
+    """
+    plan = record.plan
+    schemes = sorted({module.scheme for module in plan.packed})
+    untouched = [module.name for module in plan.modules if not module.scheme.packed]
+    return {
+        "quant_method": "compressed-tensors" if portable else "cptquant",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{index:02d}": {
+                "targets": [module.name for module in plan.packed if module.scheme == scheme],
+                "weights": _weights_section(scheme),
+            }
+            for index, scheme in enumerate(schemes)
+        },
+        "ignore": untouched + [module.name for module in plan.left],
+        "cptquant": {
+            "version": SECTION_VERSION,
+            "method": record.table.method,
+            "allocation": record.settings["allocation"],
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "bit_plan": {
+                block: {name: module.scheme.bits for name, module in members.items()}
+                for block, members in plan.by_block().items()
+            },
+            "sensitivity": record.table.scores,
+            "sensitivity_raw": dict(record.table.raw),
+            "metric": record.table.metric,
+            "metric_before": record.table.base,
+            "fingerprint": record.table.fingerprint,
+            "settings": dict(record.settings),
+            "calibration": dict(record.calibration),
+            "measured": dict(record.measured),
+        },
+    }
+
+
+def _weights_section(scheme: LayerScheme) -> dict[str, Any]:
+    per_channel = scheme.group_size == PER_CHANNEL
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if per_channel else "group",
+        "group_size": None if per_channel else scheme.group_size,
+        "dynamic": False,
+    }
+
+
+def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> QuantizationRecord:
+    """Parse a section and fit it to a dense model (weights are not read, the meta device is enough).
+
+    Raises:
+        CheckpointError: the section is incomplete, contradicts itself, or names modules, bits or groups that the
+            model does not have.
+    """
+    try:
+        own = section["cptquant"]
+        if own["version"] != SECTION_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has version {own['version']!r} of the format; this package reads {SECTION_VERSION}"
+            )
+        schemes = _read_schemes(section["config_groups"])
+        settings = own["settings"]
+        plan = view_model(model, settings["modules_to_not_convert"], allow_skipped=True).plan(settings["granularity"])
+        table = SensitivityTable(
+            own["method"], own["metric"], own["metric_before"], own["sensitivity_raw"], own["fingerprint"]
+        )
+        bit_plan = {
+            f"{block}.{name}": bits for block, members in own["bit_plan"].items() for name, bits in members.items()
+        }
+        calibration, measured = own["calibration"], own["measured"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"quantization_config in config.json is incomplete: {error!r}") from error
+    known = {module.name for module in plan.modules}
+    for name in (*schemes, *bit_plan):
+        if name not in known:
+            raise CheckpointError(
+                f"{name}: config.json quantizes it, but {type(model).__name__} has no such module to quantize"
+            )
+    modules = []
+    for module in plan.modules:
+        with in_module(module.name):
+            modules.append(_decided(module, schemes.get(module.name), bit_plan.get(module.name)))
+    return QuantizationRecord(replace(plan, modules=tuple(modules)), table, settings, calibration, measured)
+
+
+def _read_schemes(groups: Mapping[str, Any]) -> dict[str, LayerScheme]:
+    schemes: dict[str, LayerScheme] = {}
+    for key, group in groups.items():
+        weights = group["weights"]
+        if weights["num_bits"] not in PACKED_BITS or weights["type"] != "int":
+            raise CheckpointError(
+                f"{key} in config.json has {weights['num_bits']!r} bits of type {weights['type']!r}; possible:"
+                f" {PACKED_BITS} of 'int'"
+            )
+        size = {"channel": PER_CHANNEL, "group": weights["group_size"]}.get(weights["strategy"])
+        if not isinstance(size, int):
+            raise CheckpointError(
+                f"{key} in config.json has strategy {weights['strategy']!r} and group size {weights['group_size']!r}"
+            )
+        try:
+            scheme = LayerScheme(weights["num_bits"], size, bool(weights["symmetric"]))
+        except PlanError as error:
+            raise CheckpointError(f"{key} in config.json: {error}") from error
+        for target in group["targets"]:
+            if target in schemes:
+                raise CheckpointError(f"{target}: config.json names it in two groups")
+            schemes[target] = scheme
+    return schemes
+
+
+def _decided(module: ModulePlan, scheme: LayerScheme | None, bits: int | None) -> ModulePlan:
+    found = 16 if scheme is None else scheme.bits
+    if bits != found:
+        raise CheckpointError(f"bit_plan in config.json says {bits} bits, config_groups {found}")
+    if scheme is None:
+        return module
+    try:
+        scheme.groups(module.in_features)
+    except PlanError as error:
+        raise CheckpointError(str(error)) from error
+    return replace(module, scheme=scheme)

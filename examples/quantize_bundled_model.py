@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import python_help_texts, write_bundled_model
-from hf_cptquant.pipeline import report
 
 with tempfile.TemporaryDirectory() as folder:
     write_bundled_model(Path(folder))
@@ -26,7 +25,6 @@ with tempfile.TemporaryDirectory() as folder:
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 
 record = model.hf_quantizer.record
-print(report(record.plan))
 print("The five most sensitive units:")
 for unit, score in sorted(record.table.scores.items(), key=lambda item: -item[1])[:5]:
     bits = next(module.scheme.bits for module in record.plan.modules if module.unit == unit)

@@ -42,11 +42,11 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 def quantize(
     model: Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a full-precision model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the quantized model.")],
-    method: Annotated[str, typer.Option(help="How sensitivity is measured.")] = "tdmpq",
+    method: Annotated[str, typer.Option(help="tdmpq or pmpq: how sensitivity is measured.")] = "tdmpq",
     bits: Annotated[str, typer.Option(help="Bit widths to choose from, with commas.")] = "4,8,16",
     granularity: Annotated[str | None, typer.Option(help="block, group or module: what gets one decision.")] = None,
-    allocation: Annotated[str | None, typer.Option(help="How scores become bits.")] = None,
-    rounding: Annotated[str, typer.Option(help="How weights become integers.")] = "nearest",
+    allocation: Annotated[str | None, typer.Option(help="kmeans: how scores become bits.")] = None,
+    rounding: Annotated[str, typer.Option(help="nearest: how weights become integers.")] = "nearest",
     group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
     dataset: Annotated[

@@ -104,8 +104,7 @@ def finish_loading(model: PreTrainedModel) -> None:
 
 
 def is_portable(model: nn.Module) -> bool:
-    """Whether compressed-tensors can say every packed module, so that plain transformers and vLLM read the
-    checkpoint."""
+    """Whether compressed-tensors can say every packed module."""
     return not any(isinstance(module, QuantConv1D) for module in packed_modules(model).values())
 
 

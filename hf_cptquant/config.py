@@ -153,8 +153,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         group_size: input features that share a scale below 8 bits: 16 to 256, or -1 for one scale per output channel.
             Where it does not divide a layer, the largest of 128, 64, 32 below it that does. 8 bits are per channel.
         symmetric: without zero points. The scale is then signed, which uses all levels. `False` stores zero points,
-            which plain transformers cannot load with compressed-tensors 0.18 to 0.20 (they load with this package and
-            in vLLM).
+            which plain transformers cannot load with compressed-tensors 0.18 to 0.20 (they load with this package).
         rounding: `"nearest"` (equation 1).
         perturb: disturb `"all"` quantizable weights of a unit or, as the paper says, the `"first"`.
         perturbation_scale: standard deviation of the disturbance relative to the root mean square of the weight; 0.1 is

@@ -39,8 +39,6 @@ TASKS = {
     "seq2seq-lm": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 
-GRANULARITIES = ("block", "group", "module")
-
 
 @dataclass(frozen=True)
 class QuantizableModule:

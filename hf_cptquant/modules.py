@@ -20,8 +20,6 @@ from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, l
 from .packing import pack, packed_length
 from .plan import LayerScheme
 
-WIRE_NAMES = ("weight_packed", "weight_scale", "weight_zero_point")
-
 
 class QuantLinear(nn.Module):
     """A linear layer whose weight stays packed.

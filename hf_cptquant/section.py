@@ -1,9 +1,9 @@
 """The section of `config.json` that describes a quantized model, both ways, and its fit to a model.
 
-Plain transformers and vLLM understand it: `config_groups` with explicit, disjoint module names (no class names, no
-regular expressions, nothing that depends on the order of keys). It bears the record of the run under `"cptquant"`.
-Models that compressed-tensors cannot say (GPT-2's `Conv1D`) get the same section under our own `quant_method`. Reading
-trusts nothing: names, bits, groups and shapes are checked against the model.
+It has the form of compressed-tensors, which plain transformers reads: `config_groups` with explicit, disjoint module
+names (no class names, no regular expressions, nothing that depends on the order of keys). It bears the record of the
+run under `"cptquant"`. Models that compressed-tensors cannot say (GPT-2's `Conv1D`) get the same section under our own
+`quant_method`. Reading trusts nothing: names, bits, groups and shapes are checked against the model.
 """
 
 from __future__ import annotations

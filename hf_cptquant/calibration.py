@@ -40,12 +40,14 @@ class ModelFacts:
         vocabulary: rows of the token embedding.
         max_length: positions that the model can take, or None if unlimited.
         name_or_path: where its own tokenizer is.
+        classes: outputs of a classifier.
     """
 
     task: str
     vocabulary: int
     max_length: int | None
     name_or_path: str
+    classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
         )
     length = min(recipe.sequence_length, facts.max_length or recipe.sequence_length)
     if _is_tokens(recipe.dataset):
+        if facts.task == "sequence-classification" and recipe.metric == "accuracy":
+            raise CalibrationError(
+                "metric='accuracy' needs labels, which token tensors don't have; give labelled texts"
+            )
         rows, source = _token_rows(recipe.dataset, length, recipe), "token tensors"
         fields = _arrange(rows, facts, recipe, lambda: load_tokenizer(recipe, facts))
     else:
@@ -92,7 +98,7 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
         documents = read_documents(recipe, labelled=facts.task == "sequence-classification")
         source = documents.source
         if facts.task == "sequence-classification":
-            fields = _classification_fields(documents, tokenizer, length, recipe)
+            fields = _classification_fields(documents, tokenizer, length, recipe, facts)
         else:
             stream = _token_stream(documents.texts, tokenizer, POOL * recipe.num_samples * length)
             rows = _windows(stream, length - _special_tokens(tokenizer, facts.task), recipe)
@@ -308,7 +314,7 @@ def _masked_fields(rows: Tensor, tokenizer: PreTrainedTokenizerBase, recipe: Rec
 
 
 def _classification_fields(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, recipe: Recipe
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, recipe: Recipe, facts: ModelFacts
 ) -> dict[str, Tensor]:
     """One row a text, cut at `length` and padded to the longest."""
     filled = [index for index, text in enumerate(documents.texts) if text.strip()]
@@ -325,7 +331,19 @@ def _classification_fields(
     )
     fields = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
     if documents.labels is not None:
-        fields["labels"] = torch.tensor([documents.labels[index] for index in chosen])
+        labels = [documents.labels[index] for index in chosen]
+        wrong = [label for label in labels if type(label) is not int or not 0 <= label < facts.classes]
+        if wrong and facts.classes > 1:
+            raise CalibrationError(
+                f"the label {wrong[0]!r} is not one of the model's {facts.classes} classes, numbered from 0; set"
+                " label_column to the right column, or map its values to numbers"
+            )
+        fields["labels"] = torch.tensor(labels)
+    elif recipe.metric == "accuracy":
+        raise CalibrationError(
+            f"metric='accuracy' needs labels, and {documents.source} has none; set label_column to a column of a"
+            " datasets.Dataset or of a .jsonl or .parquet file, or use metric='loss'"
+        )
     return fields
 
 

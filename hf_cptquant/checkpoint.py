@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .errors import CheckpointError
+from .errors import CheckpointError, PlanError
 from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
-from .plan import PLAN_FILE, ModulePlan
+from .plan import PLAN_FILE, ModulePlan, SensitivityTable
 from .quantize import replace_module
 from .record import QuantizationRecord
 
@@ -51,6 +52,22 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
                         _check_tensor(tensors.get_slice(key), name, leaf, modules.get(name))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); fetch or write the checkpoint again") from error
+
+
+def with_full_table(record: QuantizationRecord, files: Sequence[str]) -> QuantizationRecord:
+    """The record with the costs and correlations that stand in the plan file beside the weights, if it is there.
+
+    `config.json` has only the scores, so that it stays small; nothing but saving again needs the rest.
+    """
+    path = Path(files[0]).parent / PLAN_FILE if files else None
+    if path is None or not path.exists():
+        return record
+    try:
+        table = SensitivityTable.load(path)
+    except PlanError as error:
+        logger.warning(f"{path} is damaged and is not used: {error}")
+        return record
+    return replace(record, table=table) if table.fingerprint == record.table.fingerprint else record
 
 
 def _check_tensor(tensor: Any, name: str, leaf: str, module: ModulePlan | None) -> None:

@@ -1,14 +1,14 @@
-"""`cptquant`: quantize, inspect and demo from a terminal.
+"""`cptquant`: quantize, measure, inspect and demo from a terminal.
 
-The options of `quantize` are the settings of `CPTQuantConfig` with dashes. An error of ours is one line and exit status
-1.
+The settings of `CPTQuantConfig` are options with dashes (`options.py`). An error of ours is one line and exit status 1.
+Under `accelerate launch` or `torchrun` all processes measure, and the first one writes.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -18,13 +18,18 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from . import ranks
 from .checkpoint import refuse_foreign
 from .config import CPTQuantConfig
 from .demo import run_demo
 from .errors import CheckpointError, CPTQuantError, ModelError
 from .model_view import TASKS
+from .options import takes_settings
+from .pipeline import measure_sensitivity
 from .plan import PLAN_FILE
+from .plots import plot_sensitivity
 from .record import QuantizationRecord
+from .terminal import console, show_plan, show_sensitivity
 
 app = typer.Typer(
     help="Mixed-precision quantization for Hugging Face transformers: every layer with the bits that it needs.",
@@ -32,80 +37,54 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-
-Number = TypeVar("Number", int, float)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+ModelArgument = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a full-precision model.")]
+DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+DeviceMapOption = Annotated[str | None, typer.Option(help="As in transformers, e.g. auto.")]
 
 
 @app.command()
+@takes_settings
 def quantize(
-    model: Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a full-precision model.")],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the quantized model.")],
-    method: Annotated[str, typer.Option(help="tdmpq or pmpq: how sensitivity is measured.")] = "tdmpq",
-    bits: Annotated[str, typer.Option(help="Bit widths to choose from, with commas.")] = "4,8,16",
-    granularity: Annotated[str | None, typer.Option(help="block, group or module: what gets one decision.")] = None,
-    allocation: Annotated[str | None, typer.Option(help="kmeans: how scores become bits.")] = None,
-    rounding: Annotated[str, typer.Option(help="nearest: how weights become integers.")] = "nearest",
-    group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
-    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
-    dataset: Annotated[
-        str, typer.Option(help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file.")
-    ] = "wikitext2",
-    tokenizer: Annotated[str | None, typer.Option(help="Name or folder; by default the model's own.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels (classifiers).")] = None,
-    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 2048,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.")] = None,
-    perturb: Annotated[str, typer.Option(help="all or first: which weights of a unit are disturbed.")] = "all",
-    perturbation_scale: Annotated[float, typer.Option(help="Size of the disturbance relative to the weights.")] = 0.1,
-    sparsity_levels: Annotated[str, typer.Option(help="Shares of the weights that pmpq prunes.")] = "0.3,0.5,0.7",
-    modules_to_not_convert: Annotated[
-        list[str] | None, typer.Option(help="Module to leave alone; may be repeated.")
-    ] = None,
-    allow_skipped: Annotated[
-        bool, typer.Option(help="Accept that most weights of the blocks cannot be quantized.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of windows, masking and disturbances.")] = 0,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="As in transformers, e.g. auto.")] = None,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceMapOption = None,
+    *,
+    config: CPTQuantConfig,
 ) -> None:
     """Quantize MODEL and write it to a folder."""
-    if dtype not in DTYPES:
-        raise CPTQuantError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-    config = CPTQuantConfig(
-        method=method,
-        bits=parse_numbers("--bits", bits, int),
-        allocation=allocation,
-        granularity=granularity,
-        group_size=group_size,
-        symmetric=symmetric,
-        rounding=rounding,
-        perturb=perturb,
-        perturbation_scale=perturbation_scale,
-        sparsity_levels=parse_numbers("--sparsity-levels", sparsity_levels, float),
-        dataset=dataset,
-        tokenizer=tokenizer,
-        text_column=text_column,
-        label_column=label_column,
-        num_samples=num_samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        modules_to_not_convert=modules_to_not_convert or None,
-        allow_skipped=allow_skipped,
-        seed=seed,
-    )
     check_output(output)
-    quantized = model_class(model).from_pretrained(
-        model,
-        quantization_config=config,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        device_map=device_map,
-    )
+    quantized = load_model(model, dtype, device_map, quantization_config=config)
+    if ranks.rank() > 0:
+        return
     quantized.save_pretrained(output)
-    AutoTokenizer.from_pretrained(tokenizer or model).save_pretrained(output)
+    AutoTokenizer.from_pretrained(config.tokenizer or model).save_pretrained(output)
     console.print(f"Written to {output}. See the plan with: cptquant inspect {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@takes_settings
+def sensitivity(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file for the table.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG file for a bar chart.")] = None,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceMapOption = None,
+    *,
+    config: CPTQuantConfig,
+) -> None:
+    """Measure how sensitive the units of MODEL are, without quantizing it."""
+    for path in (output, plot):
+        if path is not None and not path.parent.is_dir():
+            raise CPTQuantError(f"the folder of {path} does not exist")
+    table = measure_sensitivity(load_model(model, dtype, device_map), config)
+    if ranks.rank() > 0:
+        return
+    table.save(output)
+    if plot is not None:
+        plot_sensitivity(table, plot)
+    show_sensitivity(table)
 
 
 @app.command()
@@ -136,14 +115,6 @@ def demo(
     console.print(f"Written to {output} and reloaded: the logits agree {agreement}.", highlight=False, soft_wrap=True)
 
 
-def parse_numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
-    """`"4,8,16"` → (4, 8, 16). Raises `CPTQuantError` for anything else."""
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError as error:
-        raise CPTQuantError(f"{option} {text}: give numbers with commas") from error
-
-
 def check_output(folder: Path) -> None:
     """Refuse a folder that holds anything which is not an earlier result of ours.
 
@@ -153,6 +124,19 @@ def check_output(folder: Path) -> None:
     refuse_foreign(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).exists():
         raise CheckpointError(f"{folder} is not empty and was not written by cptquant; give a new folder")
+
+
+def load_model(model: str, dtype: str, device_map: str | None, **extra: Any) -> PreTrainedModel:
+    """Load a full-precision model with the class that its config names.
+
+    Raises:
+        CPTQuantError: an unknown dtype, no model there, or one that is quantized already.
+    """
+    if dtype not in DTYPES:
+        raise CPTQuantError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    return model_class(model).from_pretrained(
+        model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map=device_map, **extra
+    )
 
 
 def model_class(model: str) -> type[PreTrainedModel]:
@@ -172,41 +156,17 @@ def model_class(model: str) -> type[PreTrainedModel]:
     return AutoModelForCausalLM if named is None else getattr(transformers, named)
 
 
-def show_plan(record: QuantizationRecord) -> None:
-    """Print a plan as a table with totals."""
-    plan, scores = record.plan, record.table.scores
-    table = Table(
-        "block", "modules", "bits", "MB", "score", title=f"{record.table.method}, {record.settings['allocation']}"
-    )
-    for column in (3, 4):
-        table.columns[column].justify = "right"
-    for block, members in plan.by_block().items():
-        by_unit: dict[str, list[str]] = {}
-        for name, module in members.items():
-            by_unit.setdefault(module.unit, []).append(name)
-        for index, (unit, names) in enumerate(by_unit.items()):
-            modules = [members[name] for name in names]
-            schemes = ", ".join(dict.fromkeys(str(module.scheme) for module in modules))
-            label = f"all {len(names)}" if len(by_unit) == 1 else ", ".join(name.rpartition(".")[2] for name in names)
-            megabytes = sum(module.nbytes for module in modules) / 1e6
-            table.add_row("" if index else block, label, schemes, f"{megabytes:.2f}", f"{scores[unit]:.3f}")
-    console.print(table)
-    console.print(
-        f"{plan.bits_per_weight:.3f} bits per weight; {plan.original_bytes / 1e6:.1f} → {plan.nbytes / 1e6:.1f} MB:"
-        f" compression ratio {plan.compression_ratio:.2f}, reduction {plan.final_reduction_percentage:.1f} %",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point: our errors become one line on standard error and exit status 1."""
     logging.set_verbosity_warning()
+    ranks.join()
     try:
         return app(args=arguments, prog_name="cptquant")
     except CPTQuantError as error:
         Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
+    finally:
+        ranks.leave()
 
 
 if __name__ == "__main__":

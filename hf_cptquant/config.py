@@ -19,11 +19,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import ConfigError
 
-METHOD_NAMES = ("pmpq", "tdmpq")
+METHOD_NAMES = ("cmpq", "pmpq", "tdmpq")
+ESTIMATOR_NAMES = ("perturbation", "taylor")
+METRIC_NAMES = ("loss", "perplexity", "accuracy")
 ALLOCATION_NAMES = ("kmeans",)
 GRANULARITY_NAMES = ("block", "group", "module")
 ROUNDING_NAMES = ("nearest",)
 PERTURB_NAMES = ("all", "first")
+_LEAST = {"num_samples": 1, "sequence_length": 8, "cca_components": 1, "cca_samples": 2, "seed": 0}
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 HUB_DATASETS = ("wikitext2", "c4", "imdb")
@@ -48,9 +51,13 @@ class Recipe:
     group_size: int = 128
     symmetric: bool = True
     rounding: str = "nearest"
+    metric: str = "loss"
+    estimator: str = "perturbation"
     perturb: str = "all"
     perturbation_scale: float = 0.1
     sparsity_levels: tuple[float, ...] = (0.3, 0.5, 0.7)
+    cca_components: int = 64
+    cca_samples: int = 4096
     dataset: Any = None
     tokenizer: Any = None
     text_column: str | None = None
@@ -60,6 +67,7 @@ class Recipe:
     batch_size: int | None = None
     modules_to_not_convert: tuple[str, ...] | None = None
     allow_skipped: bool = False
+    work_dir: str | os.PathLike[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +75,8 @@ class Recipe:
         _check_choice("allocation", self.allocation, ALLOCATION_NAMES)
         _check_choice("granularity", self.granularity, GRANULARITY_NAMES)
         _check_choice("rounding", self.rounding, ROUNDING_NAMES)
+        _check_choice("metric", self.metric, METRIC_NAMES)
+        _check_choice("estimator", self.estimator, ESTIMATOR_NAMES)
         _check_choice("perturb", self.perturb, PERTURB_NAMES)
         _check_choice("group_size", self.group_size, GROUP_SIZES)
         _check_choice("symmetric", self.symmetric, (True, False))
@@ -75,7 +85,7 @@ class Recipe:
             _check_choice("bits", width, BIT_WIDTHS)
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise ConfigError(f"bits={self.bits!r} must name at least one bit width, each once")
-        for name, least in (("num_samples", 1), ("sequence_length", 8), ("seed", 0)):
+        for name, least in _LEAST.items():
             _check_integer(name, getattr(self, name), least)
         if self.batch_size is not None:
             _check_integer("batch_size", self.batch_size, 1)
@@ -85,6 +95,18 @@ class Recipe:
         levels = self.sparsity_levels
         if not levels or not all(isinstance(level, float) and 0 < level < 1 for level in levels):
             raise ConfigError(f"sparsity_levels={levels!r} must be a list of numbers between 0 and 1")
+        if self.metric != "loss" and (self.method == "cmpq" or (self.method, self.estimator) == ("tdmpq", "taylor")):
+            raise ConfigError(
+                f"metric={self.metric!r} cannot be had with method={self.method!r}"
+                + (
+                    ", which measures correlations"
+                    if self.method == "cmpq"
+                    else " and estimator='taylor', which expands the loss"
+                )
+                + "; use metric='loss'"
+            )
+        if not isinstance(self.work_dir, (str, os.PathLike, type(None))):
+            raise ConfigError(f"work_dir={self.work_dir!r} must be a folder")
         for name in ("text_column", "label_column"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be the name of a column")
@@ -99,6 +121,7 @@ class Recipe:
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         plain["bits"], plain["sparsity_levels"] = list(self.bits), list(self.sparsity_levels)
         plain["dataset"] = _plain_dataset(self.dataset)
+        plain["work_dir"] = None if self.work_dir is None else os.fspath(self.work_dir)
         plain["tokenizer"] = os.fspath(self.tokenizer) if isinstance(self.tokenizer, (str, os.PathLike)) else None
         if self.modules_to_not_convert is not None:
             plain["modules_to_not_convert"] = list(self.modules_to_not_convert)
@@ -189,9 +212,13 @@ class CPTQuantConfig(QuantizationConfigMixin):
         group_size: int = 128,
         symmetric: bool = True,
         rounding: str = "nearest",
+        metric: str = "loss",
+        estimator: str = "perturbation",
         perturb: str = "all",
         perturbation_scale: float = 0.1,
         sparsity_levels: tuple[float, ...] | list[float] = (0.3, 0.5, 0.7),
+        cca_components: int = 64,
+        cca_samples: int = 4096,
         dataset: Any = None,
         tokenizer: Any = None,
         text_column: str | None = None,
@@ -201,6 +228,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         batch_size: int | None = None,
         modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
         allow_skipped: bool = False,
+        work_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
         **unknown: Any,
     ) -> None:
@@ -218,9 +246,13 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.symmetric = symmetric
         self.rounding = rounding
+        self.metric = metric
+        self.estimator = estimator
         self.perturb = perturb
         self.perturbation_scale = perturbation_scale
         self.sparsity_levels = sparsity_levels
+        self.cca_components = cca_components
+        self.cca_samples = cca_samples
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.text_column = text_column
@@ -230,6 +262,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.batch_size = batch_size
         self.modules_to_not_convert = modules_to_not_convert
         self.allow_skipped = allow_skipped
+        self.work_dir = work_dir
         self.seed = seed
         self.recipe()
 

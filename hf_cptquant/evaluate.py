@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .sensitivity.engine import mean_loss
+from .sensitivity.metrics import mean_loss
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 8, desc: str | None = "Perplexity") -> float:

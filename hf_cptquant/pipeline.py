@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from .allocation import ALLOCATIONS
 from .calibration import CalibrationSet, ModelFacts, load_calibration
-from .config import Recipe
+from .config import CPTQuantConfig, Recipe
 from .errors import ModelError
 from .model_view import TASKS, max_length_of, task_of, view_model
-from .plan import BitPlan, LeftAlone
+from .plan import BitPlan, LeftAlone, SensitivityTable
 from .quantize import apply_plan, check_fits
 from .record import QuantizationRecord
 from .sensitivity import METHODS
@@ -50,8 +50,29 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
         )
     plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
     vocabulary = model.get_input_embeddings().num_embeddings
-    facts = ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path)
+    facts = ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
     return Preparation(plan, load_calibration(recipe, facts))
+
+
+def measure_sensitivity(model: PreTrainedModel, config: CPTQuantConfig) -> SensitivityTable:
+    """Score the units of a dense model, and leave it as it is.
+
+    Args:
+        model: loaded in full precision, with a head that computes a loss; may be offloaded by accelerate.
+        config: what `from_pretrained` would take; settings of allocation and rounding have no effect.
+
+    Raises:
+        ModelError, CalibrationError: as `prepare`; a weight, an activation or the loss is not finite.
+        ConfigError: `work_dir` belongs to another run.
+    """
+    recipe = config.recipe()
+    preparation = prepare(model, recipe)
+    check_fits(model, preparation.plan)
+    training = model.training
+    try:
+        return METHODS[recipe.method](model.eval(), preparation.plan, preparation.calibration, recipe)
+    finally:
+        model.train(training)
 
 
 def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparation) -> QuantizationRecord:
@@ -70,7 +91,7 @@ def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
     apply_plan(model, plan, recipe.rounding)
     measured = {"seconds_scoring": round(scored - start, 2), "seconds_rounding": round(time.perf_counter() - scored, 2)}
     logger.warning(report(plan))  # the default verbosity: nothing is left out silently
-    settings = {**recipe.to_dict(), "dataset": None, "tokenizer": None}  # the calibration section describes the data
+    settings = {**recipe.to_dict(), "dataset": None, "tokenizer": None, "work_dir": None}  # what only this machine has
     return QuantizationRecord(plan, table, settings, preparation.calibration.description, measured)
 
 

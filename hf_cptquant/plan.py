@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -264,18 +264,27 @@ class SensitivityTable:
     """What a method measured: unit → how much the model suffers when that unit is disturbed.
 
     Attributes:
-        method: `"tdmpq"`, ….
-        metric: what was measured, e.g. `"loss"` (mean negative log-likelihood, nats).
-        base: the metric of the unchanged model.
-        raw: unit → measurement in units of the metric, in the model's order.
+        method: `"cmpq"`, `"pmpq"` or `"tdmpq"`.
+        metric: what was measured: `"loss"` (mean negative log-likelihood, nats), `"perplexity"`, `"accuracy"`, or
+            `"correlation"` with other units.
+        base: the metric of the unchanged model (a unit's correlation with itself: 1).
+        raw: unit → change of the metric for the worse, in the model's order.
+        blocks: unit → the transformer layer that it belongs to.
+        settings: those of the method that decide the figures.
         fingerprint: identifies model, data and settings that the figures belong to.
+        costs: unit → bit width → predicted rise of the loss (nats), if the method prices bit widths.
+        correlations: unit → unit → mean canonical correlation, if the method compares units.
     """
 
     method: str
     metric: str
     base: float
     raw: Mapping[str, float]
+    blocks: Mapping[str, str]
+    settings: Mapping[str, Any]
     fingerprint: str
+    costs: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    correlations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -283,19 +292,49 @@ class SensitivityTable:
         largest = max(map(abs, self.raw.values()), default=0.0)
         return {unit: value / largest if largest else 0.0 for unit, value in self.raw.items()}
 
+    def by_block(self) -> dict[str, float]:
+        """Block → sum of the measurements of its units, in the model's order."""
+        sums: dict[str, float] = {}
+        for unit, value in self.raw.items():
+            sums[self.blocks[unit]] = sums.get(self.blocks[unit], 0.0) + value
+        return sums
+
+    def deviations(self) -> tuple[float, float, float]:
+        """Standard deviation from the mean sensitivity of all blocks, of the first 30 % of the blocks, of those in the
+        middle, and of the last 30 % (the statistic of the paper's table 1), in units of `raw`."""
+        values = list(self.by_block().values())
+        centre, edge = math.fsum(values) / len(values), max(1, round(0.3 * len(values)))
+        segments = values[:edge], values[edge:-edge], values[-edge:]
+        first, middle, last = (
+            math.sqrt(math.fsum((value - centre) ** 2 for value in part) / len(part)) if part else 0.0
+            for part in segments
+        )
+        return first, middle, last
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "raw": dict(self.raw), "scores": self.scores}
+        """Plain JSON values, with `"scores"`."""
+        return {**asdict(self), "scores": self.scores}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SensitivityTable:
         try:
-            table = cls(*(data[key] for key in ("method", "metric", "base", "raw", "fingerprint")))
-            figures = [table.base, *table.raw.values()]
-        except (KeyError, AttributeError) as error:
+            given = {entry.name: data[entry.name] for entry in fields(cls)}
+            given["costs"] = {
+                unit: {int(bits): cost for bits, cost in costs.items()} for unit, costs in data["costs"].items()
+            }
+            figures = [
+                data["base"],
+                *data["raw"].values(),
+                *(c for costs in given["costs"].values() for c in costs.values()),
+            ]
+            unplaced = data["raw"].keys() - data["blocks"].keys()
+        except (KeyError, AttributeError, ValueError) as error:
             raise PlanError(f"the sensitivity table is incomplete: {error!r}") from error
         if not all(type(figure) in (int, float) for figure in figures):
             raise PlanError("the sensitivity table holds something that is not a number")
-        return table
+        if unplaced:
+            raise PlanError(f"the sensitivity table does not say to which block {sorted(unplaced)[0]} belongs")
+        return cls(**given)
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON; `"scores"` maps each unit to its number."""
@@ -303,7 +342,9 @@ class SensitivityTable:
 
     @classmethod
     def load(cls, path: str | Path) -> SensitivityTable:
-        return cls.from_dict(read_json(path))
+        """Read a table from its file, or from the record of a quantized model (`cptquant_plan.json` or its folder)."""
+        data = read_json(path)
+        return cls.from_dict(data.get("sensitivity", data))
 
 
 def _module_from_dict(name: str, entry: Mapping[str, Any]) -> ModulePlan:

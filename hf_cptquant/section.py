@@ -55,6 +55,7 @@ def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
             },
             "sensitivity": record.table.scores,
             "sensitivity_raw": dict(record.table.raw),
+            "sensitivity_settings": dict(record.table.settings),
             "metric": record.table.metric,
             "metric_before": record.table.base,
             "fingerprint": record.table.fingerprint,
@@ -94,7 +95,13 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
         settings = own["settings"]
         plan = view_model(model, settings["modules_to_not_convert"], allow_skipped=True).plan(settings["granularity"])
         table = SensitivityTable(
-            own["method"], own["metric"], own["metric_before"], own["sensitivity_raw"], own["fingerprint"]
+            method=own["method"],
+            metric=own["metric"],
+            base=own["metric_before"],
+            raw=own["sensitivity_raw"],
+            blocks={module.unit: module.block for module in plan.modules},
+            settings=own["sensitivity_settings"],
+            fingerprint=own["fingerprint"],
         )
         bit_plan = {
             f"{block}.{name}": bits for block, members in own["bit_plan"].items() for name, bits in members.items()

@@ -21,9 +21,13 @@ MANY = {
     "group_size": 64,
     "symmetric": False,
     "rounding": "nearest",
+    "metric": "accuracy",
+    "estimator": "perturbation",
     "perturb": "first",
     "perturbation_scale": 0.05,
     "sparsity_levels": [0.2, 0.4],
+    "cca_components": 8,
+    "cca_samples": 512,
     "dataset": ["first text", "second text"],
     "tokenizer": "some/model",
     "text_column": "body",
@@ -33,6 +37,7 @@ MANY = {
     "batch_size": 2,
     "modules_to_not_convert": ["lm_head", r".*\.fc2"],
     "allow_skipped": True,
+    "work_dir": "work",
     "seed": 7,
 }
 

@@ -28,7 +28,17 @@ def plan():
 
 @pytest.fixture
 def table():
-    return SensitivityTable("tdmpq", "loss", 2.5, {"layers.0": 0.5, "layers.é": -2.0}, "abc")
+    return SensitivityTable(
+        method="tdmpq",
+        metric="loss",
+        base=2.5,
+        raw={"layers.0": 0.5, "layers.é": -2.0},
+        blocks={"layers.0": "layers.0", "layers.é": "layers.é"},
+        settings={"estimator": "taylor", "bits": [4]},
+        fingerprint="abc",
+        costs={"layers.0": {4: 0.5}, "layers.é": {4: -2.0}},
+        correlations={"layers.0": {"layers.é": 0.25}},
+    )
 
 
 @pytest.fixture
@@ -220,7 +230,7 @@ def test_table_file_holds_the_scores(table, tmp_path):
     ids=["largest-magnitude-negative", "single", "all-zero", "empty"],
 )
 def test_scores_are_divided_by_the_largest_magnitude(raw, scores):
-    table = SensitivityTable("tdmpq", "loss", 1.0, raw, "")
+    table = SensitivityTable("tdmpq", "loss", 1.0, raw, dict.fromkeys(raw, "block"), {}, "")
     assert table.scores == scores
     assert list(table.scores) == list(raw)
 

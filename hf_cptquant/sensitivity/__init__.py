@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import pmpq, tdmpq
+from . import cmpq, pmpq, tdmpq
 
-METHODS = {"pmpq": pmpq.score, "tdmpq": tdmpq.score}
+METHODS = {"cmpq": cmpq.score, "pmpq": pmpq.score, "tdmpq": tdmpq.score}

@@ -3,160 +3,198 @@
 A unit lies in one block, and the blocks that run before it see no difference. So the blocks are visited in the order in
 which they run; the outputs of the finished ones are carried along, and for each variant the model's own forward runs
 with every finished block replaced by its carried output. Nothing about a block's arguments has to be known, the results
-are those of the full forward bit for bit, and on average half of the work is left.
+are those of the full forward, and on average half of the work is left. The variants of one unit go through the blocks
+behind it together, as one larger batch, where batches are small.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..calibration import CalibrationSet, batches_on
-from ..config import Recipe
-from ..errors import CalibrationError, ModelError
-from ..plan import BitPlan
+from ..calibration import batches_on
+from ..errors import ModelError
+from .metrics import METRICS, Batch, Metric, mean, not_finite
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
-Batch = Mapping[str, Tensor]
-Level = float
-Variant = TypeVar("Variant")
+Change = Callable[[], AbstractContextManager[None]]
+Result = TypeVar("Result")
 Outputs = dict[str, Any]  # stack of blocks (the name of their list) → output of its last finished block
+
+STACKED_TOKENS = 2048  # variants of a unit share a batch up to this size; larger ones keep a processor busy anyway
 
 
 class _BlockReached(BaseException):
     """Ends a forward pass early once the output that was wanted is there."""
 
 
-def mean_loss(model: PreTrainedModel, batches: Iterable[Batch], desc: str | None = None) -> float:
-    """Mean over all sequences of the model's own loss (nats), computed in float64 from the losses of the batches.
-
-    Args:
-        batches: keyword arguments of `model.forward` with labels; every sequence has equally many labels.
-        desc: text of a progress bar over the batches, or None for no bar.
-    """
-    listed = list(batches)
-    bar = logging.tqdm(listed, desc=desc) if desc else listed
-    return _mean([(_loss(model, batch), len(batch["input_ids"])) for batch in batches_on(bar, model.device)])
-
-
-def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[Batch, ...]:
-    """The batches, with the model's own predictions as labels where there are none (classifiers)."""
-    if all("labels" in batch for batch in batches):
-        return tuple(batches)
-    logger.info("The calibration data have no labels: the model is measured against its own predictions.")
-    with torch.no_grad():
-        predicted = [model(**batch).logits.argmax(-1).cpu() for batch in batches_on(batches, model.device)]
-    return tuple({**batch, "labels": labels} for batch, labels in zip(batches, predicted, strict=True))
-
-
-def score_units(
-    model: PreTrainedModel,
-    plan: BitPlan,
-    calibration: CalibrationSet,
-    levels: Sequence[Level],
-    change: Callable[[dict[str, nn.Module], Level], AbstractContextManager[None]],
-) -> tuple[float, dict[str, float]]:
-    """How much the loss rises when each unit of a plan is changed.
-
-    Args:
-        model: dense, in evaluation mode; left as it was, whatever happens.
-        plan: the units; its bits are not read.
-        calibration: what the loss is measured on.
-        levels: the strengths of the change that are tried.
-        change: (name → module of a unit, level) → context in which their weights are changed.
-
-    Returns:
-        The loss of the unchanged model, and unit → rise of the loss, averaged over the levels (nats).
-    """
-    units: dict[str, dict[str, nn.Module]] = {}
-    variants: dict[str, dict[tuple[str, Level], None]] = {}
-    for module in plan.modules:
-        units.setdefault(module.unit, {})[module.name] = model.get_submodule(module.name)
-        for level in levels:
-            variants.setdefault(module.block, {})[module.unit, level] = None
-
-    batches = with_labels(model, calibration.batches)
-    base = mean_loss(model, batches, desc="Measuring the model")
-    rises: dict[str, list[float]] = {unit: [] for unit in units}
-    with logging.tqdm(total=len(units) * len(levels), desc="Scoring units") as bar:
-        for (unit, _), loss in measure_variants(
-            model, batches, variants, lambda variant: change(units[variant[0]], variant[1])
-        ):
-            rises[unit].append(loss - base)
-            bar.update()
-    return base, {unit: math.fsum(found) / len(levels) for unit, found in rises.items()}
-
-
-@contextmanager
-def changed_weights(modules: Mapping[str, nn.Module], new: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Give modules other weights, and put the very same tensors back on leaving.
-
-    Args:
-        modules: name → module with a `weight`.
-        new: (name, weight) → another weight of the same shape and dtype; the given one stays as it is.
-    """
-    originals = {name: module.weight.data for name, module in modules.items()}
-    try:
-        for name, module in modules.items():
-            module.weight.data = new(name, originals[name])
-        yield
-    finally:
-        for name, module in modules.items():
-            module.weight.data = originals[name]
-
-
-def measure_variants(
-    model: PreTrainedModel,
-    batches: Sequence[Batch],
-    variants: Mapping[str, Iterable[Variant]],
-    change: Callable[[Variant], AbstractContextManager[None]],
-) -> Iterator[tuple[Variant, float]]:
-    """The mean loss of each of many changes to single blocks.
+class SuffixRunner:
+    """A model on given batches, measured with changes to one block after the other.
 
     Args:
         model: in evaluation mode.
-        batches: as for `mean_loss`.
-        variants: block → the changes to try in it.
-        change: variant → context in which weights of its block are changed; left before the result is yielded.
+        batches: keyword arguments of `model.forward` with labels, on the CPU.
+        blocks: names of the blocks that will be changed.
+        metric: what is measured.
 
-    Yields:
-        (variant, mean loss) in the order in which the blocks run.
+    Attributes:
+        order: the blocks in the order in which a forward pass runs them.
+
+    Raises:
+        ModelError: a block runs never or more than once, so that its output cannot be carried.
     """
-    blocks = {name: model.get_submodule(name) for name in variants}
-    order = running_order(model, batches[0], blocks)
-    carried: list[Outputs] = [{} for _ in batches]
-    for index, name in enumerate(order):
-        finished = {block: blocks[block] for block in order[:index]}
-        for variant in variants[name]:
-            with change(variant):
-                losses = _suffix_losses(model, batches, finished, carried)
-            yield variant, _mean(losses)
-        if index + 1 < len(order):
-            _advance(model, batches, finished, carried, name, blocks[name])
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], blocks: Sequence[str], metric: Metric) -> None:
+        self.order = running_order(model, batches[0], blocks)
+        self._model = model
+        self._metric = metric
+        self._blocks = [model.get_submodule(name) for name in self.order]
+        self._batches: Sequence[Batch] = tuple(batches)
+        self._carried: list[Outputs] = [{} for _ in batches]  # per batch, the outputs before block `_position`
+        self._position = 0
+
+    def measure(self, block: str | None = None, changes: Sequence[Change] = ()) -> list[float]:
+        """The metric under each of some changes to a block (without a block, of the model as it is).
+
+        Blocks must be asked for in their running order. When memory runs out, the batches are halved and the
+        measurement is repeated.
+
+        Args:
+            changes: each gives a context in which weights of the block are changed.
+
+        Raises:
+            CalibrationError, ModelError: a figure is not finite.
+        """
+        position = 0 if block is None else self.order.index(block)
+
+        def on(batches: Sequence[Batch]) -> list[list[float]]:
+            if batches is not self._batches:
+                self._batches, self._carried, self._position = batches, [{} for _ in batches], 0
+            self._advance(position)
+            return self._values(position, changes)
+
+        return [self._figure(values, block) for values in backing_off(on, self._batches)]
+
+    def _loaded(self) -> Iterator[tuple[Batch, Outputs]]:
+        return zip(batches_on(self._batches, self._model.device), self._carried, strict=True)
+
+    def _advance(self, position: int) -> None:
+        """Carry the outputs of all blocks before a position."""
+        if position > self._position:
+            for index, (batch, before) in enumerate(self._loaded()):
+                self._carried[index] = self._outputs(batch, before, self._position, position)
+            self._position = position
+
+    def _values(self, position: int, changes: Sequence[Change]) -> list[list[float]]:
+        """Per change (or once for the unchanged model), the metric of every batch."""
+        together = STACKED_TOKENS // max(batch["input_ids"].numel() for batch in self._batches)
+        if together > 1 and len(changes) > 1:
+            starts = range(0, len(changes), together)
+            return [row for start in starts for row in self._stacked(position, changes[start : start + together])]
+        rows = []
+        for change in changes or (nullcontext,):
+            with change():
+                rows.append([self._measured(batch, before, position) for batch, before in self._loaded()])
+        return rows
+
+    def _stacked(self, position: int, changes: Sequence[Change]) -> list[list[float]]:
+        """As `_values`: the changed block runs once a change, those behind it once for all, the head once a change."""
+        changed: list[list[Outputs]] = []
+        for change in changes:
+            with change():
+                changed.append(
+                    [self._outputs(batch, before, position, position + 1) for batch, before in self._loaded()]
+                )
+        columns = []
+        for (batch, _), *variants in zip(self._loaded(), *changed, strict=True):
+            size, count = len(batch["input_ids"]), len(changes)
+            repeated = {name: tensor.repeat(count, *(1,) * (tensor.dim() - 1)) for name, tensor in batch.items()}
+            final = self._outputs(repeated, _stack(variants, size), position + 1, len(self.order))
+            parts = (_part(final, index, size, count) for index in range(count))
+            columns.append([self._measured(batch, part, len(self.order)) for part in parts])
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _measured(self, batch: Batch, outputs: Outputs, position: int) -> float:
+        with self._replayed(outputs, position):
+            return self._metric.of_batch(self._model, batch)
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch, before: Outputs, done: int, until: int) -> Outputs:
+        """The outputs before block `until`, given those before block `done`."""
+        outputs = dict(before)
+        if done == until:
+            return outputs
+        last_of_stack = {_stack_of(name): index for index, name in enumerate(self.order[:until]) if index >= done}
+
+        def keep(index: int, _module: nn.Module, _args: Any, output: Any) -> None:
+            outputs[_stack_of(self.order[index])] = output
+            if index == until - 1:
+                raise _BlockReached
+
+        with ExitStack() as hooks:
+            for index in last_of_stack.values():
+                hooks.enter_context(self._blocks[index].register_forward_hook(partial(keep, index)))
+            hooks.enter_context(self._replayed(before, done))
+            with suppress(_BlockReached):
+                METRICS["loss"].of_batch(self._model, batch)
+        return outputs
+
+    @contextmanager
+    def _replayed(self, outputs: Outputs, position: int) -> Iterator[None]:
+        """Let every block before a position return the last output of its stack instead of running.
+
+        Only the last finished block's output reaches anything that still runs, so one output a stack is enough.
+        """
+        finished = self._blocks[:position]
+        own = [block.__dict__.get("forward") for block in finished]
+        for name, block in zip(self.order, finished, strict=False):
+            block.forward = _returning(outputs[_stack_of(name)])
+        try:
+            yield
+        finally:
+            for block, forward in zip(finished, own, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+    def _figure(self, values: Sequence[float], block: str | None) -> float:
+        average = mean(values, [len(batch["input_ids"]) for batch in self._batches])
+        if not abs(average) < float("inf"):
+            where = "the unchanged model" if block is None else f"a change to {block}"
+            raise not_finite(
+                self._model,
+                self._batches[0],
+                f"{where} gives a {self._metric.name} of {average} on the calibration data",
+            )
+        return self._metric.of_mean(average)
 
 
-def running_order(model: PreTrainedModel, batch: Batch, blocks: Mapping[str, nn.Module]) -> list[str]:
+def running_order(model: PreTrainedModel, batch: Batch, blocks: Sequence[str]) -> list[str]:
     """Names of the blocks in the order in which a forward pass calls them.
 
     Raises:
         ModelError: a block runs never or more than once, so that its output cannot be carried.
     """
     calls: list[str] = []
+    first = {name: tensor[:1] for name, tensor in batch.items()}
     with ExitStack() as hooks:
-        for name, block in blocks.items():
+        for name in blocks:
+            block = model.get_submodule(name)
             hooks.enter_context(block.register_forward_hook(lambda *_, name=name: calls.append(name)))
-        _loss(model, next(batches_on([_first_sequence(batch)], model.device)))
+        METRICS["loss"].of_batch(model, next(batches_on([first], model.device)))
     odd = [name for name in blocks if calls.count(name) != 1]
     if odd:
         raise ModelError(
@@ -165,59 +203,76 @@ def running_order(model: PreTrainedModel, batch: Batch, blocks: Mapping[str, nn.
     return calls
 
 
-def _first_sequence(batch: Batch) -> Batch:
-    return {name: tensor[:1] for name, tensor in batch.items()}
+def backing_off(work: Callable[[Sequence[Batch]], Result], batches: Sequence[Batch]) -> Result:
+    """`work(batches)`; when memory runs out, again with the same sequences in batches of half the size.
+
+    Raises:
+        RuntimeError: memory ran out with single sequences.
+    """
+    while True:
+        try:
+            return work(batches)
+        except RuntimeError as error:
+            largest = max(len(batch["input_ids"]) for batch in batches)
+            if not should_reduce_batch_size(error) or largest == 1:
+                raise
+        size = largest // 2
+        logger.warning(f"Out of memory with {largest} sequences at a time; going on with {size}, on the same data.")
+        batches = tuple(part for batch in batches for part in _split(batch, size))
+        clear_device_cache(garbage_collection=True)
 
 
-def _mean(losses: Sequence[tuple[float, int]]) -> float:
-    mean = math.fsum(loss * count for loss, count in losses) / sum(count for _, count in losses)
-    if not math.isfinite(mean):
-        raise CalibrationError(
-            f"the model's loss on the calibration data is {mean}; try dtype=torch.float32 or other data"
-        )
-    return mean
+def _split(batch: Batch, size: int) -> list[Batch]:
+    parts = {name: tensor.split(size) for name, tensor in batch.items()}
+    return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
 
 
-@torch.no_grad()
-def _loss(model: PreTrainedModel, batch: Batch) -> float:
-    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return float(model(**batch, **cache).loss)
+@contextmanager
+def changed_weights(modules: Mapping[str, nn.Module], new: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Give modules other weights, and put the very same tensors back on leaving.
+
+    A module whose weight is offloaded runs with a copy that has the new weight.
+
+    Args:
+        modules: name → module with a `weight`.
+        new: (name, weight) → another weight of the same shape and dtype; the given one stays as it is.
+    """
+    with ExitStack() as changes:
+        for name, module in modules.items():
+            changed = partial(new, name)
+            changes.enter_context(
+                _other_forward(module, changed) if has_offloaded_params(module) else _other_weight(module, changed)
+            )
+        yield
 
 
-def _suffix_losses(
-    model: PreTrainedModel, batches: Sequence[Batch], finished: Mapping[str, nn.Module], carried: Sequence[Outputs]
-) -> list[tuple[float, int]]:
-    losses = []
-    for batch, outputs in zip(batches_on(batches, model.device), carried, strict=True):
-        with _replayed(finished, outputs):
-            losses.append((_loss(model, batch), len(batch["input_ids"])))
-    return losses
+@contextmanager
+def _other_weight(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    original = module.weight.data
+    try:
+        module.weight.data = new(original)
+        yield
+    finally:
+        module.weight.data = original
 
 
-def _advance(
-    model: PreTrainedModel,
-    batches: Sequence[Batch],
-    finished: Mapping[str, nn.Module],
-    carried: Sequence[Outputs],
-    name: str,
-    block: nn.Module,
-) -> None:
-    """Run one more block on every batch and carry its output."""
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        outputs[_stack(name)] = output
-        raise _BlockReached
-
-    with block.register_forward_hook(keep):
-        for batch, outputs in zip(batches_on(batches, model.device), carried, strict=True):
-            with _replayed(finished, outputs):
-                try:
-                    _loss(model, batch)
-                except _BlockReached:
-                    continue
+@contextmanager
+def _other_forward(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """For an offloaded weight, which accelerate's hook loads before each forward pass, over whatever was put there."""
+    own = module.forward
+    changed = copy.copy(module)
+    del changed.forward  # accelerate's, which loads
+    with align_module_device(module):
+        changed._parameters = dict(module._parameters)
+    changed.weight = nn.Parameter(new(changed.weight.data), requires_grad=False)
+    module.forward = changed.forward
+    try:
+        yield
+    finally:
+        module.forward = own
 
 
-def _stack(block: str) -> str:
+def _stack_of(block: str) -> str:
     return block.rpartition(".")[0]
 
 
@@ -225,44 +280,22 @@ def _returning(output: Any) -> Callable[..., Any]:
     return lambda *_args, **_kwargs: output
 
 
-@contextmanager
-def _replayed(finished: Mapping[str, nn.Module], outputs: Outputs) -> Iterator[None]:
-    """Let every finished block return the last output of its stack instead of running.
+def _stack(variants: Sequence[Outputs], size: int) -> Outputs:
+    """Outputs for batches of `size` sequences as those of one batch. What has no batch dimension is shared."""
 
-    Only the last finished block's output reaches anything that still runs, so one output a stack is enough.
-    """
-    replaced = {block: block.__dict__.get("forward") for block in finished.values()}
-    for name, block in finished.items():
-        block.forward = _returning(outputs[_stack(name)])
-    try:
-        yield
-    finally:
-        for block, forward in replaced.items():
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+    def joined(*tensors: Any) -> Any:
+        first = tensors[0]
+        batched = isinstance(first, Tensor) and first.dim() > 0 and len(first) == size
+        return torch.cat(tensors) if batched else first
+
+    return pytree.tree_map(joined, variants[0], *variants[1:])
 
 
-def fingerprint(
-    model: PreTrainedModel,
-    plan: BitPlan,
-    calibration: CalibrationSet,
-    recipe: Recipe,
-    names: Sequence[str],
-    base: float,
-) -> str:
-    """Identifies what the figures of a method belong to.
+def _part(outputs: Outputs, index: int, size: int, count: int) -> Outputs:
+    """One of the `count` batches that `_stack` put together."""
 
-    Args:
-        names: the settings of the recipe that the method reads.
-        base: the loss of the unchanged model, whose exact value stands for the weights.
-    """
-    facts = {
-        "class": type(model).__name__,
-        "modules": [(module.name, module.unit, module.out_features, module.in_features) for module in plan.modules],
-        "base": base,
-        "calibration": calibration.description["sha256"],
-        "recipe": {name: getattr(recipe, name) for name in ("method", *names)},
-    }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    def cut(tensor: Any) -> Any:
+        batched = isinstance(tensor, Tensor) and tensor.dim() > 0 and len(tensor) == size * count
+        return tensor[index * size : (index + 1) * size] if batched else tensor
+
+    return pytree.tree_map(cut, outputs)

@@ -1,4 +1,4 @@
-"""PMPQ: the rise of the loss when a unit is pruned (arXiv 2412.03599 §3.3, Algorithm 2).
+"""PMPQ: how much worse a model gets when a unit is pruned (arXiv 2412.03599 §3.3, Algorithm 2).
 
 For each sparsity level s, the weights of a unit with |w| ≤ quantile(|w|, s) of all its weights are masked out
 (equations 6 and 7) and the loss is measured. The paper takes base accuracy minus accuracy; for a loss it is the
@@ -8,16 +8,19 @@ measured loss minus the base. The score is the mean over the levels.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration import CalibrationSet
 from ..config import Recipe
 from ..plan import BitPlan, SensitivityTable
-from .engine import changed_weights, fingerprint, score_units
+from .engine import changed_weights
+from .scoring import score_by_change
 
 
 def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe) -> SensitivityTable:
@@ -26,25 +29,27 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     Args:
         model: dense, in evaluation mode; its weights are the same tensors afterwards, also after an exception.
         plan: the units; its bits are not read.
-        calibration: what the loss is measured on.
-        recipe: `sparsity_levels`.
+        calibration: what the metric is measured on.
+        recipe: `sparsity_levels`, `metric`, `work_dir`.
 
     Returns:
-        Per unit the rise of the mean loss (nats), averaged over the levels.
+        Per unit how much worse the metric gets, averaged over the levels.
     """
-    base, raw = score_units(model, plan, calibration, recipe.sparsity_levels, pruned)
-    settings = ("sparsity_levels",)
-    return SensitivityTable("pmpq", "loss", base, raw, fingerprint(model, plan, calibration, recipe, settings, base))
+    settings = {"sparsity_levels": list(recipe.sparsity_levels)}
+    return score_by_change(model, plan, calibration, recipe, recipe.sparsity_levels, pruned, settings)
 
 
-def pruned(modules: dict[str, nn.Module], sparsity: float) -> AbstractContextManager[None]:
+def pruned(modules: Mapping[str, nn.Module], sparsity: float) -> AbstractContextManager[None]:
     """Context in which the smallest weights of some modules together are zero.
 
     Args:
         modules: name → module with a `weight`.
         sparsity: share of all their weights that is masked out.
     """
-    threshold = magnitude_quantile([module.weight.data for module in modules.values()], sparsity)
+    with ExitStack() as loaded:
+        for module in modules.values():
+            loaded.enter_context(align_module_device(module))
+        threshold = magnitude_quantile([module.weight.data for module in modules.values()], sparsity)
     return changed_weights(modules, lambda _, weight: torch.where(weight.abs() > threshold, weight, 0))
 
 

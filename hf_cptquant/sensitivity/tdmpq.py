@@ -1,14 +1,16 @@
-"""TDMPQ: the rise of the loss when the weights of a unit are disturbed (arXiv 2412.03599 §3.4, Algorithm 3).
+"""TDMPQ: how much worse a model gets when the weights of a unit are disturbed (arXiv 2412.03599 §3.4).
 
-W' = W + ε with ε ~ N(0, σ²) (equation 9), total variation TV = Σ loss over the batches (10), S = TV / N (11), weights
-restored afterwards (12). The score of a unit is S minus the S of the undisturbed model. σ is relative to the root mean
-square of each weight, so that a unit is not called sensitive for having small weights; the noise is seeded by the
-module's name, so it depends neither on the order of the units nor on the batch size nor on the device.
+Two estimators. `"perturbation"` is Algorithm 3: W' = W + ε with ε ~ N(0, σ²) (equation 9), total variation TV = Σ loss
+over the batches (10), S = TV / N (11), weights restored afterwards (12); the score of a unit is S minus the S of the
+undisturbed model. σ is relative to the root mean square of each weight, so that a unit is not called sensitive for
+having small weights; the noise is seeded by the module's name, so it depends neither on the order of the units nor on
+the batch size nor on the device. `"taylor"` (see `taylor.py`) is the decomposition itself, from gradients.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 
@@ -19,32 +21,36 @@ from transformers import PreTrainedModel
 from ..calibration import CalibrationSet
 from ..config import Recipe
 from ..plan import BitPlan, SensitivityTable
-from .engine import changed_weights, fingerprint, score_units
+from . import taylor
+from .engine import changed_weights
+from .scoring import score_by_change
 
 
 def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe) -> SensitivityTable:
-    """Measure every unit of a plan by noise on its weights.
+    """Measure every unit of a plan by noise on its weights, or by the Taylor expansion of the loss.
 
     Args:
         model: dense, in evaluation mode; its weights are the same tensors afterwards, also after an exception.
         plan: the units; its bits are not read.
-        calibration: what the loss is measured on.
-        recipe: `perturb`, `perturbation_scale`, `seed`.
+        calibration: what the metric is measured on.
+        recipe: `estimator`; `perturb`, `perturbation_scale`, `metric`, `seed`, `work_dir`; those of `taylor.score`.
 
     Returns:
-        Per unit the rise of the mean loss (nats).
+        Per unit how much worse the metric gets.
     """
+    if recipe.estimator == "taylor":
+        return taylor.score(model, plan, calibration, recipe)
 
-    def change(modules: dict[str, nn.Module], scale: float) -> AbstractContextManager[None]:
+    def change(modules: Mapping[str, nn.Module], scale: float) -> AbstractContextManager[None]:
         chosen = modules if recipe.perturb == "all" else dict(islice(modules.items(), 1))
         return perturbed(chosen, scale, recipe.seed)
 
-    base, raw = score_units(model, plan, calibration, (recipe.perturbation_scale,), change)
-    settings = ("perturb", "perturbation_scale", "seed")
-    return SensitivityTable("tdmpq", "loss", base, raw, fingerprint(model, plan, calibration, recipe, settings, base))
+    names = ("estimator", "perturb", "perturbation_scale", "seed")
+    settings = {name: getattr(recipe, name) for name in names}
+    return score_by_change(model, plan, calibration, recipe, (recipe.perturbation_scale,), change, settings)
 
 
-def perturbed(modules: dict[str, nn.Module], scale: float, seed: int) -> AbstractContextManager[None]:
+def perturbed(modules: Mapping[str, nn.Module], scale: float, seed: int) -> AbstractContextManager[None]:
     """Context with noise on the weights of some modules (equation 9).
 
     Args:

@@ -1,7 +1,6 @@
 """TDMPQ against the literal Algorithm 3, and the engine's promise that nothing is left changed."""
 
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from hf_cptquant.config import Recipe
 from hf_cptquant.errors import CPTQuantError
 from hf_cptquant.model_view import task_of, view_model
 from hf_cptquant.sensitivity import METHODS
-from hf_cptquant.sensitivity.engine import mean_loss, measure_variants
+from hf_cptquant.sensitivity.metrics import mean_loss
 from hf_cptquant.sensitivity.tdmpq import perturbed
 
 
@@ -134,45 +133,6 @@ def test_weights_and_forwards_are_restored_after_an_interruption(interruption, t
         assert tensor.data_ptr() == before[name][0]
         assert torch.equal(tensor, before[name][1])
     assert not any("forward" in layer.__dict__ for layer in model.model.layers)
-
-
-def test_finished_blocks_do_not_run_again(tokens, minilm):
-    model = tiny_model("llama")
-    recipe = recipe_for("llama", tokens, sequence_length=32, batch_size=8)
-    (batch,) = batches = calibration_for(model, recipe, minilm).batches
-    assert batch["input_ids"].shape == (8, 32)
-    runs = dict.fromkeys(range(3), 0)
-    for index, layer in enumerate(model.model.layers):
-        layer.mlp.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
-    variants = {f"model.layers.{index}": [f"unit {index}"] for index in range(3)}
-    losses = dict(measure_variants(model, batches, variants, lambda unit: nullcontext()))
-    assert set(losses.values()) == {mean_loss(model, batches)}
-    # the order (1) and this test's mean_loss (1), the variants of the block and of those before it, advancing past it
-    assert runs == {0: 2 + 1 + 1, 1: 2 + 2 + 1, 2: 2 + 3}
-
-
-def test_weights_are_back_before_a_result_is_handed_out(tokens, minilm):
-    model = tiny_model("llama")
-    recipe = recipe_for("llama", tokens)
-    weight = model.model.layers[0].mlp.up_proj.weight
-    original = weight.detach().clone()
-
-    def change(unit):
-        return perturbed({unit: model.get_submodule(unit)}, 0.5, seed=0)
-
-    batches = calibration_for(model, recipe, minilm).batches
-    variants = {f"model.layers.{index}": [f"model.layers.{index}.mlp.up_proj"] for index in range(3)}
-    results = measure_variants(model, batches, variants, change)
-    next(results)
-    assert torch.equal(weight, original)
-
-
-def test_a_loss_that_is_not_finite_is_an_error(tokens, minilm):
-    model = tiny_model("llama")
-    model.lm_head.weight.data.fill_(float("nan"))
-    recipe = recipe_for("llama", tokens)
-    with pytest.raises(CPTQuantError, match="loss on the calibration data is nan"):
-        METHODS["tdmpq"](model, view_model(model).plan("block"), calibration_for(model, recipe, minilm), recipe)
 
 
 def test_blocks_that_run_twice_are_refused(tokens, minilm):

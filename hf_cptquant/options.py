@@ -1,0 +1,105 @@
+"""The options of the command line that are settings of `CPTQuantConfig`, once for all commands that take them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from .config import CPTQuantConfig
+from .errors import CPTQuantError
+
+Number = TypeVar("Number", int, float)
+
+
+def read_settings(
+    method: Annotated[str, typer.Option(help="tdmpq, pmpq or cmpq: how sensitivity is measured.")] = "tdmpq",
+    metric: Annotated[str, typer.Option(help="loss, perplexity or accuracy: what a change is measured by.")] = "loss",
+    bits: Annotated[str, typer.Option(help="Bit widths to choose from, with commas.")] = "4,8,16",
+    granularity: Annotated[str | None, typer.Option(help="block, group or module: what gets one decision.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="kmeans: how scores become bits.")] = None,
+    rounding: Annotated[str, typer.Option(help="nearest: how weights become integers.")] = "nearest",
+    group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
+    dataset: Annotated[
+        str, typer.Option(help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file.")
+    ] = "wikitext2",
+    tokenizer: Annotated[str | None, typer.Option(help="Name or folder; by default the model's own.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels (classifiers).")] = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 2048,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.")] = None,
+    estimator: Annotated[str, typer.Option(help="perturbation or taylor: how tdmpq measures.")] = "perturbation",
+    perturb: Annotated[str, typer.Option(help="all or first: which weights of a unit are disturbed.")] = "all",
+    perturbation_scale: Annotated[float, typer.Option(help="Size of the disturbance relative to the weights.")] = 0.1,
+    sparsity_levels: Annotated[str, typer.Option(help="Shares of the weights that pmpq prunes.")] = "0.3,0.5,0.7",
+    cca_components: Annotated[int, typer.Option(help="Principal components that cmpq keeps of a unit.")] = 64,
+    cca_samples: Annotated[int, typer.Option(help="Tokens that cmpq correlates.")] = 4096,
+    modules_to_not_convert: Annotated[
+        list[str] | None, typer.Option(help="Module to leave alone; may be repeated.")
+    ] = None,
+    allow_skipped: Annotated[
+        bool, typer.Option(help="Accept that most weights of the blocks cannot be quantized.")
+    ] = False,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Folder for finished measurements; a killed run goes on from it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of windows, masking and disturbances.")] = 0,
+) -> CPTQuantConfig:
+    """The settings of `CPTQuantConfig` as options."""
+    return CPTQuantConfig(
+        method=method,
+        metric=metric,
+        bits=parse_numbers("--bits", bits, int),
+        allocation=allocation,
+        granularity=granularity,
+        group_size=group_size,
+        symmetric=symmetric,
+        rounding=rounding,
+        estimator=estimator,
+        perturb=perturb,
+        perturbation_scale=perturbation_scale,
+        sparsity_levels=parse_numbers("--sparsity-levels", sparsity_levels, float),
+        cca_components=cca_components,
+        cca_samples=cca_samples,
+        dataset=dataset,
+        tokenizer=tokenizer,
+        text_column=text_column,
+        label_column=label_column,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        modules_to_not_convert=modules_to_not_convert or None,
+        allow_skipped=allow_skipped,
+        work_dir=work_dir,
+        seed=seed,
+    )
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `read_settings` in the place of its last parameter, `config`."""
+
+    @functools.wraps(command)
+    def with_options(**options: Any) -> None:
+        own = {name: options.pop(name) for name in tuple(options) if name not in settings}
+        command(**own, config=read_settings(**options))
+
+    settings = inspect.signature(read_settings, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True)
+    kept = [parameter for name, parameter in own.parameters.items() if name != "config"]
+    with_options.__signature__ = own.replace(parameters=[*kept, *settings.values()])  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in (*kept, *settings.values())}
+    return with_options
+
+
+def parse_numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+    """`"4,8,16"` → (4, 8, 16). Raises `CPTQuantError` for anything else."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise CPTQuantError(f"{option} {text}: give numbers with commas") from error

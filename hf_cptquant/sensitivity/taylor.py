@@ -1,0 +1,296 @@
+"""TDMPQ by the Taylor expansion of the loss (arXiv 2412.03599 §3.4): two backward passes price all units at all widths.
+
+Rounding changes a weight by ΔW, and the loss by ⟨g, ΔW⟩ + ½ ΔWᵀ H ΔW + …. The first-order term is measured on the
+labels of the data, with its sign: a model is seldom at the minimum of the calibration text, and some rounding errors
+help. For H stands the Fisher information, which for a cross-entropy is the Gauss–Newton matrix: the expectation of g gᵀ
+under labels *drawn from the model*. Gradients of drawn labels are uncorrelated, so the square of their sum has the
+expectation of the sum of their squares, which is what one backward pass per sequence can give. With the labels of the
+data (the "empirical Fisher") that does not hold: the term comes out about twice too large and ranks units worse
+(`benchmarks/sensitivity.py`). Rounding errors of different weights are nearly independent, so H's diagonal is enough.
+
+Neither the gradients of the model nor the Fisher matrix are ever held. A linear layer's gradient is δᵀx, with its
+inputs x and the gradient δ of its outputs, so a tap behind each layer sees both in the backward pass, turns them into a
+few numbers per sequence and bit width, and lets go. The blocks are checkpointed: beyond the model and the outputs of
+the blocks there are only one block's activations and one layer's gradient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .. import ranks
+from ..calibration import CalibrationSet, batches_on
+from ..config import Recipe
+from ..errors import CalibrationError, ModelError
+from ..grid import dequantize, fit_grid, quantize
+from ..model_view import task_of
+from ..plan import BitPlan, LayerScheme, ModulePlan, SensitivityTable, scheme_for
+from ..work_folder import fingerprint
+from .engine import backing_off
+from .metrics import Batch, field_of_rows, forward, not_finite
+from .scoring import facts_of, open_journal, with_labels
+
+UNIFORM = "uniform numbers"  # travels with a batch, so that it is split as the batch is
+
+
+def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe) -> SensitivityTable:
+    """Predict what every bit width would cost in every unit of a plan.
+
+    Args:
+        model: dense, in evaluation mode; no weight is changed, and which of them require gradients is restored.
+        plan: the units; its bits are not read.
+        calibration: what the loss is measured on.
+        recipe: `bits`, `group_size`, `symmetric`, `seed` (of the drawn labels), `work_dir`.
+
+    Returns:
+        Per unit and bit width the predicted rise of the mean loss (nats), which may be negative; 16 bits cost nothing.
+        The raw measurement of a unit is the cost of the fewest bits.
+
+    Raises:
+        CalibrationError, ModelError: a loss or a gradient is not finite; the model predicts no classes.
+    """
+    widths = sorted(bits for bits in recipe.bits if bits < 16)
+    named = {name: getattr(recipe, name) for name in ("estimator", "group_size", "symmetric", "seed")}
+    settings = {**named, "bits": widths}
+    facts = facts_of(model, plan, calibration, {"method": recipe.method, **settings})
+    journal = open_journal(recipe, facts)
+    schemes = {
+        module.name: [scheme_for(bits, module.in_features, recipe.group_size, recipe.symmetric) for bits in widths]
+        for module in plan.modules
+    }
+    batches = with_labels(model, calibration.batches)
+    sequences = [_slice(batch, index) for batch in batches for index in range(len(batch["input_ids"]))]
+    pending = [index for index in ranks.share(range(len(sequences))) if f"sequence {index}" not in journal.results]
+    size = len(batches[0]["input_ids"])
+    with logging.tqdm(total=len(pending), desc="Scoring units", unit="sequence", disable=ranks.rank() > 0) as bar:
+        for start in range(0, len(pending), size):
+            chosen = pending[start : start + size]
+            batch = {name: torch.cat([sequences[index][name] for index in chosen]) for name in sequences[0]}
+            uniform = torch.stack([_uniform(sequences[index]["labels"], recipe.seed, index) for index in chosen])
+            measured = _measured(model, plan, schemes, {**batch, UNIFORM: uniform})
+            for index, result in zip(chosen, measured, strict=True):
+                journal.add(f"sequence {index}", result)
+            bar.update(len(chosen))
+    found = {key: result for results in ranks.gather(journal.results) for key, result in results.items()}
+    results = [found[f"sequence {index}"] for index in range(len(sequences))]
+    costs = {
+        unit: {
+            bits: math.fsum(sum(result["terms"][unit][index]) for result in results) / len(results)
+            for index, bits in enumerate(widths)
+        }
+        for unit in dict.fromkeys(module.unit for module in plan.modules)
+    }
+    return SensitivityTable(
+        method=recipe.method,
+        metric="loss",
+        base=math.fsum(result["loss"] for result in results) / len(results),
+        raw={unit: next(iter(prices.values()), 0.0) for unit, prices in costs.items()},
+        blocks={module.unit: module.block for module in plan.modules},
+        settings=settings,
+        fingerprint=fingerprint(facts),
+        costs=costs,
+    )
+
+
+def _measured(
+    model: PreTrainedModel, plan: BitPlan, schemes: Mapping[str, Sequence[LayerScheme]], batch: Batch
+) -> list[dict[str, Any]]:
+    """Per sequence, the loss (of the batch) and per unit and width the terms [⟨g_s, ΔW⟩, ½ ΔWᵀ F_s ΔW]."""
+
+    def work(parts: Sequence[Batch]) -> list[dict[str, Any]]:
+        results = []
+        for part in batches_on(parts, model.device):
+            given = {name: tensor for name, tensor in part.items() if name != UNIFORM}
+            loss, first, logits = _reduced(model, plan, schemes, given, _first_order)
+            drawn = draw_labels(model, given, logits, part[UNIFORM])
+            _, second, _ = _reduced(model, plan, schemes, drawn, _second_order)
+            results += [
+                {
+                    "loss": loss,
+                    "terms": {
+                        unit: torch.stack((first[unit][index], second[unit][index]), -1).tolist() for unit in first
+                    },
+                }
+                for index in range(len(part["input_ids"]))
+            ]
+        return results
+
+    return backing_off(work, [batch])
+
+
+def _reduced(
+    model: PreTrainedModel,
+    plan: BitPlan,
+    schemes: Mapping[str, Sequence[LayerScheme]],
+    batch: Batch,
+    reduce: Callable[[Tensor, Tensor, int], Tensor],
+) -> tuple[float, dict[str, Tensor], Tensor]:
+    """One backward pass, reduced to a number per sequence, unit and width.
+
+    Args:
+        reduce: (gradient of a sequence's mean loss, ΔW, labels of the sequence) → number.
+
+    Returns:
+        The mean loss, unit → float64 `[sequences, widths]`, and the logits.
+    """
+    labels = batch["labels"][:, 1:] if task_of(model) == "causal-lm" else batch["labels"]
+    counts = (labels.reshape(len(labels), -1) != -100).sum(1).tolist()
+    widths = len(next(iter(schemes.values())))
+    sums = {module.unit: torch.zeros(len(counts), widths, dtype=torch.float64) for module in plan.modules}
+
+    def observe(module: ModulePlan, inputs: Tensor, gradient: Tensor) -> None:
+        if field_of_rows(inputs, batch) is None:
+            raise ModelError(
+                f"{module.name} sees {tuple(inputs.shape)}, not one row for each token; use another method"
+            )
+        changes = _changes(model.get_submodule(module.name), schemes[module.name])
+        rows = (tensor.reshape(len(counts), -1, tensor.shape[-1]) for tensor in (inputs, gradient * len(counts)))
+        for index, (x, delta, count) in enumerate(zip(*rows, counts, strict=True)):
+            of_weight = _gradient_of_weight(x, delta)
+            sums[module.unit][index] += torch.stack([reduce(of_weight, change, count) for change in changes]).cpu()
+
+    with _tapped(model, plan, observe), torch.enable_grad():
+        outputs = forward(model, batch)
+        if not bool(torch.isfinite(outputs.loss)):
+            raise not_finite(model, batch, f"the loss is {outputs.loss.item()}")
+        outputs.loss.backward()
+    for unit, found in sums.items():
+        if not bool(torch.isfinite(found).all()):
+            raise CalibrationError(f"a gradient in {unit} is not finite, though the loss is; try dtype=torch.float32")
+    return outputs.loss.item(), sums, outputs.logits.detach()
+
+
+def _gradient_of_weight(inputs: Tensor, gradient: Tensor) -> Tensor:
+    """δᵀx in float32. Operands in bfloat16 are good enough, because their rounding errors cancel in the sums; float16
+    would underflow."""
+    if inputs.dtype == torch.bfloat16:
+        return (gradient.t() @ inputs).float()
+    return gradient.float().t() @ inputs.float()
+
+
+def _first_order(gradient: Tensor, change: Tensor, _labels: int) -> Tensor:
+    return (gradient * change).sum()
+
+
+def _second_order(gradient: Tensor, change: Tensor, labels: int) -> Tensor:
+    return labels / 2 * (gradient * change).square().sum()
+
+
+def draw_labels(model: PreTrainedModel, batch: Batch, logits: Tensor, uniform: Tensor) -> dict[str, Tensor]:
+    """The same inputs with labels drawn from what the model predicts.
+
+    Args:
+        logits: `[batch, length, vocabulary]`, or `[batch, classes]` of a classifier.
+        uniform: one number in [0, 1) for each label, in the shape of the labels; decides the draw.
+
+    Raises:
+        ModelError: the model's outputs are no classes.
+    """
+    labels = batch["labels"]
+    if logits.shape[-1] < 2 or logits.dim() != labels.dim() + 1:
+        raise ModelError(
+            f"{type(model).__name__} predicts {tuple(logits.shape)} for labels {tuple(labels.shape)}, no classes; use"
+            " estimator='perturbation'"
+        )
+    if task_of(model) == "seq2seq-lm":  # which would be made of the drawn labels otherwise
+        batch = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
+    drawn = torch.empty_like(labels)
+    for index, (row, number) in enumerate(zip(logits, uniform, strict=True)):
+        cumulative = row.float().softmax(-1).cumsum(-1)
+        drawn[index] = torch.searchsorted(
+            cumulative, (number.unsqueeze(-1) * cumulative[..., -1:]), right=True
+        ).squeeze(-1)
+    if task_of(model) == "causal-lm":
+        drawn = torch.cat((labels[:, :1], drawn[:, :-1]), 1)
+    return {**batch, "labels": drawn.clamp(max=logits.shape[-1] - 1).where(labels != -100, labels)}
+
+
+def _uniform(labels: Tensor, seed: int, index: int) -> Tensor:
+    """Numbers for `draw_labels` in the shape of one sequence's labels, whatever its batch and device."""
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.rand(labels.shape[1:], generator=generator)
+
+
+def _changes(module: nn.Module, schemes: Sequence[LayerScheme]) -> list[Tensor]:
+    """ΔW of rounding to nearest under each scheme, float32 `[out_features, in_features]`."""
+    with align_module_device(module):
+        weight = module.weight.detach()
+    matrix = weight.t().contiguous() if isinstance(module, Conv1D) else weight
+    changes = []
+    for scheme in schemes:
+        rounded = quantize(matrix, *fit_grid(matrix, scheme), scheme)
+        changes.append(dequantize(rounded.integers, rounded.scale, rounded.zero_point).float() - matrix.float())
+    return changes
+
+
+class _Tap(torch.autograd.Function):
+    """Passes a layer's outputs on, and in the backward pass shows its inputs and the gradient of its outputs.
+
+    The inputs are saved as any other function saves them, so checkpointing drops and recomputes them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, outputs: Tensor, observe: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.observe = observe
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        with torch.no_grad():
+            ctx.observe(*ctx.saved_tensors, gradient)
+        return None, gradient, None
+
+
+@contextmanager
+def _tapped(
+    model: PreTrainedModel, plan: BitPlan, observe: Callable[[ModulePlan, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Let gradients flow from the embeddings on, through checkpointed blocks, past taps; no parameter gets one."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    blocks = {name: model.get_submodule(name) for name in dict.fromkeys(module.block for module in plan.modules)}
+    own = {name: block.__dict__.get("forward") for name, block in blocks.items()}
+    with ExitStack() as hooks:
+        for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+            hooks.enter_context(embedding.register_forward_hook(lambda *seen: seen[2].requires_grad_()))
+        for module in plan.modules:
+            tap = partial(_tap, partial(observe, module))
+            hooks.enter_context(model.get_submodule(module.name).register_forward_hook(tap))
+        try:
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            for block in blocks.values():
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            yield
+        finally:
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+            for name, block in blocks.items():
+                if own[name] is None:
+                    del block.forward
+                else:
+                    block.forward = own[name]
+
+
+def _tap(
+    observe: Callable[[Tensor, Tensor], None], _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    return _Tap.apply(inputs[0], output, observe)
+
+
+def _slice(batch: Batch, index: int) -> Batch:
+    return {name: tensor[index : index + 1] for name, tensor in batch.items()}

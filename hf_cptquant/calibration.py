@@ -356,6 +356,11 @@ def _check_ids(input_ids: Tensor, facts: ModelFacts) -> None:
 
 
 def batches_on(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The batches, one at a time, on a device."""
+    """The batches, one at a time, on a model's device.
+
+    The device of a model whose embeddings are offloaded is `meta`; accelerate then moves its inputs to where they are
+    needed.
+    """
+    place = torch.device("cpu") if device.type == "meta" else device
     for batch in batches:
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        yield {name: tensor.to(place) for name, tensor in batch.items()}

@@ -54,6 +54,7 @@ def quantize(
     config: CPTQuantConfig,
 ) -> None:
     """Quantize MODEL and write it to a folder."""
+    join_processes()
     check_output(output)
     quantized = load_model(model, dtype, device_map, quantization_config=config)
     if ranks.rank() > 0:
@@ -75,6 +76,7 @@ def sensitivity(
     config: CPTQuantConfig,
 ) -> None:
     """Measure how sensitive the units of MODEL are, without quantizing it."""
+    join_processes()
     for path in (output, plot):
         if path is not None and not path.parent.is_dir():
             raise CPTQuantError(f"the folder of {path} does not exist")
@@ -113,6 +115,14 @@ def demo(
     console.print(table)
     agreement = "bit for bit" if result.reload_difference == 0 else f"to within {result.reload_difference:.3g}"
     console.print(f"Written to {output} and reloaded: the logits agree {agreement}.", highlight=False, soft_wrap=True)
+
+
+def join_processes() -> None:
+    """Under a launcher, become one of its processes; only the first one reports."""
+    ranks.join()
+    if ranks.rank() > 0:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def check_output(folder: Path) -> None:
@@ -159,7 +169,6 @@ def model_class(model: str) -> type[PreTrainedModel]:
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point: our errors become one line on standard error and exit status 1."""
     logging.set_verbosity_warning()
-    ranks.join()
     try:
         return app(args=arguments, prog_name="cptquant")
     except CPTQuantError as error:

@@ -79,7 +79,7 @@ def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
     """Score, plan, and quantize a dense model in place.
 
     Raises:
-        ModelError: a weight holds NaN or infinity, or is offloaded.
+        ModelError: a weight holds NaN or infinity.
         CalibrationError: the loss is not finite.
     """
     check_fits(model, preparation.plan)

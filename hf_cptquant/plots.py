@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from .plan import SensitivityTable
 
+MATRIX_WIDTH = 5.5  # inches
+LABELS = 20  # of blocks, at most
 METRIC_LABELS = {
     "loss": "rise of the loss (nats)",
     "perplexity": "rise of the perplexity",
@@ -27,8 +30,9 @@ def plot_sensitivity(table: SensitivityTable, path: str | Path) -> None:
 
     blocks = list(table.by_block())
     width = max(6.0, 0.16 * len(blocks) + 2)
-    figure = Figure(figsize=(width + (5.5 if table.correlations else 0), 4), layout="constrained", dpi=150)
-    axes = figure.subplots(1, 2 if table.correlations else 1, squeeze=False)[0]
+    figure = Figure(figsize=(width + (MATRIX_WIDTH if table.correlations else 0), 4), layout="constrained", dpi=150)
+    ratios = [width, MATRIX_WIDTH] if table.correlations else [width]
+    axes = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
     _draw_bars(axes[0], table, blocks)
     if table.correlations:
         _draw_matrix(axes[1], table)
@@ -57,7 +61,7 @@ def _draw_bars(axes, table: SensitivityTable, blocks: list[str]) -> None:
     if len(kinds) > 1:
         axes.legend(fontsize="small")
     labels = [block.rpartition(".")[2] for block in blocks]
-    step = max(1, len(blocks) // 16)
+    step = math.ceil(len(blocks) / LABELS)
     axes.set_xticks(range(0, len(blocks), step), labels[::step])
     axes.set_xlabel("block")
     axes.set_ylabel(METRIC_LABELS[table.metric])

@@ -4,6 +4,7 @@ packed."""
 from __future__ import annotations
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -29,8 +30,10 @@ def apply_plan(model: nn.Module, plan: BitPlan, rounding: str = "nearest") -> No
 
 
 def _quantized(module: nn.Module, decision: ModulePlan, rounding: str) -> QuantLinear:
-    quantized = ROUNDINGS[rounding](_matrix(module).detach().contiguous(), decision.scheme)
-    packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module.bias)
+    """The packed module, on the device that computes: an offloaded weight is loaded, and fits once it is packed."""
+    with align_module_device(module):
+        quantized = ROUNDINGS[rounding](_matrix(module).detach().contiguous(), decision.scheme)
+        packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module.bias)
     return packed.train(module.training)
 
 
@@ -44,7 +47,7 @@ def check_fits(model: nn.Module, plan: BitPlan) -> None:
 
     Raises:
         PlanError: the plan names a module that the model does not have, or another shape.
-        ModelError: a weight is not in memory.
+        ModelError: a weight is neither in memory nor offloaded by accelerate.
     """
     modules = dict(model.named_modules())
     for decision in plan.modules:
@@ -61,8 +64,8 @@ def _check_fits(module: nn.Module | None, decision: ModulePlan) -> None:
             f"the plan has shape {(decision.out_features, decision.in_features)}, the model"
             f" {tuple(_matrix(module).shape)}"
         )
-    if module.weight.device.type == "meta":
-        raise ModelError("the weight is offloaded; load the model without offloading to quantize it")
+    if module.weight.device.type == "meta" and not has_offloaded_params(module):
+        raise ModelError("the weight was never loaded; load the model with from_pretrained")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

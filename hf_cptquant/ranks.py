@@ -7,8 +7,10 @@ nobody has to be asked, and exchange what they found once at the end. With a sin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
@@ -16,10 +18,12 @@ from .errors import CPTQuantError
 
 Item = TypeVar("Item")
 
+PATIENCE = timedelta(days=7)  # a share of the work may take longer than any default; who dies is noticed at once
+
 
 def join() -> None:
     """Enter the process group that a launcher describes in the environment; without a launcher, nothing happens."""
-    PartialState()
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 def leave() -> None:

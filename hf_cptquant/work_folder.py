@@ -54,6 +54,7 @@ class Journal:
             _claim(folder, facts)
             for path in sorted(folder.glob("results-*.jsonl")):
                 self.results.update(_read(path))
+            ranks.gather(None)  # and write only after all have looked
             self._file = folder / f"results-{ranks.rank()}.jsonl"
             if self.results:
                 logger.warning(f"Resuming from {folder}: {len(self.results)} results are there already.")
@@ -72,7 +73,7 @@ def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
     """Make a folder this run's, or check that it is."""
     path = folder / FACTS_FILE
     if path.exists():
-        facts, found = json.loads(json.dumps(facts)), json.loads(path.read_text(encoding="utf-8"))
+        facts, found = json.loads(json.dumps(facts)), _facts(path)
         differing = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
         if differing:
             shown = ", ".join(
@@ -80,12 +81,25 @@ def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
             )
             raise ConfigError(f"work_dir {folder} belongs to another run ({shown}); give another folder or delete it")
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"work_dir {folder} is not a folder of an earlier run and not empty; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".new")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"work_dir {folder} is not a folder; give another folder") from error
+    if any(entry != written for entry in folder.iterdir()):
+        raise ConfigError(f"work_dir {folder} is not a folder of an earlier run and not empty; give another folder")
     written.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     written.replace(path)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}; give another folder or delete it") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged: no JSON object; give another folder or delete it")
+    return found
 
 
 def _brief(value: Any) -> str:

@@ -1,5 +1,4 @@
-"""Fixtures: the two real models that PyPI packages carry, small real calibration, tiny random models of every"
-f" architecture."""
+"""Fixtures: the two real models that PyPI packages carry, small real calibration, tiny random models."""
 
 from __future__ import annotations
 

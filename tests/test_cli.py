@@ -1,12 +1,18 @@
 """The commands, as a user types them."""
 
+import dataclasses
+import inspect
 import json
+import re
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hf_cptquant import BitPlan, cli
+from hf_cptquant import BitPlan, CPTQuantConfig, cli
+from hf_cptquant.config import Recipe
 from hf_cptquant.demo import DemoResult
+from hf_cptquant.options import takes_settings
+from hf_cptquant.plan import SensitivityTable
 from hf_cptquant.record import QuantizationRecord
 
 
@@ -75,7 +81,7 @@ def test_help_explains_every_option(command, capsys):
 
 
 BAD = {
-    "method": (["--method", "tdmqp"], "method='tdmqp' is not one of 'pmpq', 'tdmpq'; did you mean 'tdmpq'?"),
+    "method": (["--method", "tdmqp"], "method='tdmqp' is not one of 'cmpq', 'pmpq', 'tdmpq'; did you mean 'tdmpq'?"),
     "bits": (["--bits", "4,7"], "bits=7 is not one of"),
     "bits text": (["--bits", "four"], "--bits four: give numbers with commas"),
     "dataset": (["--dataset", "wikitext3"], "did you mean 'wikitext2'?"),
@@ -133,3 +139,157 @@ def test_demo_shows_what_it_measured(quantized, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     for text in ("14.66", "17.01", "the wheel", "the compass", "agree bit for bit", f"{record.plan.nbytes / 1e6:.1f}"):
         assert text in shown
+
+
+@pytest.fixture
+def measure(tiny_folder, data, tmp_path):
+    """Run `sensitivity` on a tiny BERT; the exit status."""
+
+    def call(*options) -> int:
+        arguments = ["--dataset", data, "--num-samples", 4, "--sequence-length", 32, "--group-size", 32]
+        return run("sensitivity", tiny_folder("bert-mlm"), *arguments, *options)
+
+    return call
+
+
+METHOD_OPTIONS = {
+    "pmpq": ["--method", "pmpq", "--sparsity-levels", "0.5"],
+    "tdmpq": ["--method", "tdmpq", "--metric", "perplexity"],
+    "taylor": ["--estimator", "taylor", "--bits", "3,4,8"],
+    "cmpq": ["--method", "cmpq", "--cca-components", 8],
+}
+
+
+@pytest.mark.parametrize("method", METHOD_OPTIONS)
+def test_sensitivity_writes_prints_and_draws(method, measure, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    output, plot = tmp_path / "table.json", tmp_path / "plot.png"
+    options = ["-o", output, "--plot", plot, "--granularity", "group", *METHOD_OPTIONS[method]]
+    assert measure(*options) == 0
+    table = SensitivityTable.load(output)
+    stored = json.loads(output.read_text())
+    assert stored["scores"] == table.scores
+    assert len(table.scores) == 3 * 4  # blocks of q/k/v, attention output, and two dense layers
+    assert all(type(score) is float for score in stored["scores"].values())
+    assert max(map(abs, stored["scores"].values())) == 1
+    if method == "taylor":
+        assert all(list(costs) == [3, 4, 8] for costs in table.costs.values())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    shown = capsys.readouterr().out
+    rows = {line.split()[1]: line for line in shown.splitlines() if "bert.encoder.layer." in line}
+    assert list(rows) == list(table.raw)
+    for unit, row in rows.items():
+        assert f"{table.raw[unit]:.4g}" in row
+        assert f"{table.scores[unit]:.3f}" in row
+    full = {unit: row.count("█") for unit, row in rows.items()}
+    assert max(full, key=full.get) == max(table.scores, key=table.scores.get)
+    assert max(full.values()) > 10
+    for unit, score in table.scores.items():
+        assert full[unit] == pytest.approx(40 * max(0, score), abs=1)
+    first, middle, last = table.deviations()
+    assert (
+        f"standard deviation from the mean sensitivity: first 30 % of the blocks {first:.3g}, middle {middle:.3g},"
+        f" last 30 % {last:.3g}"
+    ) in shown
+
+
+def test_sensitivity_without_a_plot_writes_only_the_table(measure, tmp_path):
+    before = set(tmp_path.iterdir())
+    assert measure("-o", tmp_path / "table.json") == 0
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {"table.json", "bert-mlm"}
+    assert len(SensitivityTable.load(tmp_path / "table.json").raw) == 3
+
+
+@pytest.mark.parametrize("option", ["-o", "--plot"])
+def test_a_missing_folder_is_told_before_the_model_is_loaded(option, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    options = {"-o": tmp_path / "table.json", "--plot": tmp_path / "plot.png", option: tmp_path / "nowhere" / "file"}
+    arguments = [part for pair in options.items() for part in pair]
+    assert run("sensitivity", tmp_path, *arguments, "--dataset", data) == 1
+    assert f"Error: the folder of {tmp_path / 'nowhere' / 'file'} does not exist" in capsys.readouterr().err
+
+
+def test_sensitivity_goes_on_from_its_work_folder(measure, tmp_path, logged):
+    work = tmp_path / "work"
+    for name in ("first", "second"):
+        assert measure("-o", tmp_path / f"{name}.json", "--work-dir", work) == 0
+    assert "Resuming from" in logged.text
+    assert (tmp_path / "first.json").read_text() == (tmp_path / "second.json").read_text()
+    lines = (work / "tdmpq" / "results-0.jsonl").read_text().split()
+    assert len(lines) == len(set(lines))
+
+
+def test_another_run_in_the_work_folder_is_one_error(measure, tmp_path, capsys):
+    assert measure("-o", tmp_path / "table.json", "--work-dir", tmp_path / "work") == 0
+    (tmp_path / "table.json").unlink()
+    options = ["--work-dir", tmp_path / "work", "--perturbation-scale", 0.5]
+    assert measure("-o", tmp_path / "table.json", *options) == 1
+    error = capsys.readouterr().err
+    assert "perturbation_scale 0.1 there, 0.5 here" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "table.json").exists()
+
+
+@pytest.mark.parametrize("command", ["quantize", "sensitivity"])
+def test_every_setting_is_an_option(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(command, "--help") == 0
+    shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    settings = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Recipe)}
+    assert settings <= shown
+    own = {"--output", "--dtype", "--device-map", "--help", "--asymmetric", "--no-allow-skipped", "--plot"}
+    assert shown - settings <= own
+
+
+def test_options_have_the_defaults_of_the_settings(monkeypatch):
+    @takes_settings
+    def command(*, config) -> None:
+        seen.append(config)
+
+    seen = []
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
+    }
+    command(**defaults)
+    expected = CPTQuantConfig(dataset="wikitext2")
+    assert seen[0].to_dict() == expected.to_dict()
+
+
+def test_every_option_reaches_its_setting():
+    @takes_settings
+    def command(*, config) -> None:
+        seen.append(config.recipe())
+
+    seen = []
+    given = {
+        "method": "pmpq",
+        "metric": "accuracy",
+        "bits": "2,3",
+        "granularity": "module",
+        "allocation": "kmeans",
+        "rounding": "nearest",
+        "group_size": 16,
+        "symmetric": False,
+        "dataset": "some.txt",
+        "tokenizer": "tokenizer",
+        "text_column": "text",
+        "label_column": "label",
+        "num_samples": 3,
+        "sequence_length": 9,
+        "batch_size": 5,
+        "estimator": "taylor",
+        "perturb": "first",
+        "perturbation_scale": 0.25,
+        "sparsity_levels": "0.125,0.5",
+        "cca_components": 7,
+        "cca_samples": 11,
+        "modules_to_not_convert": ["a", "b"],
+        "allow_skipped": True,
+        "work_dir": "work",
+        "seed": 13,
+    }
+    command(**given)
+    converted = {"bits": (2, 3), "sparsity_levels": (0.125, 0.5), "modules_to_not_convert": ("a", "b")}
+    assert given.keys() == {field.name for field in dataclasses.fields(Recipe)}
+    assert seen == [Recipe(**{**given, **converted})]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -357,3 +358,56 @@ def test_missing_files_are_named(tmp_path):
 def test_plan_errors_are_value_errors_of_the_package():
     assert issubclass(PlanError, CPTQuantError)
     assert issubclass(CPTQuantError, ValueError)
+
+
+def scored(values, kinds=("",)) -> SensitivityTable:
+    """A table with given sums of blocks, each split unevenly among some units."""
+    raw, blocks = {}, {}
+    for index, value in enumerate(values):
+        for number, kind in enumerate(kinds):
+            unit = f"layers.{index}{kind}"
+            rest = value + len(kinds) - 1  # the units after the first measured -1 each
+            raw[unit], blocks[unit] = (rest if number == 0 else -1.0), f"layers.{index}"
+    return SensitivityTable("pmpq", "loss", 1.0, raw, blocks, {}, "")
+
+
+KINDS = [("",), (".q", ".o"), (".q", ".o", ".up", ".down")]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=len)
+@pytest.mark.parametrize(
+    ("values", "deviations"),
+    [
+        # the only block is the first and the last, and the mean
+        ([5.0], (0, 0, 0)),
+        # mean 2; nothing lies between the two
+        ([1.0, 3.0], (1, 0, 1)),
+        # mean 2; one block in each part
+        ([0.0, 1.0, 5.0], (2, 1, 3)),
+        # mean -1
+        ([-2.0, -1.5, 0.5], (1, 0.5, 1.5)),
+        # mean 2; 30 % of 4 blocks is about one
+        ([0.0, 1.0, 3.0, 4.0], (2, 1, 2)),
+        # mean 4; three blocks, four, three
+        ([0.0, 1.0, 2.0, 3.0, 5.0, 4.0, 8.0, 5.0, 3.0, 9.0], (29 / 3, 18 / 4, 27 / 3)),
+    ],
+    ids=["1 block", "2 blocks", "3 blocks", "negative", "4 blocks", "10 blocks"],
+)
+def test_deviations_from_the_mean_of_all_blocks(values, deviations, kinds):
+    expected = [math.sqrt(value) for value in deviations] if len(values) == 10 else list(deviations)
+    assert list(scored(values, kinds).deviations()) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=len)
+def test_sensitivity_of_a_block_is_the_sum_of_its_units(kinds):
+    values = [2.5, -1.0, 0.0, 7.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 4.0]
+    table = scored(values, kinds)
+    assert len(table.raw) == len(values) * len(kinds)
+    assert list(table.by_block()) == [f"layers.{index}" for index in range(11)]  # in the model's order: 10 after 9
+    assert list(table.by_block().values()) == pytest.approx(values)
+
+
+def test_sums_follow_the_named_block_and_not_the_units_name():
+    blocks = {"layers.1.a": "layers.1", "layers.10.a": "layers.10", "layers.1.b": "layers.1"}
+    table = SensitivityTable("pmpq", "loss", 1.0, dict(zip(blocks, (1.0, 10.0, 0.5), strict=True)), blocks, {}, "")
+    assert table.by_block() == {"layers.1": 1.5, "layers.10": 10.0}

@@ -51,8 +51,8 @@ def test_a_plan_for_another_model_changes_nothing(change, message):
     assert not packed_modules(model)
 
 
-def test_offloaded_weights_are_an_error():
+def test_weights_that_were_never_loaded_are_an_error():
     with torch.device("meta"):
         model = tiny_model("llama")
-    with pytest.raises(CPTQuantError, match=r"layers.0.self_attn.q_proj: the weight is offloaded"):
+    with pytest.raises(CPTQuantError, match=r"layers.0.self_attn.q_proj: the weight was never loaded"):
         apply_plan(model, plan_for(model))

@@ -12,8 +12,11 @@ without it the few huge activations of a language model's first token would be t
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from .. import ranks
 from ..calibration import CalibrationSet, batches_on
 from ..config import Recipe
 from ..errors import ModelError
+from ..model_view import task_of
 from ..plan import BitPlan, SensitivityTable
 from ..work_folder import fingerprint
 from .engine import backing_off
@@ -50,104 +54,126 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         recipe: `cca_components`, `cca_samples`, `seed`, `work_dir`.
 
     Returns:
-        Per unit 1 minus its mean correlation with the other units of its stack of blocks (the encoder's and the
-        decoder's positions are different tokens), and the correlations of all pairs.
+        Per unit 1 minus its mean correlation with the other units that run over the same tokens (the encoder's or the
+        decoder's), and the correlations of all pairs.
 
     Raises:
-        ModelError: fewer than two units in a stack, or outputs that are not `[batch, length, features]`.
+        ModelError: as `units_by_tokens`; or an output that is not finite.
     """
     settings = {name: getattr(recipe, name) for name in ("cca_components", "cca_samples", "seed")}
     facts = facts_of(model, plan, calibration, {"method": recipe.method, **settings})
-    stacks = units_by_stack(plan)
     journal = open_journal(recipe, facts)
-    for stack, units in stacks.items():
-        if ranks.rank() == 0 and stack not in journal.results:  # a single pass: the other processes wait for it
-            samples = sample_outputs(model, units, calibration, recipe.cca_samples, recipe.seed)
-            journal.add(stack, correlations(samples, recipe.cca_components).tolist())
-    found = {stack: np.array(matrix) for stack, matrix in ranks.gather(journal.results)[0].items()}
-    lacking = {
-        unit: 1 - (row.sum() - 1) / (len(row) - 1)
-        for stack, units in stacks.items()
-        for unit, row in zip(units, found[stack], strict=True)
+    groups = units_by_tokens(model, plan, calibration.batches[0])
+    for field, units in groups.items():
+        key = f"correlations over {field}"
+        if ranks.rank() == 0 and key not in journal.results:  # a single pass: the other processes wait for it
+            samples = sample_outputs(model, units, field, calibration, recipe.cca_samples, recipe.seed)
+            journal.add(key, correlations(samples, recipe.cca_components).tolist())
+    results = ranks.gather(journal.results)[0]
+    found = {
+        unit: dict(zip(units, row, strict=True))
+        for field, units in groups.items()
+        for unit, row in zip(units, results[f"correlations over {field}"], strict=True)
     }
     order = list(dict.fromkeys(module.unit for module in plan.modules))
     return SensitivityTable(
         method=recipe.method,
         metric="correlation",
         base=1.0,
-        raw={unit: float(lacking[unit]) for unit in order},
+        raw={unit: 1 - (math.fsum(found[unit].values()) - 1) / (len(found[unit]) - 1) for unit in order},
         blocks={module.unit: module.block for module in plan.modules},
         settings=settings,
         fingerprint=fingerprint(facts),
-        correlations={
-            unit: dict(zip(units, map(float, row), strict=True))
-            for stack, units in stacks.items()
-            for unit, row in zip(units, found[stack], strict=True)
-        },
+        correlations={unit: found[unit] for unit in order},
     )
 
 
-def units_by_stack(plan: BitPlan) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Stack of blocks → unit → the modules whose outputs are the unit's: the block itself, or its projections.
+@torch.no_grad()
+def units_by_tokens(model: PreTrainedModel, plan: BitPlan, batch: Batch) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The input over whose tokens outputs run → unit → the modules whose outputs are the unit's.
+
+    A unit's outputs are those of its block, or of its projections side by side. In an encoder–decoder the decoder's run
+    over the labels, except the keys and values of its attention to the encoder: where these are part of a larger unit,
+    they are left out. Outputs over different tokens cannot be compared.
 
     Raises:
-        ModelError: a stack has fewer than two units.
+        ModelError: outputs that are not one row for each token, or fewer than two units over the same tokens.
     """
-    stacks: dict[str, dict[str, tuple[str, ...]]] = {}
+    members: dict[str, tuple[str, ...]] = {}
     for module in plan.modules:
-        units = stacks.setdefault(module.block.rpartition(".")[0], {})
         if module.unit == module.block:
-            units[module.unit] = (module.block,)
+            members[module.unit] = (module.block,)
         else:
-            units[module.unit] = (*units.get(module.unit, ()), module.name)
-    for stack, units in stacks.items():
+            members[module.unit] = (*members.get(module.unit, ()), module.name)
+    one = {name: tensor[:1] for name, tensor in batch.items()}
+    if task_of(model) == "seq2seq-lm":
+        one["labels"] = one["labels"][:, : one["input_ids"].shape[1] - 1]  # another length than the inputs'
+    field_of: dict[str, str] = {}
+
+    def look(name: str, output: Any) -> None:
+        field = field_of_rows(_first(output), one)
+        if field is None:
+            raise ModelError(
+                f"{name} gives {tuple(_first(output).shape)}, not one row for each token; use granularity='block'"
+            )
+        field_of[name] = field
+
+    with ExitStack() as hooks:
+        for name in itertools.chain.from_iterable(members.values()):
+            hook = partial(lambda name, *seen: look(name, seen[2]), name)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
+        model(**next(batches_on([one], model.device)))
+    groups: dict[str, dict[str, tuple[str, ...]]] = {}
+    for unit, names in members.items():
+        fields = {field_of[name] for name in names}
+        field = "labels" if "labels" in fields else "input_ids"
+        groups.setdefault(field, {})[unit] = tuple(name for name in names if field_of[name] == field)
+    for field, units in groups.items():
         if len(units) < 2:
             raise ModelError(
-                f"cmpq compares units with one another, and {stack} has only one; use another method or a finer"
-                " granularity"
+                f"cmpq compares units with one another, and {next(iter(units))} is the only one over the {field}; use"
+                " another method or a finer granularity"
             )
-    return stacks
+    return groups
 
 
 @torch.no_grad()
 def sample_outputs(
-    model: PreTrainedModel, units: Mapping[str, Sequence[str]], calibration: CalibrationSet, count: int, seed: int
+    model: PreTrainedModel,
+    units: Mapping[str, Sequence[str]],
+    field: str,
+    calibration: CalibrationSet,
+    count: int,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Outputs of units at the same random positions of the calibration data, padding left out.
 
     Args:
         units: unit → the modules whose outputs, side by side, are its output.
+        field: the input over whose tokens they run.
         count: positions, at most as many as there are.
         seed: of the choice, which does not depend on the batch size.
 
     Returns:
         Unit → `[positions, features]` in the model's dtype, on the CPU.
     """
-    names = [name for members in units.values() for name in members]
+    names = list(itertools.chain.from_iterable(units.values()))
 
     def collect(batches: Sequence[Batch]) -> dict[str, list[Tensor]]:
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
-        chosen: dict[str, list[Tensor]] = {}
+        chosen = _draw(batches, field, count, seed)
 
-        def keep(name: str, batch: int, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            field = field_of_rows(first, batches[batch])
-            if field is None:
-                raise ModelError(
-                    f"{name} gives {tuple(first.shape)}, not one row for each token; use granularity='block'"
-                )
-            if field not in chosen:
-                chosen[field] = _draw(batches, field, count, seed)
-            rows[name].append(first.flatten(0, -2)[chosen[field][batch].to(first.device)].cpu())
+        def keep(name: str, positions: Tensor, *seen: Any) -> None:
+            output = _first(seen[2])
+            rows[name].append(output.flatten(0, -2)[positions.to(output.device)].cpu())
 
-        for index, batch in enumerate(logging.tqdm(batches, desc="Collecting outputs", disable=ranks.rank() > 0)):
+        bar = logging.tqdm(chosen, desc="Collecting outputs", disable=ranks.rank() > 0)
+        for batch, positions in zip(batches_on(batches, model.device), bar, strict=True):
             with ExitStack() as hooks:
                 for name in names:
-                    module = model.get_submodule(name)
-                    hooks.enter_context(
-                        module.register_forward_hook(lambda *seen, name=name, index=index: keep(name, index, seen[2]))
-                    )
-                model(**next(batches_on([batch], model.device)))
+                    hook = partial(keep, name, positions)
+                    hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
+                model(**batch)
         return rows
 
     rows = {name: torch.cat(parts) for name, parts in backing_off(collect, calibration.batches).items()}
@@ -155,6 +181,10 @@ def sample_outputs(
         if not bool(torch.isfinite(rows[name]).all()):
             raise not_finite(model, calibration.batches[0], f"{name} gives NaN or infinity on the calibration data")
     return {unit: torch.cat([rows[name] for name in members], 1) for unit, members in units.items()}
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _draw(batches: Sequence[Batch], field: str, count: int, seed: int) -> list[Tensor]:

@@ -10,6 +10,7 @@ behind it together, as one larger batch, where batches are small.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
@@ -172,14 +173,12 @@ class SuffixRunner:
 
     def _figure(self, values: Sequence[float], block: str | None) -> float:
         average = mean(values, [len(batch["input_ids"]) for batch in self._batches])
-        if not abs(average) < float("inf"):
+        figure = self._metric.of_mean(average)
+        if not math.isfinite(figure):
             where = "the unchanged model" if block is None else f"a change to {block}"
-            raise not_finite(
-                self._model,
-                self._batches[0],
-                f"{where} gives a {self._metric.name} of {average} on the calibration data",
-            )
-        return self._metric.of_mean(average)
+            what = f"{where} gives a {self._metric.name} of {figure} on the calibration data"
+            raise not_finite(self._model, self._batches[0], what)
+        return figure
 
 
 def running_order(model: PreTrainedModel, batch: Batch, blocks: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..model_view import task_of
 
 Batch = Mapping[str, Tensor]
 
+LARGEST_LOSS = math.log(sys.float_info.max)
 LOSS_CHUNK = 2**21  # logits that are turned into float32 at a time: 8 MiB, which stays in a CPU's cache
 
 
@@ -71,9 +73,13 @@ def batch_accuracy(model: PreTrainedModel, batch: Batch) -> float:
     return float((predicted == labels)[counted].double().mean())
 
 
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf * loss  # NaN stays NaN
+
+
 METRICS = {
     "loss": Metric("loss", batch_loss, float, 1),
-    "perplexity": Metric("perplexity", batch_loss, math.exp, 1),
+    "perplexity": Metric("perplexity", batch_loss, _perplexity, 1),
     "accuracy": Metric("accuracy", batch_accuracy, float, -1),
 }
 
@@ -128,7 +134,8 @@ def not_finite(model: PreTrainedModel, batch: Batch, what: str) -> CalibrationEr
         for name, module in model.named_modules():
             if name:
                 hooks.enter_context(module.register_forward_hook(lambda *seen, name=name: look(name, seen[2])))
-        batch_loss(model, next(batches_on([batch], model.device)))
+        with torch.no_grad():
+            forward(model, next(batches_on([batch], model.device)))
     place = (
         f"the output of {found[0]} is the first that holds NaN or infinity"
         if found

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .. import ranks
 from ..calibration import CalibrationSet, batches_on
 from ..config import Recipe
+from ..errors import CalibrationError
 from ..plan import BitPlan, SensitivityTable
 from ..work_folder import Journal, fingerprint
 from .engine import SuffixRunner, backing_off
@@ -60,15 +61,14 @@ def score_by_change(
     block_of = {module.unit: module.block for module in plan.modules}
     batches = with_labels(model, calibration.batches)
     runner = SuffixRunner(model, batches, list(dict.fromkeys(block_of.values())), metric)
-    if UNCHANGED not in journal.results:
-        journal.add(UNCHANGED, runner.measure())
     in_order = sorted(units, key=lambda unit: runner.order.index(block_of[unit]))  # stable: the plan's order in a block
-    remaining = [unit for unit in ranks.share(in_order) if unit not in journal.results]
-    work = {unit: len(levels) * (len(runner.order) - runner.order.index(block_of[unit])) for unit in remaining}
+    own = [UNCHANGED, *ranks.share(in_order)]
+    remaining = [unit for unit in own if unit not in journal.results]
+    work = {unit: _blocks_to_run(runner.order, block_of.get(unit), len(levels)) for unit in remaining}
     with logging.tqdm(total=sum(work.values()), desc="Scoring units", unit="block", disable=ranks.rank() > 0) as bar:
         for unit, blocks in work.items():
-            changes = [partial(change, units[unit], level) for level in levels]
-            journal.add(unit, runner.measure(block_of[unit], changes))
+            changes = [partial(change, units[unit], level) for level in levels] if unit in units else []
+            journal.add(unit, runner.measure(block_of.get(unit), changes))
             bar.update(blocks)
     measured = {key: result for found in reversed(ranks.gather(journal.results)) for key, result in found.items()}
     (base,) = measured[UNCHANGED]
@@ -83,6 +83,11 @@ def score_by_change(
     )
 
 
+def _blocks_to_run(order: Sequence[str], block: str | None, variants: int) -> int:
+    """Work of measuring a unit: later blocks have shorter suffixes, and the progress bar foretells the end."""
+    return len(order) if block is None else variants * (len(order) - order.index(block))
+
+
 def modules_by_unit(model: nn.Module, plan: BitPlan) -> dict[str, dict[str, nn.Module]]:
     """Unit → name → module, in the plan's order."""
     units: dict[str, dict[str, nn.Module]] = {}
@@ -92,9 +97,18 @@ def modules_by_unit(model: nn.Module, plan: BitPlan) -> dict[str, dict[str, nn.M
 
 
 def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[Batch, ...]:
-    """The batches, with the model's own predictions as labels where there are none (classifiers)."""
+    """The batches, with the model's own predictions as labels where there are none (classifiers).
+
+    Raises:
+        CalibrationError: there are none, and the model does not predict one class out of several.
+    """
     if all("labels" in batch for batch in batches):
         return tuple(batches)
+    if model.num_labels < 2 or model.config.problem_type == "multi_label_classification":
+        raise CalibrationError(
+            f"the calibration data have no labels, and {type(model).__name__} predicts no single class that could stand"
+            " for them; set label_column"
+        )
     logger.info("The calibration data have no labels: the model is measured against its own predictions.")
 
     @torch.no_grad()
@@ -107,7 +121,8 @@ def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[Batch
 
 def open_journal(recipe: Recipe, facts: Mapping[str, Any]) -> Journal:
     """The results in the recipe's work folder, in a folder of the method's own."""
-    return Journal(None if recipe.work_dir is None else Path(recipe.work_dir) / recipe.method, facts)
+    name = "-".join(facts[key] for key in ("method", "estimator") if key in facts)
+    return Journal(None if recipe.work_dir is None else Path(recipe.work_dir) / name, facts)
 
 
 def facts_of(

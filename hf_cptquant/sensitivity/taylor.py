@@ -17,6 +17,7 @@ the blocks there are only one block's activations and one layer's gradient.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,10 +41,8 @@ from ..model_view import task_of
 from ..plan import BitPlan, LayerScheme, ModulePlan, SensitivityTable, scheme_for
 from ..work_folder import fingerprint
 from .engine import backing_off
-from .metrics import Batch, field_of_rows, forward, not_finite
+from .metrics import Batch, field_of_rows, forward, mean_loss, not_finite
 from .scoring import facts_of, open_journal, with_labels
-
-UNIFORM = "uniform numbers"  # travels with a batch, so that it is split as the batch is
 
 
 def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe) -> SensitivityTable:
@@ -72,20 +71,19 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         for module in plan.modules
     }
     batches = with_labels(model, calibration.batches)
-    sequences = [_slice(batch, index) for batch in batches for index in range(len(batch["input_ids"]))]
-    pending = [index for index in ranks.share(range(len(sequences))) if f"sequence {index}" not in journal.results]
-    size = len(batches[0]["input_ids"])
-    with logging.tqdm(total=len(pending), desc="Scoring units", unit="sequence", disable=ranks.rank() > 0) as bar:
-        for start in range(0, len(pending), size):
-            chosen = pending[start : start + size]
-            batch = {name: torch.cat([sequences[index][name] for index in chosen]) for name in sequences[0]}
-            uniform = torch.stack([_uniform(sequences[index]["labels"], recipe.seed, index) for index in chosen])
-            measured = _measured(model, plan, schemes, {**batch, UNIFORM: uniform})
-            for index, result in zip(chosen, measured, strict=True):
-                journal.add(f"sequence {index}", result)
-            bar.update(len(chosen))
-    found = {key: result for results in ranks.gather(journal.results) for key, result in results.items()}
-    results = [found[f"sequence {index}"] for index in range(len(sequences))]
+    ends = itertools.accumulate(len(batch["input_ids"]) for batch in batches)
+    spans = [
+        (f"sequences {end - len(batch['input_ids'])} to {end - 1}", end - len(batch["input_ids"]), batch)
+        for end, batch in zip(ends, batches, strict=True)
+    ]
+    pending = [span for span in ranks.share(spans) if span[0] not in journal.results]
+    total = sum(len(batch["input_ids"]) for _, _, batch in pending)
+    with logging.tqdm(total=total, desc="Scoring units", unit="sequence", disable=ranks.rank() > 0) as bar:
+        for key, start, batch in pending:
+            journal.add(key, _measured(model, plan, schemes, batch, start, recipe.seed))
+            bar.update(len(batch["input_ids"]))
+    found = {key: result for gathered in ranks.gather(journal.results) for key, result in gathered.items()}
+    results = [result for key, _, _ in spans for result in found[key]]
     costs = {
         unit: {
             bits: math.fsum(sum(result["terms"][unit][index]) for result in results) / len(results)
@@ -106,25 +104,36 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
 
 
 def _measured(
-    model: PreTrainedModel, plan: BitPlan, schemes: Mapping[str, Sequence[LayerScheme]], batch: Batch
+    model: PreTrainedModel,
+    plan: BitPlan,
+    schemes: Mapping[str, Sequence[LayerScheme]],
+    batch: Batch,
+    start: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    """Per sequence, the loss (of the batch) and per unit and width the terms [⟨g_s, ΔW⟩, ½ ΔWᵀ F_s ΔW]."""
+    """Per sequence, the loss (of its batch) and per unit and width the terms [⟨g_s, ΔW⟩, ½ ΔWᵀ F_s ΔW].
+
+    Args:
+        start: number of the batch's first sequence, which with the seed decides the drawn labels.
+    """
+
+    if not any(schemes.values()):  # nothing to price, only the loss to measure
+        terms: dict[str, list[float]] = {module.unit: [] for module in plan.modules}
+        loss = mean_loss(model, [batch])
+        return [{"loss": loss, "terms": terms} for _ in batch["input_ids"]]
 
     def work(parts: Sequence[Batch]) -> list[dict[str, Any]]:
-        results = []
+        results: list[dict[str, Any]] = []
         for part in batches_on(parts, model.device):
-            given = {name: tensor for name, tensor in part.items() if name != UNIFORM}
-            loss, first, logits = _reduced(model, plan, schemes, given, _first_order)
-            drawn = draw_labels(model, given, logits, part[UNIFORM])
-            _, second, _ = _reduced(model, plan, schemes, drawn, _second_order)
+            loss, first, logits = _reduced(model, plan, schemes, part, _first_order)
+            size = len(part["input_ids"])
+            numbers = range(start + len(results), start + len(results) + size)
+            uniform = torch.stack([_uniform(part["labels"], seed, number) for number in numbers]).to(logits.device)
+            _, second, _ = _reduced(model, plan, schemes, draw_labels(model, part, logits, uniform), _second_order)
+            terms = {unit: torch.stack((first[unit], second[unit]), -1) for unit in first}
             results += [
-                {
-                    "loss": loss,
-                    "terms": {
-                        unit: torch.stack((first[unit][index], second[unit][index]), -1).tolist() for unit in first
-                    },
-                }
-                for index in range(len(part["input_ids"]))
+                {"loss": loss, "terms": {unit: found[index].tolist() for unit, found in terms.items()}}
+                for index in range(size)
             ]
         return results
 
@@ -156,13 +165,13 @@ def _reduced(
             raise ModelError(
                 f"{module.name} sees {tuple(inputs.shape)}, not one row for each token; use another method"
             )
-        changes = _changes(model.get_submodule(module.name), schemes[module.name])
+        changes = rounding_errors(model.get_submodule(module.name), schemes[module.name])
         rows = (tensor.reshape(len(counts), -1, tensor.shape[-1]) for tensor in (inputs, gradient * len(counts)))
         for index, (x, delta, count) in enumerate(zip(*rows, counts, strict=True)):
-            of_weight = _gradient_of_weight(x, delta)
+            of_weight = gradient_of_weight(x, delta)
             sums[module.unit][index] += torch.stack([reduce(of_weight, change, count) for change in changes]).cpu()
 
-    with _tapped(model, plan, observe), torch.enable_grad():
+    with tapped(model, plan, observe), torch.enable_grad():
         outputs = forward(model, batch)
         if not bool(torch.isfinite(outputs.loss)):
             raise not_finite(model, batch, f"the loss is {outputs.loss.item()}")
@@ -173,7 +182,7 @@ def _reduced(
     return outputs.loss.item(), sums, outputs.logits.detach()
 
 
-def _gradient_of_weight(inputs: Tensor, gradient: Tensor) -> Tensor:
+def gradient_of_weight(inputs: Tensor, gradient: Tensor) -> Tensor:
     """δᵀx in float32. Operands in bfloat16 are good enough, because their rounding errors cancel in the sums; float16
     would underflow."""
     if inputs.dtype == torch.bfloat16:
@@ -219,13 +228,13 @@ def draw_labels(model: PreTrainedModel, batch: Batch, logits: Tensor, uniform: T
 
 
 def _uniform(labels: Tensor, seed: int, index: int) -> Tensor:
-    """Numbers for `draw_labels` in the shape of one sequence's labels, whatever its batch and device."""
+    """Numbers for `draw_labels` in the shape of one sequence's labels: the same whatever its batch and device."""
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.rand(labels.shape[1:], generator=generator)
 
 
-def _changes(module: nn.Module, schemes: Sequence[LayerScheme]) -> list[Tensor]:
+def rounding_errors(module: nn.Module, schemes: Sequence[LayerScheme]) -> list[Tensor]:
     """ΔW of rounding to nearest under each scheme, float32 `[out_features, in_features]`."""
     with align_module_device(module):
         weight = module.weight.detach()
@@ -257,11 +266,11 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def _tapped(
+def tapped(
     model: PreTrainedModel, plan: BitPlan, observe: Callable[[ModulePlan, Tensor, Tensor], None]
 ) -> Iterator[None]:
     """Let gradients flow from the embeddings on, through checkpointed blocks, past taps; no parameter gets one."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wanted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     blocks = {name: model.get_submodule(name) for name in dict.fromkeys(module.block for module in plan.modules)}
     own = {name: block.__dict__.get("forward") for name, block in blocks.items()}
     with ExitStack() as hooks:
@@ -271,14 +280,14 @@ def _tapped(
             tap = partial(_tap, partial(observe, module))
             hooks.enter_context(model.get_submodule(module.name).register_forward_hook(tap))
         try:
-            for parameter in wanted:
-                parameter.requires_grad_(False)
+            for name in wanted:
+                model.get_parameter(name).requires_grad_(False)
             for block in blocks.values():
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             yield
         finally:
-            for parameter in wanted:
-                parameter.requires_grad_(True)
+            for name in wanted:  # by name: accelerate makes new parameters of offloaded ones
+                model.get_parameter(name).requires_grad_(True)
             for name, block in blocks.items():
                 if own[name] is None:
                     del block.forward
@@ -290,7 +299,3 @@ def _tap(
     observe: Callable[[Tensor, Tensor], None], _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
     return _Tap.apply(inputs[0], output, observe)
-
-
-def _slice(batch: Batch, index: int) -> Batch:
-    return {name: tensor[index : index + 1] for name, tensor in batch.items()}

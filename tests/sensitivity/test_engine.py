@@ -135,7 +135,7 @@ def test_a_weight_that_is_not_finite_is_named(tokens, minilm):
     model = tiny_model("llama")
     model.lm_head.weight.data[3, 5] = float("nan")
     recipe = recipe_for("llama", tokens)
-    with pytest.raises(CPTQuantError, match="unchanged model gives a loss of nan.*lm_head.weight holds NaN"):
+    with pytest.raises(CPTQuantError, match=r"unchanged model gives a loss of nan.*lm_head.weight holds NaN"):
         METHODS["tdmpq"](model, view_model(model).plan("block"), calibration_for(model, recipe, minilm), recipe)
 
 

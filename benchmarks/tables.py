@@ -1,0 +1,64 @@
+"""The README's tables of measurements, made from `benchmarks/results/*.json`.
+
+uv run python benchmarks/tables.py     # rewrites README.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+METHOD_LABELS = {
+    "tdmpq, taylor": '`tdmpq`, `estimator="taylor"`',
+    "tdmpq, perturbation": '`tdmpq`, `estimator="perturbation"`',
+    "pmpq": "`pmpq`",
+    "cmpq": "`cmpq`",
+    "outputs": "Σ(δ·Δy)², as in ModelOpt's auto_quantize",
+    "absolute": "Σ\\|g·ΔW\\|, as in AutoRound's AutoScheme",
+    "empirical": "Σ g²·ΔW² (empirical Fisher)",
+    "HIGGS": "noise × relative error, as in HIGGS",
+    "relative": "‖ΔW‖² / ‖W‖²",
+    "error": "‖ΔW‖²",
+    "random": "random",
+}
+
+
+def sensitivity_table(result: dict[str, Any]) -> str:
+    """Methods by their rank correlation with the measured rise of the loss."""
+    found = result["results"]
+    lines = [
+        "| score | Spearman, 4 bits | Spearman, 3 bits | s per 10,000 tokens | peak MB |",
+        "|---|---|---|---|---|",
+        f"| measured one by one (the oracle) | 1 | 1 | {found['oracle_seconds'] * 1e4 / result['tokens']:.0f} | – |",
+    ]
+    for name, label in METHOD_LABELS.items():
+        method = found["methods"][name]
+        cost = (
+            (f"{method['seconds_per_10k_tokens']:.0f}", f"{method['peak_mb']}") if "seconds" in method else ("–", "–")
+        )
+        correlations = (f"{method[f'spearman_{width}_bits']:.2f}" for width in (4, 3))
+        lines.append(f"| {label} | {' | '.join((*correlations, *cost))} |")
+    return "\n".join(lines)
+
+
+TABLES = {"sensitivity": sensitivity_table}
+
+
+def with_tables(readme: str) -> str:
+    """The text with every table between its markers (`<!-- table: name -->`, `<!-- end -->`) made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        name = match[1]
+        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        return f"<!-- table: {name} -->\n{TABLES[name](result)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", made, readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")

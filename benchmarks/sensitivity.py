@@ -37,7 +37,8 @@ from hf_cptquant.plan import BitPlan, ModulePlan, scheme_for
 from hf_cptquant.rounding.nearest import round_nearest
 from hf_cptquant.sensitivity.engine import SuffixRunner, changed_weights
 from hf_cptquant.sensitivity.metrics import METRICS, forward
-from hf_cptquant.sensitivity.taylor import gradient_of_weight, rounding_errors, tapped
+from hf_cptquant.sensitivity.rounding_errors import rounding_errors
+from hf_cptquant.sensitivity.taylor import gradient_of_weight, tapped
 from hf_cptquant.sensitivity.tdmpq import perturbed
 
 SEQUENCES, LENGTH, BATCH = 8, 256, 8
@@ -234,6 +235,7 @@ def main() -> None:
     """Run every part, write the result file, print it as the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="text file, tokenized once")
+    parser.add_argument("--work-dir", type=Path, help="keep finished parts here, and do not run them again")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -246,10 +248,15 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(arguments.text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"]
         torch.save(ids[0, : SEQUENCES * LENGTH].view(SEQUENCES, LENGTH).clone(), Path(folder) / "tokens.pt")
+        work = arguments.work_dir or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
         for name in PARTS:
-            command = [sys.executable, __file__, "--part", name, "--folder", folder]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            parts[name] = json.loads(output.splitlines()[-1])
+            finished = work / f"part {name}.json"
+            if not finished.exists():
+                command = [sys.executable, __file__, "--part", name, "--folder", folder]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                finished.write_text(output.splitlines()[-1], encoding="utf-8")
+            parts[name] = json.loads(finished.read_text(encoding="utf-8"))
             print(
                 f"{name}: {parts[name]['seconds']:.1f} s, {parts[name]['peak_mb']:.0f} MB", file=sys.stderr, flush=True
             )

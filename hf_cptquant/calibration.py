@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .config import HUB_DATASETS, WAYS_WITHOUT_NETWORK, Recipe
 from .errors import CalibrationError
+from .recipe import HUB_DATASETS, WAYS_WITHOUT_NETWORK, Recipe
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 

@@ -1,165 +1,23 @@
-"""`CPTQuantConfig`: the shell that transformers handles, and `Recipe`: what the rest of the package reads.
+"""`CPTQuantConfig`: the settings as transformers handles them.
 
 transformers wants a mutable object with `to_dict`; the pipeline wants a checked, frozen value. So the config only
-collects settings and turns them into a `Recipe`, which is where every rule about names, types, ranges and combinations
-stands. After quantization the config carries the finished checkpoint section, which it hands out verbatim and without
-understanding it.
+collects settings and turns them into a `Recipe` (`recipe.py`). After quantization the config carries the finished
+checkpoint section, which it hands out verbatim and without understanding it.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
+from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import ConfigError
-
-METHOD_NAMES = ("cmpq", "pmpq", "tdmpq")
-ESTIMATOR_NAMES = ("perturbation", "taylor")
-METRIC_NAMES = ("loss", "perplexity", "accuracy")
-ALLOCATION_NAMES = ("kmeans",)
-GRANULARITY_NAMES = ("block", "group", "module")
-ROUNDING_NAMES = ("nearest",)
-PERTURB_NAMES = ("all", "first")
-_LEAST = {"num_samples": 1, "sequence_length": 8, "cca_components": 1, "cca_samples": 2, "seed": 0}
-BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 16)
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
-HUB_DATASETS = ("wikitext2", "c4", "imdb")
-FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-WAYS_WITHOUT_NETWORK = (
-    f"a list of strings, a path to a file ({', '.join(FILE_SUFFIXES)}), a datasets.Dataset, or token tensors"
-)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The checked settings of one quantization; see `CPTQuantConfig` for their meaning.
-
-    Raises:
-        ConfigError: a setting has a wrong type, range or combination.
-    """
-
-    method: str = "tdmpq"
-    bits: tuple[int, ...] = (4, 8, 16)
-    allocation: str = "kmeans"
-    granularity: str = "block"
-    group_size: int = 128
-    symmetric: bool = True
-    rounding: str = "nearest"
-    metric: str = "loss"
-    estimator: str = "perturbation"
-    perturb: str = "all"
-    perturbation_scale: float = 0.1
-    sparsity_levels: tuple[float, ...] = (0.3, 0.5, 0.7)
-    cca_components: int = 64
-    cca_samples: int = 4096
-    dataset: Any = None
-    tokenizer: Any = None
-    text_column: str | None = None
-    label_column: str | None = None
-    num_samples: int = 128
-    sequence_length: int = 2048
-    batch_size: int | None = None
-    modules_to_not_convert: tuple[str, ...] | None = None
-    allow_skipped: bool = False
-    work_dir: str | os.PathLike[str] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHOD_NAMES)
-        _check_choice("allocation", self.allocation, ALLOCATION_NAMES)
-        _check_choice("granularity", self.granularity, GRANULARITY_NAMES)
-        _check_choice("rounding", self.rounding, ROUNDING_NAMES)
-        _check_choice("metric", self.metric, METRIC_NAMES)
-        _check_choice("estimator", self.estimator, ESTIMATOR_NAMES)
-        _check_choice("perturb", self.perturb, PERTURB_NAMES)
-        _check_choice("group_size", self.group_size, GROUP_SIZES)
-        _check_choice("symmetric", self.symmetric, (True, False))
-        _check_choice("allow_skipped", self.allow_skipped, (True, False))
-        for width in self.bits or ():
-            _check_choice("bits", width, BIT_WIDTHS)
-        if not self.bits or len(set(self.bits)) != len(self.bits):
-            raise ConfigError(f"bits={self.bits!r} must name at least one bit width, each once")
-        for name, least in _LEAST.items():
-            _check_integer(name, getattr(self, name), least)
-        if self.batch_size is not None:
-            _check_integer("batch_size", self.batch_size, 1)
-        scale = self.perturbation_scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-            raise ConfigError(f"perturbation_scale={scale!r} must be a positive number")
-        levels = self.sparsity_levels
-        if not levels or not all(isinstance(level, float) and 0 < level < 1 for level in levels):
-            raise ConfigError(f"sparsity_levels={levels!r} must be a list of numbers between 0 and 1")
-        if self.metric != "loss" and (self.method == "cmpq" or (self.method, self.estimator) == ("tdmpq", "taylor")):
-            raise ConfigError(
-                f"metric={self.metric!r} cannot be had with method={self.method!r}"
-                + (
-                    ", which measures correlations"
-                    if self.method == "cmpq"
-                    else " and estimator='taylor', which expands the loss"
-                )
-                + "; use metric='loss'"
-            )
-        if not isinstance(self.work_dir, (str, os.PathLike, type(None))):
-            raise ConfigError(f"work_dir={self.work_dir!r} must be a folder")
-        for name in ("text_column", "label_column"):
-            if not isinstance(getattr(self, name), (str, type(None))):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be the name of a column")
-        if not all(isinstance(pattern, str) for pattern in self.modules_to_not_convert or ()):
-            raise ConfigError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of strings")
-        if isinstance(self.tokenizer, (bool, int, float)):
-            raise ConfigError(f"tokenizer={self.tokenizer!r} must be a name, a path or a tokenizer")
-        _check_dataset(self.dataset)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. Objects that JSON cannot hold (datasets, tensors, tokenizers) become None."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain["bits"], plain["sparsity_levels"] = list(self.bits), list(self.sparsity_levels)
-        plain["dataset"] = _plain_dataset(self.dataset)
-        plain["work_dir"] = None if self.work_dir is None else os.fspath(self.work_dir)
-        plain["tokenizer"] = os.fspath(self.tokenizer) if isinstance(self.tokenizer, (str, os.PathLike)) else None
-        if self.modules_to_not_convert is not None:
-            plain["modules_to_not_convert"] = list(self.modules_to_not_convert)
-        return plain
-
-
-def _plain_dataset(dataset: Any) -> str | list[str] | None:
-    if isinstance(dataset, (str, os.PathLike)):
-        return os.fspath(dataset)
-    if isinstance(dataset, (list, tuple)) and all(isinstance(text, str) for text in dataset):
-        return list(dataset)
-    return None
-
-
-def _nearest(name: object, choices: tuple[Any, ...]) -> str:
-    match = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
-def _check_choice(setting: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
-        listed = ", ".join(map(repr, choices))
-        raise ConfigError(f"{setting}={value!r} is not one of {listed}{_nearest(value, choices)}")
-
-
-def _check_integer(setting: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{setting}={value!r} must be a whole number of at least {least}")
-
-
-def _check_dataset(dataset: Any) -> None:
-    if isinstance(dataset, (bool, int, float, bytes, Mapping)):
-        raise ConfigError(f"dataset={dataset!r} must be one of {', '.join(HUB_DATASETS)}, or {WAYS_WITHOUT_NETWORK}")
-    if isinstance(dataset, str) and dataset not in HUB_DATASETS and not dataset.endswith(FILE_SUFFIXES):
-        raise ConfigError(
-            f"dataset={dataset!r} is neither one of {', '.join(HUB_DATASETS)} nor a file ending in"
-            f" {', '.join(FILE_SUFFIXES)}{_nearest(dataset, HUB_DATASETS)}"
-        )
+from .recipe import BUDGETS, Recipe, nearest_name
 
 
 class CPTQuantConfig(QuantizationConfigMixin):
@@ -167,21 +25,38 @@ class CPTQuantConfig(QuantizationConfigMixin):
 
     Args:
         method: how sensitivity is measured. `"tdmpq"`: the rise of the loss when the weights of a unit are disturbed
-            (arXiv 2412.03599 §3.4). `"pmpq"`: the rise of the loss when they are pruned (§3.3).
+            (arXiv 2412.03599 §3.4). `"pmpq"`: the rise of the loss when they are pruned (§3.3). `"cmpq"`: how little
+            its outputs correlate with those of the other units (§3.2).
         bits: the bit widths to choose from: 2, 3, 4, 5, 6, 8, 16 (16 leaves a weight as it came).
-        allocation: `"kmeans"`: as many clusters of the scores as there are bit widths, most sensitive → most bits
-            (§3.2).
+        allocation: `"kmeans"` or `"k-harmonic-means"`: as many clusters of the scores as there are bit widths, most
+            sensitive → most bits (§3.2); `"integer"`: the least predicted rise of the loss in a budget, by an exact
+            integer program (equations 4 and 5). By default the integer program with a budget, k-means without.
         granularity: what gets one decision: `"block"` (a transformer layer, the paper), `"group"` (projections that
-            inference engines fuse, such as q/k/v, and each other projection alone) or `"module"`. Default `"block"`.
+            inference engines fuse, such as q/k/v, and each other projection alone) or `"module"`. By default `"group"`
+            with a budget, `"block"` without.
+        target_bits: budget in bits per quantizable weight, scales and zero points included.
+        target_size: budget in bytes of the whole checkpoint, embeddings included: a number, `"300MB"`, `"3GiB"`.
+        target_compression: budget as a compression ratio of the whole checkpoint.
+        max_loss_increase: instead of a budget in bytes, the largest predicted rise of the loss (nats); the smallest
+            model within it is chosen. Needs `estimator="taylor"`.
+        bits_override: pattern of module names (`"*.down_proj"`, `"model.layers.0.*"`) → bits, decided beforehand.
+        regularization: λ of equations 4 and 5, the weight of the relative squared rounding error beside the predicted
+            rise of the loss.
         group_size: input features that share a scale below 8 bits: 16 to 256, or -1 for one scale per output channel.
             Where it does not divide a layer, the largest of 128, 64, 32 below it that does. 8 bits are per channel.
         symmetric: without zero points. The scale is then signed, which uses all levels. `False` stores zero points,
             which plain transformers cannot load with compressed-tensors 0.18 to 0.20 (they load with this package).
         rounding: `"nearest"` (equation 1).
+        metric: what a disturbed or pruned model is measured by: `"loss"`, `"perplexity"`, or `"accuracy"` (classes by
+            `label_column`, masked or next tokens), over sequences, so that a ragged last batch counts by its size.
+        estimator: of `"tdmpq"`. `"taylor"`: first- and second-order terms of the loss for the rounding errors of every
+            bit width, from two backward passes; `"perturbation"`: the paper's algorithm 3, noise on the weights. By
+            default Taylor for the loss, and the perturbation for other metrics.
         perturb: disturb `"all"` quantizable weights of a unit or, as the paper says, the `"first"`.
         perturbation_scale: standard deviation of the disturbance relative to the root mean square of the weight; 0.1 is
             about the error of 4-bit rounding.
         sparsity_levels: shares of a unit's weights that `"pmpq"` prunes; the score is the mean over them.
+        cca_components, cca_samples: principal components of each unit, and tokens, that `"cmpq"` correlates.
         dataset: calibration data: `"wikitext2"`, `"c4"` or `"imdb"` from the Hub; a path to a text, JSON Lines or
             Parquet file; a list of strings; a `datasets.Dataset`; or token tensors `[sequences, length]`.
         tokenizer: name, path or object; by default the model's own.
@@ -192,6 +67,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         batch_size: sequences at a time; by default as many as keep the logits within 1 GiB. Scores do not depend on it.
         modules_to_not_convert: names, suffixes or regular expressions of modules to leave alone.
         allow_skipped: accept that most of the weights of the blocks are in modules that cannot be quantized.
+        work_dir: folder where every finished measurement is written at once; a run that was killed goes on from it.
         seed: of the choice of windows, the masking and the disturbances.
 
     After `from_pretrained` the model's `config.quantization_config` is a `CPTQuantConfig` whose `to_dict()` is what
@@ -209,11 +85,17 @@ class CPTQuantConfig(QuantizationConfigMixin):
         bits: tuple[int, ...] | list[int] = (4, 8, 16),
         allocation: str | None = None,
         granularity: str | None = None,
+        target_bits: float | None = None,
+        target_size: int | str | None = None,
+        target_compression: float | None = None,
+        max_loss_increase: float | None = None,
+        bits_override: Mapping[str, int] | None = None,
+        regularization: float = 0.0,
         group_size: int = 128,
         symmetric: bool = True,
         rounding: str = "nearest",
         metric: str = "loss",
-        estimator: str = "perturbation",
+        estimator: str | None = None,
         perturb: str = "all",
         perturbation_scale: float = 0.1,
         sparsity_levels: tuple[float, ...] | list[float] = (0.3, 0.5, 0.7),
@@ -237,12 +119,18 @@ class CPTQuantConfig(QuantizationConfigMixin):
         if unknown:
             name = next(iter(unknown))
             raise ConfigError(
-                f"CPTQuantConfig has no setting {name!r}{_nearest(name, tuple(f.name for f in fields(Recipe)))}"
+                f"CPTQuantConfig has no setting {name!r}{nearest_name(name, tuple(f.name for f in fields(Recipe)))}"
             )
         self.method = method
         self.bits = bits
         self.allocation = allocation
         self.granularity = granularity
+        self.target_bits = target_bits
+        self.target_size = target_size
+        self.target_compression = target_compression
+        self.max_loss_increase = max_loss_increase
+        self.bits_override = bits_override
+        self.regularization = regularization
         self.group_size = group_size
         self.symmetric = symmetric
         self.rounding = rounding
@@ -273,8 +161,15 @@ class CPTQuantConfig(QuantizationConfigMixin):
             if not isinstance(settings[name], (list, tuple, type(None))):
                 raise ConfigError(f"{name}={settings[name]!r} must be a list")
             settings[name] = settings[name] and tuple(settings[name])
-        settings["allocation"] = "kmeans" if self.allocation is None else self.allocation
-        settings["granularity"] = "block" if self.granularity is None else self.granularity
+        budget = any(settings[name] is not None for name in BUDGETS)
+        settings["allocation"] = ("integer" if budget else "kmeans") if self.allocation is None else self.allocation
+        settings["granularity"] = ("group" if budget else "block") if self.granularity is None else self.granularity
+        by_loss = self.metric == "loss" or self.method != "tdmpq"
+        settings["estimator"] = ("taylor" if by_loss else "perturbation") if self.estimator is None else self.estimator
+        settings["target_size"] = _bytes(self.target_size)
+        if not isinstance(self.bits_override, (Mapping, type(None))):
+            raise ConfigError(f"bits_override={self.bits_override!r} must map patterns of module names to bits")
+        settings["bits_override"] = tuple((self.bits_override or {}).items())
         return Recipe(**settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -285,6 +180,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
             **plain,
             "allocation": self.allocation,
             "granularity": self.granularity,
+            "estimator": self.estimator,
         }
 
     def __iter__(self):
@@ -297,6 +193,16 @@ class CPTQuantConfig(QuantizationConfigMixin):
             return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
         config = CPTQuantCheckpointConfig(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def _bytes(size: Any) -> Any:
+    """`"300MB"` → 300,000,000; anything but a string as it is."""
+    if not isinstance(size, str):
+        return size
+    try:
+        return convert_file_size_to_int(size.replace(" ", ""))
+    except ValueError as error:
+        raise ConfigError(f"target_size={size!r} is no size; write it like '300MB' or '3GiB'") from error
 
 
 class CPTQuantCheckpointConfig(CPTQuantConfig):

@@ -21,7 +21,17 @@ def read_settings(
     metric: Annotated[str, typer.Option(help="loss, perplexity or accuracy: what a change is measured by.")] = "loss",
     bits: Annotated[str, typer.Option(help="Bit widths to choose from, with commas.")] = "4,8,16",
     granularity: Annotated[str | None, typer.Option(help="block, group or module: what gets one decision.")] = None,
-    allocation: Annotated[str | None, typer.Option(help="kmeans: how scores become bits.")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="kmeans, k-harmonic-means or integer: how scores become bits.")
+    ] = None,
+    target_bits: Annotated[float | None, typer.Option(help="Budget: bits per weight, with scales.")] = None,
+    target_size: Annotated[str | None, typer.Option(help="Budget: size of the checkpoint, e.g. 300MB.")] = None,
+    target_compression: Annotated[float | None, typer.Option(help="Budget: compression ratio.")] = None,
+    max_loss_increase: Annotated[float | None, typer.Option(help="Smallest model within this loss (nats).")] = None,
+    bits_override: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=BITS decided beforehand; may be repeated.")
+    ] = None,
+    regularization: Annotated[float, typer.Option(help="Weight of the rounding error beside the loss.")] = 0.0,
     rounding: Annotated[str, typer.Option(help="nearest: how weights become integers.")] = "nearest",
     group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
@@ -34,7 +44,7 @@ def read_settings(
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 2048,
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.")] = None,
-    estimator: Annotated[str, typer.Option(help="perturbation or taylor: how tdmpq measures.")] = "perturbation",
+    estimator: Annotated[str | None, typer.Option(help="taylor or perturbation: how tdmpq measures.")] = None,
     perturb: Annotated[str, typer.Option(help="all or first: which weights of a unit are disturbed.")] = "all",
     perturbation_scale: Annotated[float, typer.Option(help="Size of the disturbance relative to the weights.")] = 0.1,
     sparsity_levels: Annotated[str, typer.Option(help="Shares of the weights that pmpq prunes.")] = "0.3,0.5,0.7",
@@ -57,6 +67,12 @@ def read_settings(
         metric=metric,
         bits=parse_numbers("--bits", bits, int),
         allocation=allocation,
+        target_bits=target_bits,
+        target_size=target_size,
+        target_compression=target_compression,
+        max_loss_increase=max_loss_increase,
+        bits_override=parse_overrides(bits_override or []) or None,
+        regularization=regularization,
         granularity=granularity,
         group_size=group_size,
         symmetric=symmetric,
@@ -95,6 +111,17 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     with_options.__signature__ = own.replace(parameters=[*kept, *settings.values()])  # type: ignore[attr-defined]
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in (*kept, *settings.values())}
     return with_options
+
+
+def parse_overrides(texts: list[str]) -> dict[str, int]:
+    """`["*.down_proj=8"]` → {"*.down_proj": 8}. Raises `CPTQuantError` for anything else."""
+    overrides = {}
+    for text in texts:
+        pattern, _, bits = text.rpartition("=")
+        if not pattern or not bits.isdigit():
+            raise CPTQuantError(f"--bits-override {text}: give a pattern and its bits, like '*.down_proj=8'")
+        overrides[pattern] = int(bits)
+    return overrides
 
 
 def parse_numbers(option: str, text: str, kind: type[Number]) -> tuple[Number, ...]:

@@ -6,6 +6,7 @@ empty model, so that nobody waits for a large download to be told of a misspelt 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,15 +14,17 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .allocation import ALLOCATIONS
+from .allocation import allocate
 from .calibration import CalibrationSet, ModelFacts, load_calibration
-from .config import CPTQuantConfig, Recipe
+from .config import CPTQuantConfig
 from .errors import ModelError
 from .model_view import TASKS, max_length_of, task_of, view_model
 from .plan import BitPlan, LeftAlone, SensitivityTable
 from .quantize import apply_plan, check_fits
+from .recipe import Recipe
 from .record import QuantizationRecord
 from .sensitivity import METHODS
+from .sensitivity.rounding_errors import relative_errors
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
@@ -85,11 +88,15 @@ def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
     check_fits(model, preparation.plan)
     start = time.perf_counter()
     table = METHODS[recipe.method](model, preparation.plan, preparation.calibration, recipe)
-    bits = ALLOCATIONS[recipe.allocation](table.scores, recipe.bits)
+    by_error = recipe.allocation == "integer" and (recipe.regularization > 0 or not table.costs)
+    errors = relative_errors(model, preparation.plan, recipe) if by_error else {}
+    bits = allocate(table, preparation.plan, errors, recipe)
     plan = preparation.plan.with_bits(bits, recipe.group_size, recipe.symmetric)
     scored = time.perf_counter()
     apply_plan(model, plan, recipe.rounding)
     measured = {"seconds_scoring": round(scored - start, 2), "seconds_rounding": round(time.perf_counter() - scored, 2)}
+    if table.costs:
+        measured["predicted_loss_increase"] = math.fsum(table.costs[unit].get(bits[unit], 0.0) for unit in bits)
     logger.warning(report(plan))  # the default verbosity: nothing is left out silently
     settings = {**recipe.to_dict(), "dataset": None, "tokenizer": None, "work_dir": None}  # what only this machine has
     return QuantizationRecord(plan, table, settings, preparation.calibration.description, measured)

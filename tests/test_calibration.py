@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_cptquant.calibration import ModelFacts, load_calibration
-from hf_cptquant.config import Recipe
 from hf_cptquant.errors import CalibrationError
+from hf_cptquant.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

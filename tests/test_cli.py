@@ -9,10 +9,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_cptquant import BitPlan, CPTQuantConfig, cli
-from hf_cptquant.config import Recipe
 from hf_cptquant.demo import DemoResult
 from hf_cptquant.options import takes_settings
 from hf_cptquant.plan import SensitivityTable
+from hf_cptquant.recipe import Recipe
 from hf_cptquant.record import QuantizationRecord
 
 
@@ -216,17 +216,16 @@ def test_sensitivity_goes_on_from_its_work_folder(measure, tmp_path, logged):
         assert measure("-o", tmp_path / f"{name}.json", "--work-dir", work) == 0
     assert "Resuming from" in logged.text
     assert (tmp_path / "first.json").read_text() == (tmp_path / "second.json").read_text()
-    lines = (work / "tdmpq" / "results-0.jsonl").read_text().split()
+    lines = (work / "tdmpq-taylor" / "results-0.jsonl").read_text().splitlines()
     assert len(lines) == len(set(lines))
 
 
 def test_another_run_in_the_work_folder_is_one_error(measure, tmp_path, capsys):
     assert measure("-o", tmp_path / "table.json", "--work-dir", tmp_path / "work") == 0
     (tmp_path / "table.json").unlink()
-    options = ["--work-dir", tmp_path / "work", "--perturbation-scale", 0.5]
-    assert measure("-o", tmp_path / "table.json", *options) == 1
+    assert measure("-o", tmp_path / "table.json", "--work-dir", tmp_path / "work", "--asymmetric") == 1
     error = capsys.readouterr().err
-    assert "perturbation_scale 0.1 there, 0.5 here" in error
+    assert "symmetric true there, false here" in error
     assert "Traceback" not in error
     assert not (tmp_path / "table.json").exists()
 
@@ -267,7 +266,13 @@ def test_every_option_reaches_its_setting():
         "metric": "accuracy",
         "bits": "2,3",
         "granularity": "module",
-        "allocation": "kmeans",
+        "allocation": "integer",
+        "target_bits": 4.5,
+        "target_size": None,
+        "target_compression": None,
+        "max_loss_increase": None,
+        "bits_override": ["*.down_proj=8", "a.*=16"],
+        "regularization": 0.5,
         "rounding": "nearest",
         "group_size": 16,
         "symmetric": False,
@@ -290,6 +295,12 @@ def test_every_option_reaches_its_setting():
         "seed": 13,
     }
     command(**given)
-    converted = {"bits": (2, 3), "sparsity_levels": (0.125, 0.5), "modules_to_not_convert": ("a", "b")}
+    overrides = (("*.down_proj", 8), ("a.*", 16))
+    converted = {
+        "bits_override": overrides,
+        "bits": (2, 3),
+        "sparsity_levels": (0.125, 0.5),
+        "modules_to_not_convert": ("a", "b"),
+    }
     assert given.keys() == {field.name for field in dataclasses.fields(Recipe)}
     assert seen == [Recipe(**{**given, **converted})]

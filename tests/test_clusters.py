@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 
-from hf_cptquant.allocation import ALLOCATIONS
-from hf_cptquant.allocation.clusters import kmeans
+from hf_cptquant.allocation.clusters import harmonic_centres, k_harmonic_means, kmeans
+from hf_cptquant.errors import PlanError
 
 WIDTHS = (2, 4, 8, 16)
 
@@ -131,5 +132,54 @@ def test_separated_groups_are_found_at_any_scale_and_shift(groups, scale, shift)
     assert kmeans({name: scale * score + shift for name, score in scores.items()}, widths) == expected
 
 
-def test_is_the_allocation_named_kmeans():
-    assert ALLOCATIONS["kmeans"] is kmeans
+# k-harmonic means
+
+
+def performance(centres, values, counts, power) -> float:
+    """Zhang's objective: Σ_i K / Σ_k 1/|x_i − m_k|^p."""
+    distances = np.abs(np.repeat(values, counts)[:, None] - centres).clip(1e-12)
+    return float((len(centres) / (distances**-power).sum(1)).sum())
+
+
+@pytest.mark.parametrize("power", [2.0, 2.5, 3.5, 5.0])
+@pytest.mark.parametrize("seed", range(10))
+def test_centres_are_a_minimum_of_the_objective(seed, power):
+    random = np.random.default_rng(seed)
+    values = np.unique(random.normal(size=random.integers(4, 12)).round(2))
+    counts = random.integers(1, 4, len(values))
+    centres = harmonic_centres(values, counts, int(random.integers(1, 4)), power)
+    found = minimize(performance, centres, (values, counts, power), method="Nelder-Mead", options={"fatol": 1e-13})
+    assert performance(centres, values, counts, power) <= found.fun * (1 + 1e-5)
+
+
+def test_one_centre_and_power_2_is_the_mean():
+    assert harmonic_centres(np.array([0.0, 1.0, 5.0]), np.array([1, 2, 1]), 1, 2.0) == pytest.approx([1.75])
+
+
+@settings(deadline=None)
+@given(separated, st.floats(1e-3, 1e3), st.floats(-1e3, 1e3))
+def test_harmonic_clusters_keep_the_order_of_the_scores(groups, scale, shift):
+    scores = named([scale * (100 * group + score) + shift for group, x in enumerate(groups) for score in x])
+    bits = k_harmonic_means(scores, WIDTHS[: len(groups)])
+    ranked = sorted(scores, key=scores.get)
+    assert [bits[unit] for unit in ranked] == sorted(bits.values())
+    assert k_harmonic_means(scores, WIDTHS[: len(groups)]) == bits
+
+
+def test_harmonic_clusters_of_separated_groups():
+    scores = named([0.0, 0.1, 0.2, 5.0, 5.1, 9.8, 10.0, 10.1])
+    assert list(k_harmonic_means(scores, (4, 8, 16)).values()) == [4, 4, 4, 8, 8, 16, 16, 16]
+
+
+@pytest.mark.parametrize("allocation", [kmeans, k_harmonic_means])
+def test_equal_and_few_scores(allocation):
+    assert set(allocation(named([1.0] * 5), (4, 8, 16)).values()) == {4}
+    assert list(allocation(named([2.0, 1.0]), (4, 8, 16)).values()) == [8, 4]
+    assert allocation(named([3.0]), (16, 4)) == {"unit0": 4}
+
+
+@pytest.mark.parametrize("scores", [{}, {"a": float("nan")}, {"a": float("inf"), "b": 1.0}])
+def test_scores_that_are_no_numbers_are_refused_by_both(scores):
+    for allocation in (kmeans, k_harmonic_means):
+        with pytest.raises(PlanError, match="finite numbers"):
+            allocation(scores, (4, 8))

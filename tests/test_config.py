@@ -10,14 +10,21 @@ import pytest
 import torch
 
 from hf_cptquant import CPTQuantConfig
-from hf_cptquant.config import CPTQuantCheckpointConfig, Recipe
+from hf_cptquant.config import CPTQuantCheckpointConfig
 from hf_cptquant.errors import ConfigError, CPTQuantError
+from hf_cptquant.recipe import Recipe
 
 MANY = {
     "method": "tdmpq",
     "bits": [3, 6, 16],
-    "allocation": "kmeans",
-    "granularity": "group",
+    "allocation": "integer",
+    "granularity": "module",
+    "target_bits": 5.5,
+    "target_size": None,
+    "target_compression": None,
+    "max_loss_increase": None,
+    "bits_override": {"*.fc2": 8},
+    "regularization": 0.25,
     "group_size": 64,
     "symmetric": False,
     "rounding": "nearest",
@@ -65,7 +72,7 @@ def test_defaults_are_filled_in_by_the_recipe():
 def test_recipe_has_the_settings_given():
     recipe = CPTQuantConfig(**MANY).recipe()
     lists = {"bits": (3, 6, 16), "sparsity_levels": (0.2, 0.4), "modules_to_not_convert": ("lm_head", r".*\.fc2")}
-    assert dataclasses.asdict(recipe) == {**MANY, **lists}
+    assert dataclasses.asdict(recipe) == {**MANY, **lists, "bits_override": (("*.fc2", 8),)}
 
 
 def test_recipe_is_frozen():
@@ -133,6 +140,17 @@ def test_unknown_setting_like_no_other_is_named_alone():
         *(("sequence_length", value) for value in (7, 0, 64.0, "64", None)),
         *(("batch_size", value) for value in (0, -1, 1.5, "8", True)),
         *(("seed", value) for value in (-1, 0.5, "0", None, False)),
+        *(("metric", value) for value in ("los", None, 1)),
+        *(("estimator", value) for value in ("tailor", None, 1)),
+        *(("cca_components", value) for value in (0, -1, 1.5, None, True)),
+        *(("cca_samples", value) for value in (1, 0, 1.5, None, True)),
+        *(("work_dir", value) for value in (3, ["a"], True)),
+        *(("target_bits", value) for value in (0, -1, "4", float("nan"), float("inf"), True)),
+        *(("target_size", value) for value in (0, -1, "big", "MB", "", [3], True)),
+        *(("target_compression", value) for value in (0, -2.0, "2x", True)),
+        *(("max_loss_increase", value) for value in (-0.1, "0.1", float("nan"), True)),
+        *(("regularization", value) for value in (-1, "1", None, float("inf"), True)),
+        *(("bits_override", value) for value in ("*.fc2=8", [("*.fc2", 8)], {3: 8}, 5)),
         *(("perturbation_scale", value) for value in (0, -0.1, float("inf"), float("nan"), "0.1", None, True)),
         *(("sparsity_levels", value) for value in (0.5, "0.5", None, (), (0.0,), (1.0,), (0.5, "x"), (1,))),
         *(("text_column", value) for value in (3, ["text"])),
@@ -167,6 +185,11 @@ def test_wrong_choice_lists_the_right_ones(setting):
             for value in (None, "wikitext2", "c4", "imdb", "a/b.txt", "b.jsonl", "c.json", "d.parquet")
         ),
         ("perturbation_scale", 1),
+        ("metric", "accuracy"),
+        ("estimator", "taylor"),
+        ("target_bits", 4.5),
+        ("target_size", 10**9),
+        ("target_compression", 3),
         ("batch_size", None),
         ("sequence_length", 8),
         ("modules_to_not_convert", ()),
@@ -292,3 +315,45 @@ def test_section_of_a_checkpoint_is_kept_verbatim():
 def test_config_errors_are_value_errors_of_the_package():
     assert issubclass(ConfigError, CPTQuantError)
     assert issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("settings", "allocation", "granularity"),
+    [
+        ({}, "kmeans", "block"),
+        ({"target_bits": 4.5}, "integer", "group"),
+        ({"target_size": "300MB"}, "integer", "group"),
+        ({"target_compression": 2, "granularity": "block"}, "integer", "block"),
+        ({"max_loss_increase": 0.1, "estimator": "taylor"}, "integer", "group"),
+        ({"allocation": "k-harmonic-means"}, "k-harmonic-means", "block"),
+    ],
+    ids=str,
+)
+def test_a_budget_decides_allocation_and_granularity(settings, allocation, granularity):
+    recipe = CPTQuantConfig(**settings).recipe()
+    assert (recipe.allocation, recipe.granularity) == (allocation, granularity)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("300MB", 300 * 10**6), ("3GiB", 3 * 2**30), ("1.5 GB", 1_500_000_000), ("20KiB", 20 * 1024)]
+)
+def test_a_size_is_read_with_its_unit(text, size):
+    assert CPTQuantConfig(target_size=text).recipe().target_size == size
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_bits": 4.5, "target_size": "1GB"}, "target_bits and target_size are two budgets; give one"),
+        ({"allocation": "integer"}, "allocation='integer' needs a budget: target_bits, target_size"),
+        ({"allocation": "kmeans", "target_bits": 4.5}, "allocation='kmeans' takes no budget"),
+        ({"max_loss_increase": 0.1, "method": "pmpq"}, "costs in nats, which only .* estimator='taylor' gives"),
+        ({"bits_override": {"*.fc2": 7}}, r"bits_override\['\*.fc2'\]=7 is not one of 2, 3, 4"),
+        ({"metric": "accuracy", "method": "cmpq"}, "metric='accuracy' cannot be had with method='cmpq'"),
+        ({"metric": "perplexity", "estimator": "taylor"}, "metric='perplexity' cannot be had .* expands the loss"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        CPTQuantConfig(**settings)

@@ -10,7 +10,7 @@ from hf_cptquant.pipeline import measure_sensitivity
 
 METHODS = {
     "pmpq": {"method": "pmpq"},
-    "tdmpq": {"method": "tdmpq"},
+    "tdmpq": {"method": "tdmpq", "estimator": "perturbation"},
     "taylor": {"method": "tdmpq", "estimator": "taylor"},
     "cmpq": {"method": "cmpq"},
 }

@@ -20,7 +20,7 @@ from hf_cptquant.plan import SensitivityTable
 
 METHODS = {
     "pmpq": {"method": "pmpq"},
-    "tdmpq": {"method": "tdmpq"},
+    "tdmpq": {"method": "tdmpq", "estimator": "perturbation"},
     "taylor": {"method": "tdmpq", "estimator": "taylor"},
     "cmpq": {"method": "cmpq"},
 }

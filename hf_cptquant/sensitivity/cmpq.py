@@ -28,10 +28,10 @@ from transformers.utils import logging
 
 from .. import ranks
 from ..calibration import CalibrationSet, batches_on
-from ..config import Recipe
 from ..errors import ModelError
 from ..model_view import task_of
 from ..plan import BitPlan, SensitivityTable
+from ..recipe import Recipe
 from ..work_folder import fingerprint
 from .engine import backing_off
 from .metrics import Batch, field_of_rows, not_finite
@@ -231,11 +231,13 @@ def whiten(rows: Tensor, components: int) -> np.ndarray:
     Returns:
         float64 `[samples, kept]`; none are kept of rows that are all equal.
     """
-    values = rows.double().numpy()
-    centred = values - values.mean(0)
-    spread, size = (np.sqrt(np.square(array).mean(0)) for array in (centred, values))
-    varying = spread > CONSTANT * size
-    standard = centred[:, varying] / spread[varying]
+    standard = rows.to(torch.float64, copy=True).numpy()  # changed in place: a sample may be large
+    size = np.einsum("ij,ij->j", standard, standard)
+    standard -= standard.mean(0)
+    spread = np.einsum("ij,ij->j", standard, standard)
+    varying = spread > CONSTANT**2 * size
+    standard = standard if varying.all() else standard[:, varying]
+    standard /= np.sqrt(spread[varying] / len(rows))
     samples, features = standard.shape
     if not features:
         return standard

@@ -65,12 +65,13 @@ class SuffixRunner:
         self._batches: Sequence[Batch] = tuple(batches)
         self._carried: list[Outputs] = [{} for _ in batches]  # per batch, the outputs before block `_position`
         self._position = 0
+        self._stacked_tokens = STACKED_TOKENS
 
     def measure(self, block: str | None = None, changes: Sequence[Change] = ()) -> list[float]:
         """The metric under each of some changes to a block (without a block, of the model as it is).
 
-        Blocks must be asked for in their running order. When memory runs out, the batches are halved and the
-        measurement is repeated.
+        Asking for blocks in their running order is what saves work. When memory runs out, the batches are halved and
+        the measurement is repeated.
 
         Args:
             changes: each gives a context in which weights of the block are changed.
@@ -82,7 +83,8 @@ class SuffixRunner:
 
         def on(batches: Sequence[Batch]) -> list[list[float]]:
             if batches is not self._batches:
-                self._batches, self._carried, self._position = batches, [{} for _ in batches], 0
+                self._batches, self._stacked_tokens = batches, 0
+                self._restart()
             self._advance(position)
             return self._values(position, changes)
 
@@ -91,8 +93,13 @@ class SuffixRunner:
     def _loaded(self) -> Iterator[tuple[Batch, Outputs]]:
         return zip(batches_on(self._batches, self._model.device), self._carried, strict=True)
 
+    def _restart(self) -> None:
+        self._carried, self._position = [{} for _ in self._batches], 0
+
     def _advance(self, position: int) -> None:
         """Carry the outputs of all blocks before a position."""
+        if position < self._position:
+            self._restart()
         if position > self._position:
             for index, (batch, before) in enumerate(self._loaded()):
                 self._carried[index] = self._outputs(batch, before, self._position, position)
@@ -100,7 +107,7 @@ class SuffixRunner:
 
     def _values(self, position: int, changes: Sequence[Change]) -> list[list[float]]:
         """Per change (or once for the unchanged model), the metric of every batch."""
-        together = STACKED_TOKENS // max(batch["input_ids"].numel() for batch in self._batches)
+        together = self._stacked_tokens // max(batch["input_ids"].numel() for batch in self._batches)
         if together > 1 and len(changes) > 1:
             starts = range(0, len(changes), together)
             return [row for start in starts for row in self._stacked(position, changes[start : start + together])]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration import CalibrationSet
-from ..config import Recipe
 from ..plan import BitPlan, SensitivityTable
+from ..recipe import Recipe
 from .engine import changed_weights
 from .scoring import score_by_change
 

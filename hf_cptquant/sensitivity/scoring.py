@@ -18,9 +18,9 @@ from transformers.utils import logging
 
 from .. import ranks
 from ..calibration import CalibrationSet, batches_on
-from ..config import Recipe
 from ..errors import CalibrationError
 from ..plan import BitPlan, SensitivityTable
+from ..recipe import Recipe
 from ..work_folder import Journal, fingerprint
 from .engine import SuffixRunner, backing_off
 from .metrics import METRICS, Batch

@@ -25,23 +25,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .. import ranks
 from ..calibration import CalibrationSet, batches_on
-from ..config import Recipe
 from ..errors import CalibrationError, ModelError
-from ..grid import dequantize, fit_grid, quantize
 from ..model_view import task_of
 from ..plan import BitPlan, LayerScheme, ModulePlan, SensitivityTable, scheme_for
+from ..recipe import Recipe
 from ..work_folder import fingerprint
 from .engine import backing_off
-from .metrics import Batch, field_of_rows, forward, mean_loss, not_finite
+from .metrics import Batch, chunked_causal_loss, field_of_rows, forward, mean_loss, not_finite
+from .rounding_errors import rounding_errors
 from .scoring import facts_of, open_journal, with_labels
 
 
@@ -52,7 +51,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         model: dense, in evaluation mode; no weight is changed, and which of them require gradients is restored.
         plan: the units; its bits are not read.
         calibration: what the loss is measured on.
-        recipe: `bits`, `group_size`, `symmetric`, `seed` (of the drawn labels), `work_dir`.
+        recipe: `bits`, `bits_override`, `group_size`, `symmetric`, `seed` (of the drawn labels), `work_dir`.
 
     Returns:
         Per unit and bit width the predicted rise of the mean loss (nats), which may be negative; 16 bits cost nothing.
@@ -61,7 +60,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     Raises:
         CalibrationError, ModelError: a loss or a gradient is not finite; the model predicts no classes.
     """
-    widths = sorted(bits for bits in recipe.bits if bits < 16)
+    widths = list(recipe.packed_bits)
     named = {name: getattr(recipe, name) for name in ("estimator", "group_size", "symmetric", "seed")}
     settings = {**named, "bits": widths}
     facts = facts_of(model, plan, calibration, {"method": recipe.method, **settings})
@@ -125,40 +124,39 @@ def _measured(
     def work(parts: Sequence[Batch]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = []
         for part in batches_on(parts, model.device):
-            loss, first, logits = _reduced(model, plan, schemes, part, _first_order)
-            size = len(part["input_ids"])
-            numbers = range(start + len(results), start + len(results) + size)
-            uniform = torch.stack([_uniform(part["labels"], seed, number) for number in numbers]).to(logits.device)
-            _, second, _ = _reduced(model, plan, schemes, draw_labels(model, part, logits, uniform), _second_order)
-            terms = {unit: torch.stack((first[unit], second[unit]), -1) for unit in first}
+            numbers = range(start + len(results), start + len(results) + len(part["input_ids"]))
+            uniform = torch.stack([_uniform(part["labels"], seed, number) for number in numbers])
+            loss, terms = _expanded(model, plan, schemes, part, uniform)
             results += [
                 {"loss": loss, "terms": {unit: found[index].tolist() for unit, found in terms.items()}}
-                for index in range(size)
+                for index in range(len(numbers))
             ]
         return results
 
     return backing_off(work, [batch])
 
 
-def _reduced(
+def _expanded(
     model: PreTrainedModel,
     plan: BitPlan,
     schemes: Mapping[str, Sequence[LayerScheme]],
     batch: Batch,
-    reduce: Callable[[Tensor, Tensor, int], Tensor],
-) -> tuple[float, dict[str, Tensor], Tensor]:
-    """One backward pass, reduced to a number per sequence, unit and width.
+    uniform: Tensor,
+) -> tuple[float, dict[str, Tensor]]:
+    """One forward and two backward passes.
 
     Args:
-        reduce: (gradient of a sequence's mean loss, ΔW, labels of the sequence) → number.
+        uniform: numbers for `draw_labels`.
 
     Returns:
-        The mean loss, unit → float64 `[sequences, widths]`, and the logits.
+        The mean loss, and unit → float64 `[sequences, widths, 2]`: first- and second-order terms.
     """
     labels = batch["labels"][:, 1:] if task_of(model) == "causal-lm" else batch["labels"]
     counts = (labels.reshape(len(labels), -1) != -100).sum(1).tolist()
     widths = len(next(iter(schemes.values())))
-    sums = {module.unit: torch.zeros(len(counts), widths, dtype=torch.float64) for module in plan.modules}
+    terms = {module.unit: torch.zeros(len(counts), widths, 2, dtype=torch.float64) for module in plan.modules}
+    order = 0
+    reduce: Callable[[Tensor, Tensor, int], Tensor] = _first_order
 
     def observe(module: ModulePlan, inputs: Tensor, gradient: Tensor) -> None:
         if field_of_rows(inputs, batch) is None:
@@ -169,17 +167,21 @@ def _reduced(
         rows = (tensor.reshape(len(counts), -1, tensor.shape[-1]) for tensor in (inputs, gradient * len(counts)))
         for index, (x, delta, count) in enumerate(zip(*rows, counts, strict=True)):
             of_weight = gradient_of_weight(x, delta)
-            sums[module.unit][index] += torch.stack([reduce(of_weight, change, count) for change in changes]).cpu()
+            found = torch.stack([reduce(of_weight, change, count) for change in changes])
+            terms[module.unit][index, :, order] += found.cpu()
 
     with tapped(model, plan, observe), torch.enable_grad():
         outputs = forward(model, batch)
         if not bool(torch.isfinite(outputs.loss)):
             raise not_finite(model, batch, f"the loss is {outputs.loss.item()}")
-        outputs.loss.backward()
-    for unit, found in sums.items():
+        outputs.loss.backward(retain_graph=True)
+        order, reduce = 1, _second_order
+        drawn = draw_labels(model, batch["labels"], outputs.logits.detach(), uniform)
+        _loss_of_classes(model, outputs.logits, drawn).backward()
+    for unit, found in terms.items():
         if not bool(torch.isfinite(found).all()):
             raise CalibrationError(f"a gradient in {unit} is not finite, though the loss is; try dtype=torch.float32")
-    return outputs.loss.item(), sums, outputs.logits.detach()
+    return outputs.loss.item(), terms
 
 
 def gradient_of_weight(inputs: Tensor, gradient: Tensor) -> Tensor:
@@ -198,33 +200,37 @@ def _second_order(gradient: Tensor, change: Tensor, labels: int) -> Tensor:
     return labels / 2 * (gradient * change).square().sum()
 
 
-def draw_labels(model: PreTrainedModel, batch: Batch, logits: Tensor, uniform: Tensor) -> dict[str, Tensor]:
-    """The same inputs with labels drawn from what the model predicts.
+def draw_labels(model: PreTrainedModel, labels: Tensor, logits: Tensor, uniform: Tensor) -> Tensor:
+    """Labels drawn from what the model predicts, in the place of those of the data.
 
     Args:
-        logits: `[batch, length, vocabulary]`, or `[batch, classes]` of a classifier.
+        labels: `[batch, length]`, or `[batch]` of a classifier; −100 stays.
+        logits: `[batch, length, vocabulary]`, or `[batch, classes]`.
         uniform: one number in [0, 1) for each label, in the shape of the labels; decides the draw.
 
     Raises:
         ModelError: the model's outputs are no classes.
     """
-    labels = batch["labels"]
     if logits.shape[-1] < 2 or logits.dim() != labels.dim() + 1:
         raise ModelError(
             f"{type(model).__name__} predicts {tuple(logits.shape)} for labels {tuple(labels.shape)}, no classes; use"
             " estimator='perturbation'"
         )
-    if task_of(model) == "seq2seq-lm":  # which would be made of the drawn labels otherwise
-        batch = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
     drawn = torch.empty_like(labels)
-    for index, (row, number) in enumerate(zip(logits, uniform, strict=True)):
+    for index, (row, number) in enumerate(zip(logits, uniform.to(logits.device), strict=True)):
         cumulative = row.float().softmax(-1).cumsum(-1)
-        drawn[index] = torch.searchsorted(
-            cumulative, (number.unsqueeze(-1) * cumulative[..., -1:]), right=True
-        ).squeeze(-1)
+        threshold = number.unsqueeze(-1) * cumulative[..., -1:]
+        drawn[index] = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     if task_of(model) == "causal-lm":
         drawn = torch.cat((labels[:, :1], drawn[:, :-1]), 1)
-    return {**batch, "labels": drawn.clamp(max=logits.shape[-1] - 1).where(labels != -100, labels)}
+    return drawn.clamp(max=logits.shape[-1] - 1).where(labels != -100, labels)
+
+
+def _loss_of_classes(model: PreTrainedModel, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood of drawn labels."""
+    if task_of(model) == "causal-lm":
+        return chunked_causal_loss(logits, labels, logits.shape[-1])
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.flatten().to(logits.device))
 
 
 def _uniform(labels: Tensor, seed: int, index: int) -> Tensor:
@@ -232,18 +238,6 @@ def _uniform(labels: Tensor, seed: int, index: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.rand(labels.shape[1:], generator=generator)
-
-
-def rounding_errors(module: nn.Module, schemes: Sequence[LayerScheme]) -> list[Tensor]:
-    """ΔW of rounding to nearest under each scheme, float32 `[out_features, in_features]`."""
-    with align_module_device(module):
-        weight = module.weight.detach()
-    matrix = weight.t().contiguous() if isinstance(module, Conv1D) else weight
-    changes = []
-    for scheme in schemes:
-        rounded = quantize(matrix, *fit_grid(matrix, scheme), scheme)
-        changes.append(dequantize(rounded.integers, rounded.scale, rounded.zero_point).float() - matrix.float())
-    return changes
 
 
 class _Tap(torch.autograd.Function):

@@ -8,9 +8,9 @@ import torch
 from conftest import TINY_CONFIGS, tiny_model
 from statsmodels.multivariate.cancorr import CanCorr
 
-from hf_cptquant.config import Recipe
 from hf_cptquant.errors import ConfigError, CPTQuantError
 from hf_cptquant.model_view import view_model
+from hf_cptquant.recipe import Recipe
 from hf_cptquant.sensitivity import METHODS, cmpq
 from hf_cptquant.sensitivity.cmpq import correlations, sample_outputs, whiten
 from sensitivity.test_tdmpq import calibration_for, recipe_for
@@ -83,18 +83,25 @@ def literal_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(singular.mean())
 
 
+def tokens_of(module: str) -> str:
+    """Which tokens a module of any tiny model runs over: cross-attention's keys and values are of the encoder's."""
+    from_encoder = module.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+    return "labels" if module.startswith("decoder") and not from_encoder else "input_ids"
+
+
 def literal_table(model, plan, batches, components) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Algorithm 1 as written, for the encoder and the decoder apart."""
-    stacks: dict[str, dict[str, list[str]]] = {}
+    """Algorithm 1 as written, for the encoder's and the decoder's tokens apart."""
+    members: dict[str, list[str]] = {}
     for module in plan.modules:
-        members = stacks.setdefault(module.block.rpartition(".")[0], {}).setdefault(module.unit, [])
-        if module.unit == module.block:
-            members[:] = [module.block]
-        else:
-            members.append(module.name)
+        members.setdefault(module.unit, []).append(module.block if module.unit == module.block else module.name)
+    stacks: dict[str, dict[str, list[str]]] = {}
+    for unit, names in members.items():
+        field = "labels" if "labels" in map(tokens_of, names) else "input_ids"
+        kept = [name for name in dict.fromkeys(names) if tokens_of(name) == field]
+        stacks.setdefault(field, {})[unit] = kept
     scores, pairs = {}, {}
-    for stack, units in stacks.items():
-        fields = dict.fromkeys(units, "labels" if stack.startswith("decoder") else "input_ids")
+    for field, units in stacks.items():
+        fields = dict.fromkeys(units, field)
         outputs = literal_outputs(model, batches, units, fields)
         reduced = {unit: literal_components(rows, components) for unit, rows in outputs.items()}
         for unit in units:
@@ -306,9 +313,9 @@ def test_the_sample_has_the_size_that_was_asked_for_and_no_row_twice(tokens, min
     recipe = recipe_for("llama", tokens)
     calibration = calibration_for(model, recipe, minilm)
     units = {"embeddings": ("model.embed_tokens",), "block": ("model.layers.1",)}
-    whole = sample_outputs(model, units, calibration, EVERYTHING, 0)
+    whole = sample_outputs(model, units, "input_ids", calibration, EVERYTHING, 0)
     assert [tuple(rows.shape) for rows in whole.values()] == [(128, 64), (128, 64)]
-    some = sample_outputs(model, units, calibration, 50, 0)
+    some = sample_outputs(model, units, "input_ids", calibration, 50, 0)
     assert len(some["block"].unique(dim=0)) == len(some["block"]) == 50
     places = [(row == whole["block"]).all(1).nonzero().item() for row in some["block"]]
     assert torch.equal(some["embeddings"], whole["embeddings"][places])  # the same positions in all units
@@ -324,12 +331,12 @@ def test_padding_is_never_sampled(samples, tokens, minilm):
     real = sum(int(batch["attention_mask"].sum()) for batch in calibration.batches)
     assert real < sum(batch["input_ids"].numel() for batch in calibration.batches)  # there is padding
     units = {f"block {index}": (f"bert.encoder.layer.{index}",) for index in range(3)}
-    expected = sample_outputs(model, units, calibration, samples, 0)
+    expected = sample_outputs(model, units, "input_ids", calibration, samples, 0)
     assert all(len(rows) == min(samples, real) for rows in expected.values())
     # attention never looks at padding, so what stands there reaches nothing but its own row
     for batch in calibration.batches:
         batch["input_ids"][batch["attention_mask"] == 0] = 2023
-    changed = sample_outputs(model, units, calibration, samples, 0)
+    changed = sample_outputs(model, units, "input_ids", calibration, samples, 0)
     for unit, rows in expected.items():
         assert torch.equal(changed[unit], rows)
 
@@ -352,7 +359,7 @@ def test_running_out_of_memory_changes_nothing(tokens, minilm, logged):
 @pytest.mark.parametrize("length", [16, 17])  # an odd window gives the encoder one token more than the decoder
 def test_encoder_and_decoder_are_compared_within_themselves(granularity, length, tokens, minilm):
     table = table_of(tiny_model("t5"), "t5", tokens, minilm, granularity, sequence_length=length, cca_components=8)
-    stacks = {stack: [unit for unit in table.raw if unit.startswith(stack)] for stack in ("encoder", "decoder")}
+    stacks = {field: [unit for unit in table.raw if tokens_of(unit) == field] for field in ("input_ids", "labels")}
     assert sum(map(len, stacks.values())) == len(table.raw)
     for units in stacks.values():
         assert len(units) > 1
@@ -372,10 +379,10 @@ def test_results_in_a_work_folder_are_not_measured_again(tokens, minilm, tmp_pat
     model = tiny_model("t5")
     expected = table_of(model, "t5", tokens, minilm, work_dir=tmp_path)
 
-    def refuse(*_args):
-        raise AssertionError("the model runs again")
+    def refuse(_module, _args, kwargs):
+        assert len(kwargs["input_ids"]) == 1  # no more than a look at which tokens its modules run over
 
-    model.encoder.register_forward_pre_hook(refuse)
+    model.encoder.register_forward_pre_hook(refuse, with_kwargs=True)
     assert table_of(model, "t5", tokens, minilm, work_dir=tmp_path) == expected
 
 
@@ -383,11 +390,11 @@ def test_results_in_a_work_folder_are_not_measured_again(tokens, minilm, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "few", "stack"),
-    [("llama", {"num_hidden_layers": 1}, "model.layers"), ("t5", {"num_layers": 1}, "encoder.block")],
+    ("kind", "few", "block"),
+    [("llama", {"num_hidden_layers": 1}, "model.layers.0"), ("t5", {"num_layers": 1}, "encoder.block.0")],
 )
-def test_a_stack_of_one_unit_is_refused_by_name(kind, few, stack, tokens, minilm):
-    with pytest.raises(CPTQuantError, match=rf"{stack} has only one.*finer\s+granularity"):
+def test_a_single_unit_is_refused_by_name(kind, few, block, tokens, minilm):
+    with pytest.raises(CPTQuantError, match=rf"{block} is the only one over the input_ids.*finer granularity"):
         table_of(tiny_model(kind, **few), kind, tokens, minilm)
 
 

@@ -43,6 +43,35 @@ def test_advancing_over_several_blocks_runs_each_once(tokens, minilm):
     assert runs == {0: 1 + 1, 1: 1 + 1, 2: 1 + 1}  # mean_loss once each; the runner once each
 
 
+def test_blocks_may_be_asked_for_in_any_order(tokens, minilm):
+    model = tiny_model("llama")
+    batches = calibration_for(model, recipe_for("llama", tokens), minilm).batches
+    module = model.model.layers[0].mlp.up_proj
+    runner = SuffixRunner(model, batches, LAYERS, METRICS["loss"])
+    in_order = [runner.measure(layer, [lambda: perturbed({"up": module}, 0.5, 0)]) for layer in LAYERS]
+    runner = SuffixRunner(model, batches, LAYERS, METRICS["loss"])
+    assert [runner.measure(layer, [lambda: perturbed({"up": module}, 0.5, 0)]) for layer in LAYERS[::-1]] == in_order[
+        ::-1
+    ]
+
+
+@pytest.mark.parametrize("stacked", [1, 128])
+def test_memory_for_fewer_tokens_than_are_stacked(stacked, tokens, minilm, monkeypatch):
+    monkeypatch.setattr(engine, "STACKED_TOKENS", stacked)
+    model = tiny_model("llama")
+    batches = calibration_for(model, recipe_for("llama", tokens, batch_size=4), minilm).batches
+    changes = [lambda s=s: perturbed({"up": model.model.layers[1].mlp.up_proj}, s, 0) for s in (0.1, 0.2, 0.3)]
+    expected = SuffixRunner(model, batches, LAYERS, METRICS["loss"]).measure(LAYERS[1], changes)
+
+    def little_memory(_module, args):
+        if args[0].shape[:-1].numel() > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+
+    model.model.layers[2].mlp.register_forward_pre_hook(little_memory)
+    found = SuffixRunner(model, batches, LAYERS, METRICS["loss"]).measure(LAYERS[1], changes)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", TINY_CONFIGS)
 def test_stacked_variants_measure_as_much_as_single_ones(kind, tokens, minilm, monkeypatch):
     model = tiny_model(kind)

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_cptquant.calibration import ModelFacts, load_calibration
-from hf_cptquant.config import Recipe
 from hf_cptquant.errors import CalibrationError
 from hf_cptquant.model_view import task_of, view_model
+from hf_cptquant.recipe import Recipe
 from hf_cptquant.sensitivity import METHODS, metrics
 from hf_cptquant.sensitivity.metrics import (
     METRICS,

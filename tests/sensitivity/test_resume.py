@@ -19,7 +19,7 @@ from hf_cptquant.work_folder import Journal
 
 METHODS = {
     "pmpq": {"method": "pmpq"},
-    "tdmpq": {"method": "tdmpq"},
+    "tdmpq": {"method": "tdmpq", "estimator": "perturbation"},
     "taylor": {"method": "tdmpq", "estimator": "taylor"},
     "cmpq": {"method": "cmpq"},
 }

@@ -1,9 +1,10 @@
 """The Taylor estimator against plain float64 gradients of each sequence; drawn labels; memory; nothing left changed."""
 
-from dataclasses import replace
+from dataclasses import dataclasses
 
 import numpy as np
 import pytest
+import replace
 import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIGS, tiny_model
@@ -11,11 +12,11 @@ from scipy.stats import chi2, spearmanr
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hf_cptquant.config import Recipe
 from hf_cptquant.errors import ConfigError, CPTQuantError
 from hf_cptquant.grid import dequantize
 from hf_cptquant.model_view import task_of, view_model
 from hf_cptquant.plan import scheme_for
+from hf_cptquant.recipe import Recipe
 from hf_cptquant.rounding import ROUNDINGS
 from hf_cptquant.sensitivity import METHODS, taylor
 from hf_cptquant.sensitivity.taylor import draw_labels
@@ -147,8 +148,7 @@ def test_drawn_labels_follow_the_prediction():
     logits = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(3)) * 1.5
     draws = 20_000
     uniform = torch.rand(draws, 4, generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": torch.zeros(draws, 4, dtype=torch.long), "labels": torch.full((draws, 4), 5)}
-    drawn = draw_labels(model, batch, logits.expand(draws, -1, -1), uniform)["labels"]
+    drawn = draw_labels(model, torch.full((draws, 4), 5), logits.expand(draws, -1, -1), uniform)
     for position in range(3):  # the label after it
         counts = torch.bincount(drawn[:, position + 1], minlength=8).double()
         expected = draws * logits[0, position].double().softmax(-1)
@@ -160,7 +160,7 @@ def test_labels_of_a_classifier_follow_the_prediction():
     model = tiny_model("bert-classifier", num_labels=3)
     draws, logits = 20_000, torch.tensor([0.0, 1.0, -1.0])
     uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
-    drawn = draw_labels(model, {"labels": torch.zeros(draws).long()}, logits.expand(draws, 3), uniform)["labels"]
+    drawn = draw_labels(model, torch.zeros(draws).long(), logits.expand(draws, 3), uniform)
     expected = draws * logits.double().softmax(-1)
     counts = torch.bincount(drawn, minlength=3).double()
     assert ((counts - expected).square() / expected).sum().item() < chi2.isf(1e-4, df=2)
@@ -171,7 +171,7 @@ def test_the_ends_of_the_interval_give_possible_classes(dtype):
     model = tiny_model("bert-mlm")
     logits = torch.tensor([-torch.inf, 1, 2, 0, -torch.inf]).to(dtype).expand(1, 2, 5)
     uniform = torch.tensor([[0.0, 1 - 2**-24]])
-    drawn = draw_labels(model, {"labels": torch.tensor([[1, 1]])}, logits, uniform)["labels"]
+    drawn = draw_labels(model, torch.tensor([[1, 1]]), logits, uniform)
     assert drawn.tolist() == [[1, 3]]
 
 
@@ -182,14 +182,11 @@ def test_nothing_is_drawn_where_nothing_is_predicted(kind):
     labels[:, 4:7] = -100
     logits = torch.randn(3, 10, 512, generator=torch.Generator().manual_seed(3))
     uniform = torch.rand(3, 10, generator=torch.Generator().manual_seed(4))
-    batch = {"input_ids": labels.clamp(min=0), "labels": labels}
-    before = {name: tensor.clone() for name, tensor in batch.items()}
-    drawn = draw_labels(model, batch, logits, uniform)
-    assert torch.equal(drawn["labels"] == -100, labels == -100)
-    counted = labels != -100
-    assert (drawn["labels"] != labels)[counted].double().mean() > 0.8
-    assert torch.equal(drawn["input_ids"], batch["input_ids"])
-    assert all(torch.equal(batch[name], tensor) for name, tensor in before.items())  # the given batch is as it was
+    before = labels.clone()
+    drawn = draw_labels(model, labels, logits, uniform)
+    assert torch.equal(drawn == -100, labels == -100)
+    assert (drawn != labels)[labels != -100].double().mean() > 0.8
+    assert torch.equal(labels, before)  # the given ones are as they were
 
 
 def test_labels_of_a_causal_model_are_drawn_from_the_position_before():
@@ -197,20 +194,8 @@ def test_labels_of_a_causal_model_are_drawn_from_the_position_before():
     certain = torch.tensor([[7, 9, 11, 13]])
     logits = 100 * F.one_hot(certain, 512).float()
     labels = torch.tensor([[1, 2, 3, 4]])
-    drawn = draw_labels(model, {"input_ids": labels, "labels": labels}, logits, torch.rand(1, 4))["labels"]
+    drawn = draw_labels(model, labels, logits, torch.rand(1, 4))
     assert drawn.tolist() == [[1, 7, 9, 11]]
-
-
-@torch.no_grad()
-def test_the_decoder_still_reads_the_labels_of_the_data():
-    model = tiny_model("t5")
-    inputs = torch.randint(1, 512, (2, 6), generator=torch.Generator().manual_seed(2))
-    labels = torch.randint(1, 512, (2, 5), generator=torch.Generator().manual_seed(3))
-    logits = model(input_ids=inputs, labels=labels).logits
-    drawn = draw_labels(model, {"input_ids": inputs, "labels": labels}, logits, torch.rand(2, 5))
-    assert not torch.equal(drawn["labels"], labels)
-    assert torch.equal(drawn["decoder_input_ids"], torch.cat((torch.zeros(2, 1).long(), labels[:, :-1]), 1))
-    assert torch.equal(model(**drawn).logits, logits)
 
 
 # What the costs are worth
@@ -350,8 +335,8 @@ def test_blocks_are_checkpointed(tokens, minilm):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         table_of(model, "llama", tokens, minilm, batch_size=3)
-    # for each of 3 batches two backward passes, each of which runs the block a second time
-    assert len(runs) == 3 * 2 * 2
+    # for each of 3 batches one forward pass and two backward passes, each of which runs the block again
+    assert len(runs) == 3 * (1 + 2)
     # when the first forward pass is through the blocks, none of their inner activations has been saved
     assert saved_by_the_end[0]
     assert not any(shape[-1:] == (128,) for shape in saved_by_the_end[0])
@@ -480,7 +465,17 @@ def test_a_gradient_that_is_not_finite_is_placed(tokens, minilm):
 
 def test_a_regression_has_no_classes_to_draw_from(tokens, minilm):
     model = tiny_model("bert-classifier", num_labels=1)
+    recipe = taylor_recipe("bert-classifier", tokens)
+    texts = calibration_for(model, recipe, minilm)
+    graded = tuple({**batch, "labels": torch.rand(len(batch["input_ids"]))} for batch in texts.batches)
     with pytest.raises(CPTQuantError, match="no classes; use estimator='perturbation'"):
+        METHODS["tdmpq"](model, view_model(model).plan("block"), dataclasses.replace(texts, batches=graded), recipe)
+
+
+@pytest.mark.parametrize("changes", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}])
+def test_predictions_that_cannot_stand_for_labels_are_refused(changes, tokens, minilm):
+    model = tiny_model("bert-classifier", **changes)
+    with pytest.raises(CPTQuantError, match="predicts no single class that could stand for them; set label_column"):
         table_of(model, "bert-classifier", tokens, minilm)
 
 

@@ -7,9 +7,9 @@ import torch
 from conftest import TINY_CONFIGS, tiny_model
 
 from hf_cptquant.calibration import CalibrationSet, ModelFacts, load_calibration
-from hf_cptquant.config import Recipe
 from hf_cptquant.errors import CPTQuantError
 from hf_cptquant.model_view import task_of, view_model
+from hf_cptquant.recipe import Recipe
 from hf_cptquant.sensitivity import METHODS
 from hf_cptquant.sensitivity.metrics import mean_loss
 from hf_cptquant.sensitivity.tdmpq import perturbed
@@ -22,7 +22,16 @@ def calibration_for(model, recipe, minilm) -> CalibrationSet:
 
 def recipe_for(kind, tokens, **settings) -> Recipe:
     dataset = tuple(["a good film", "what a bad film", "tea or coffee"] * 40) if kind.startswith("bert") else tokens
-    return Recipe(**{"dataset": dataset, "sequence_length": 16, "batch_size": 3, "num_samples": 8, **settings})
+    return Recipe(
+        **{
+            "estimator": "perturbation",
+            "dataset": dataset,
+            "sequence_length": 16,
+            "batch_size": 3,
+            "num_samples": 8,
+            **settings,
+        }
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,120 @@
+"""From a budget to the integer program and back: what each unit may be, what it costs, how many bytes there are.
+
+The cost of a unit is A + λ·R (equations 4 and 5 of arXiv 2412.03599): A the predicted rise of the loss, R the squared
+rounding error relative to the weights. A method that prices bit widths gives A; from one that gives a unit a single
+score it is score · R, because the loss grows linearly with the relative squared error (HIGGS, arXiv 2411.17525).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from ..errors import PlanError
+from ..plan import BitPlan, SensitivityTable, scheme_for
+from ..recipe import Recipe
+from .integer import Option, cheapest, smallest
+
+
+def integer_program(
+    table: SensitivityTable, plan: BitPlan, errors: Mapping[str, Mapping[int, float]], recipe: Recipe
+) -> dict[str, int]:
+    """Unit → bits with the least predicted rise of the loss in the recipe's budget, or, for `max_loss_increase`, the
+    fewest bytes whose predicted rise stays within it.
+
+    Raises:
+        PlanError: the budget cannot be met; the feasible range is named.
+    """
+    choices = options(table, plan, errors, recipe)
+    if recipe.max_loss_increase is not None:
+        bits = smallest(choices, recipe.max_loss_increase)
+        if bits is None:
+            least = sum(min(option.cost for option in unit) for unit in choices.values())
+            raise PlanError(
+                f"max_loss_increase={recipe.max_loss_increase} is less than the {least:.4g} nats that the best choice"
+                f" from bits={list(recipe.bits)} is predicted to cost"
+            )
+        return bits
+    bits = cheapest(choices, largest_bytes(plan, recipe))
+    if bits is None:
+        raise PlanError(_infeasible(choices, plan, recipe))
+    return bits
+
+
+def options(
+    table: SensitivityTable, plan: BitPlan, errors: Mapping[str, Mapping[int, float]], recipe: Recipe
+) -> dict[str, list[Option]]:
+    """Unit → what it may be, in ascending bits."""
+    fixed = fixed_bits(plan, recipe)
+    sizes: dict[str, dict[int, int]] = {}
+    for module in plan.modules:
+        allowed = (fixed[module.unit],) if module.unit in fixed else sorted(recipe.bits)
+        of_unit = sizes.setdefault(module.unit, dict.fromkeys(allowed, 0))
+        for bits in of_unit:
+            scheme = scheme_for(bits, module.in_features, recipe.group_size, recipe.symmetric)
+            of_unit[bits] += scheme.nbytes(module.out_features, module.in_features, module.element_size)
+
+    def cost(unit: str, bits: int) -> float:
+        if bits == 16:
+            return 0.0
+        error = errors.get(unit, {}).get(bits, 0.0)
+        predicted = table.costs[unit][bits] if table.costs else max(0.0, table.raw[unit]) * error
+        return predicted + recipe.regularization * error
+
+    return {
+        unit: [Option(bits, cost(unit, bits), nbytes) for bits, nbytes in of_unit.items()]
+        for unit, of_unit in sizes.items()
+    }
+
+
+def fixed_bits(plan: BitPlan, recipe: Recipe) -> dict[str, int]:
+    """Unit → bits where `bits_override` decides.
+
+    Raises:
+        PlanError: a pattern matches no module, or patterns give modules of one unit different bits.
+    """
+    fixed: dict[str, tuple[int, str]] = {}
+    for pattern, bits in recipe.bits_override:
+        matching = [module for module in plan.modules if fnmatchcase(module.name, pattern)]
+        if not matching:
+            raise PlanError(
+                f"bits_override: {pattern!r} matches no quantizable module; they are named like"
+                f" {plan.modules[0].name!r}"
+            )
+        for module in matching:
+            other = fixed.setdefault(module.unit, (bits, module.name))
+            if other[0] != bits:
+                raise PlanError(
+                    f"bits_override gives {other[1]} {other[0]} bits and {module.name} {bits}, which share the unit"
+                    f" {module.unit}; use a finer granularity"
+                )
+    return {unit: bits for unit, (bits, _) in fixed.items()}
+
+
+def largest_bytes(plan: BitPlan, recipe: Recipe) -> int:
+    """Bytes that the plan's modules may take. Embeddings, norms and all else count for `target_size` and
+    `target_compression`, and not for `target_bits`."""
+    if recipe.target_bits is not None:
+        return int(recipe.target_bits * plan.weights / 8)
+    if recipe.target_size is not None:
+        return recipe.target_size - plan.other_bytes
+    assert recipe.target_compression is not None
+    return int(plan.original_bytes / recipe.target_compression) - plan.other_bytes
+
+
+def _infeasible(choices: Mapping[str, list[Option]], plan: BitPlan, recipe: Recipe) -> str:
+    least, most = (sum(pick(option.nbytes for option in unit) for unit in choices.values()) for pick in (min, max))
+    if recipe.target_bits is not None:
+        given = f"target_bits={recipe.target_bits}"
+        span = f"{8 * least / plan.weights:.4f} to {8 * most / plan.weights:.4f} bits per weight"
+    elif recipe.target_size is not None:
+        given = f"target_size={recipe.target_size / 1e6:.3f} MB"
+        span = f"{(least + plan.other_bytes) / 1e6:.3f} to {(most + plan.other_bytes) / 1e6:.3f} MB"
+    else:
+        given = f"target_compression={recipe.target_compression}"
+        ratios = (plan.original_bytes / (size + plan.other_bytes) for size in (most, least))
+        span = " to ".join(f"{ratio:.4f}" for ratio in ratios)
+    return (
+        f"{given} cannot be met: bits={list(recipe.bits)} in this model give {span} (with scales); allow fewer bits or"
+        " another budget"
+    )

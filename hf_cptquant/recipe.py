@@ -1,0 +1,197 @@
+"""`Recipe`: the checked, frozen settings of one quantization, which the rest of the package reads.
+
+Every rule about the names, types, ranges and combinations of settings stands here; their meaning is told by
+`CPTQuantConfig`, the shell that transformers handles.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import ConfigError
+
+METHOD_NAMES = ("cmpq", "pmpq", "tdmpq")
+ESTIMATOR_NAMES = ("perturbation", "taylor")
+METRIC_NAMES = ("loss", "perplexity", "accuracy")
+ALLOCATION_NAMES = ("kmeans", "k-harmonic-means", "integer")
+BUDGETS = ("target_bits", "target_size", "target_compression", "max_loss_increase")
+GRANULARITY_NAMES = ("block", "group", "module")
+ROUNDING_NAMES = ("nearest",)
+PERTURB_NAMES = ("all", "first")
+_LEAST = {"num_samples": 1, "sequence_length": 8, "cca_components": 1, "cca_samples": 2, "seed": 0}
+BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 16)
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
+HUB_DATASETS = ("wikitext2", "c4", "imdb")
+FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+WAYS_WITHOUT_NETWORK = (
+    f"a list of strings, a path to a file ({', '.join(FILE_SUFFIXES)}), a datasets.Dataset, or token tensors"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The checked settings of one quantization; see `CPTQuantConfig` for their meaning.
+
+    Raises:
+        ConfigError: a setting has a wrong type, range or combination.
+    """
+
+    method: str = "tdmpq"
+    bits: tuple[int, ...] = (4, 8, 16)
+    allocation: str = "kmeans"
+    granularity: str = "block"
+    target_bits: float | None = None
+    target_size: int | None = None
+    target_compression: float | None = None
+    max_loss_increase: float | None = None
+    bits_override: tuple[tuple[str, int], ...] = ()
+    regularization: float = 0.0
+    group_size: int = 128
+    symmetric: bool = True
+    rounding: str = "nearest"
+    metric: str = "loss"
+    estimator: str = "taylor"
+    perturb: str = "all"
+    perturbation_scale: float = 0.1
+    sparsity_levels: tuple[float, ...] = (0.3, 0.5, 0.7)
+    cca_components: int = 64
+    cca_samples: int = 4096
+    dataset: Any = None
+    tokenizer: Any = None
+    text_column: str | None = None
+    label_column: str | None = None
+    num_samples: int = 128
+    sequence_length: int = 2048
+    batch_size: int | None = None
+    modules_to_not_convert: tuple[str, ...] | None = None
+    allow_skipped: bool = False
+    work_dir: str | os.PathLike[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHOD_NAMES)
+        _check_choice("allocation", self.allocation, ALLOCATION_NAMES)
+        _check_choice("granularity", self.granularity, GRANULARITY_NAMES)
+        _check_choice("rounding", self.rounding, ROUNDING_NAMES)
+        _check_choice("metric", self.metric, METRIC_NAMES)
+        _check_choice("estimator", self.estimator, ESTIMATOR_NAMES)
+        _check_choice("perturb", self.perturb, PERTURB_NAMES)
+        _check_choice("group_size", self.group_size, GROUP_SIZES)
+        _check_choice("symmetric", self.symmetric, (True, False))
+        _check_choice("allow_skipped", self.allow_skipped, (True, False))
+        for width in self.bits or ():
+            _check_choice("bits", width, BIT_WIDTHS)
+        if not self.bits or len(set(self.bits)) != len(self.bits):
+            raise ConfigError(f"bits={self.bits!r} must name at least one bit width, each once")
+        for name, least in _LEAST.items():
+            _check_integer(name, getattr(self, name), least)
+        if self.batch_size is not None:
+            _check_integer("batch_size", self.batch_size, 1)
+        self._check_budget()
+        scale = self.perturbation_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+            raise ConfigError(f"perturbation_scale={scale!r} must be a positive number")
+        levels = self.sparsity_levels
+        if not levels or not all(isinstance(level, float) and 0 < level < 1 for level in levels):
+            raise ConfigError(f"sparsity_levels={levels!r} must be a list of numbers between 0 and 1")
+        if self.metric != "loss" and (self.method == "cmpq" or (self.method, self.estimator) == ("tdmpq", "taylor")):
+            raise ConfigError(
+                f"metric={self.metric!r} cannot be had with method={self.method!r}"
+                + (
+                    ", which measures correlations"
+                    if self.method == "cmpq"
+                    else " and estimator='taylor', which expands the loss; use estimator='perturbation'"
+                )
+            )
+        if not isinstance(self.work_dir, (str, os.PathLike, type(None))):
+            raise ConfigError(f"work_dir={self.work_dir!r} must be a folder")
+        for name in ("text_column", "label_column"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be the name of a column")
+        if not all(isinstance(pattern, str) for pattern in self.modules_to_not_convert or ()):
+            raise ConfigError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of strings")
+        if isinstance(self.tokenizer, (bool, int, float)):
+            raise ConfigError(f"tokenizer={self.tokenizer!r} must be a name, a path or a tokenizer")
+        _check_dataset(self.dataset)
+
+    def _check_budget(self) -> None:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        for name in (*given, "regularization"):
+            value = getattr(self, name)
+            least = 0 if name in ("regularization", "max_loss_increase") else sys.float_info.min
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+                raise ConfigError(f"{name}={value!r} must be a {'' if least == 0 else 'positive '}number")
+        if len(given) > 1:
+            raise ConfigError(f"{given[0]} and {given[1]} are two budgets; give one")
+        if self.allocation == "integer" and not given:
+            raise ConfigError(f"allocation='integer' needs a budget: {', '.join(BUDGETS)}")
+        if self.allocation != "integer" and given:
+            raise ConfigError(f"{given[0]} is for allocation='integer'; allocation={self.allocation!r} takes no budget")
+        if self.max_loss_increase is not None and (self.method, self.estimator) != ("tdmpq", "taylor"):
+            raise ConfigError(
+                "max_loss_increase needs costs in nats, which only method='tdmpq' with estimator='taylor' gives; use"
+                " target_bits"
+            )
+        for pattern, width in self.bits_override:
+            if not isinstance(pattern, str):
+                raise ConfigError(
+                    f"bits_override={dict(self.bits_override)!r} must map patterns of module names to bits"
+                )
+            _check_choice(f"bits_override[{pattern!r}]", width, BIT_WIDTHS)
+
+    @property
+    def packed_bits(self) -> tuple[int, ...]:
+        """The bit widths below 16 that a unit may get, ascending, those of `bits_override` included."""
+        return tuple(sorted({bits for bits in (*self.bits, *dict(self.bits_override).values()) if bits < 16}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values. Objects that JSON cannot hold (datasets, tensors, tokenizers) become None."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain["bits"], plain["sparsity_levels"] = list(self.bits), list(self.sparsity_levels)
+        plain["bits_override"] = dict(self.bits_override) or None
+        plain["dataset"] = _plain_dataset(self.dataset)
+        plain["work_dir"] = None if self.work_dir is None else os.fspath(self.work_dir)
+        plain["tokenizer"] = os.fspath(self.tokenizer) if isinstance(self.tokenizer, (str, os.PathLike)) else None
+        if self.modules_to_not_convert is not None:
+            plain["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        return plain
+
+
+def _plain_dataset(dataset: Any) -> str | list[str] | None:
+    if isinstance(dataset, (str, os.PathLike)):
+        return os.fspath(dataset)
+    if isinstance(dataset, (list, tuple)) and all(isinstance(text, str) for text in dataset):
+        return list(dataset)
+    return None
+
+
+def nearest_name(name: object, choices: tuple[Any, ...]) -> str:
+    """The end of an error message: the choice that was probably meant, if one is near."""
+    match = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _check_choice(setting: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        listed = ", ".join(map(repr, choices))
+        raise ConfigError(f"{setting}={value!r} is not one of {listed}{nearest_name(value, choices)}")
+
+
+def _check_integer(setting: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{setting}={value!r} must be a whole number of at least {least}")
+
+
+def _check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, (bool, int, float, bytes, Mapping)):
+        raise ConfigError(f"dataset={dataset!r} must be one of {', '.join(HUB_DATASETS)}, or {WAYS_WITHOUT_NETWORK}")
+    if isinstance(dataset, str) and dataset not in HUB_DATASETS and not dataset.endswith(FILE_SUFFIXES):
+        raise ConfigError(
+            f"dataset={dataset!r} is neither one of {', '.join(HUB_DATASETS)} nor a file ending in"
+            f" {', '.join(FILE_SUFFIXES)}{nearest_name(dataset, HUB_DATASETS)}"
+        )

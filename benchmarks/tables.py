@@ -42,6 +42,15 @@ def sensitivity_table(result: dict[str, Any]) -> str:
         )
         correlations = (f"{method[f'spearman_{width}_bits']:.2f}" for width in (4, 3))
         lines.append(f"| {label} | {' | '.join((*correlations, *cost))} |")
+    speed = (
+        f"{method.upper()} {ratio['literal_seconds']:.0f} → {ratio['engine_seconds']:.0f} s ({ratio['ratio']:.2f}×)"
+        for method, ratio in found["speed"].items()
+    )
+    lines += [
+        "",
+        f"{result['tokens']:,} tokens, {result['model']}, {result['machine']}. Full forward passes → the engine, 30 blocks:"
+        f" {', '.join(speed)}, with the same scores.",
+    ]
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 data = {"dataset": python_help_texts(), "num_samples": 4, "sequence_length": 128, "group_size": 64}
 for method, granularity in (("tdmpq", "group"), ("cmpq", "block")):
-    config = CPTQuantConfig(method=method, granularity=granularity, work_dir="sensitivity", **data)
+    config = CPTQuantConfig(method=method, estimator="taylor", granularity=granularity, work_dir="sensitivity", **data)
     table = measure_sensitivity(model, config)
     table.save(f"sensitivity/{method}.json")
     plot_sensitivity(table, f"sensitivity/{method}.png")

@@ -51,7 +51,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
             `label_column`, masked or next tokens), over sequences, so that a ragged last batch counts by its size.
         estimator: of `"tdmpq"`. `"taylor"`: first- and second-order terms of the loss for the rounding errors of every
             bit width, from two backward passes; `"perturbation"`: the paper's algorithm 3, noise on the weights. By
-            default Taylor for the loss, and the perturbation for other metrics.
+            default Taylor with a budget (for the loss), and the perturbation without.
         perturb: disturb `"all"` quantizable weights of a unit or, as the paper says, the `"first"`.
         perturbation_scale: standard deviation of the disturbance relative to the root mean square of the weight; 0.1 is
             about the error of 4-bit rounding.
@@ -164,8 +164,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         budget = any(settings[name] is not None for name in BUDGETS)
         settings["allocation"] = ("integer" if budget else "kmeans") if self.allocation is None else self.allocation
         settings["granularity"] = ("group" if budget else "block") if self.granularity is None else self.granularity
-        by_loss = self.metric == "loss" or self.method != "tdmpq"
-        settings["estimator"] = ("taylor" if by_loss else "perturbation") if self.estimator is None else self.estimator
+        default = "taylor" if budget and self.metric == "loss" else "perturbation"
+        settings["estimator"] = default if self.estimator is None else self.estimator
         settings["target_size"] = _bytes(self.target_size)
         if not isinstance(self.bits_override, (Mapping, type(None))):
             raise ConfigError(f"bits_override={self.bits_override!r} must map patterns of module names to bits")

@@ -55,7 +55,7 @@ class Recipe:
     symmetric: bool = True
     rounding: str = "nearest"
     metric: str = "loss"
-    estimator: str = "taylor"
+    estimator: str = "perturbation"
     perturb: str = "all"
     perturbation_scale: float = 0.1
     sparsity_levels: tuple[float, ...] = (0.3, 0.5, 0.7)
@@ -103,7 +103,7 @@ class Recipe:
             raise ConfigError(
                 f"metric={self.metric!r} cannot be had with method={self.method!r}"
                 + (
-                    ", which measures correlations"
+                    ", which measures correlations; use metric='loss'"
                     if self.method == "cmpq"
                     else " and estimator='taylor', which expands the loss; use estimator='perturbation'"
                 )

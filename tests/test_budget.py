@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 from conftest import tiny_model
 
 from hf_cptquant.allocation import allocate
@@ -16,7 +17,7 @@ BITS = (3, 4, 8, 16)
 
 @pytest.fixture(scope="module")
 def plan():
-    return view_model(tiny_model("llama")).plan("block")
+    return view_model(tiny_model("llama").to(torch.bfloat16)).plan("block")
 
 
 def recipe_for(**settings) -> Recipe:
@@ -127,8 +128,9 @@ def test_overrides_are_decided_beforehand(plan, allocation):
 
 
 def test_an_override_may_be_a_width_that_is_not_to_choose_from(plan):
+    costs = {**COSTS, "model.layers.1": {6: 0.01}}
     bits = allocate(
-        table_for(plan, COSTS), plan, {}, recipe_for(target_bits=9.0, bits_override=(("model.layers.1.*", 6),))
+        table_for(plan, costs), plan, {}, recipe_for(target_bits=9.0, bits_override=(("model.layers.1.*", 6),))
     )
     assert bits["model.layers.1"] == 6
 

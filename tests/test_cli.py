@@ -216,16 +216,17 @@ def test_sensitivity_goes_on_from_its_work_folder(measure, tmp_path, logged):
         assert measure("-o", tmp_path / f"{name}.json", "--work-dir", work) == 0
     assert "Resuming from" in logged.text
     assert (tmp_path / "first.json").read_text() == (tmp_path / "second.json").read_text()
-    lines = (work / "tdmpq-taylor" / "results-0.jsonl").read_text().splitlines()
+    lines = (work / "tdmpq-perturbation" / "results-0.jsonl").read_text().splitlines()
     assert len(lines) == len(set(lines))
 
 
 def test_another_run_in_the_work_folder_is_one_error(measure, tmp_path, capsys):
     assert measure("-o", tmp_path / "table.json", "--work-dir", tmp_path / "work") == 0
     (tmp_path / "table.json").unlink()
-    assert measure("-o", tmp_path / "table.json", "--work-dir", tmp_path / "work", "--asymmetric") == 1
+    options = ["--work-dir", tmp_path / "work", "--perturbation-scale", 0.5]
+    assert measure("-o", tmp_path / "table.json", *options) == 1
     error = capsys.readouterr().err
-    assert "symmetric true there, false here" in error
+    assert "perturbation_scale 0.1 there, 0.5 here" in error
     assert "Traceback" not in error
     assert not (tmp_path / "table.json").exists()
 

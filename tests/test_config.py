@@ -141,7 +141,7 @@ def test_unknown_setting_like_no_other_is_named_alone():
         *(("batch_size", value) for value in (0, -1, 1.5, "8", True)),
         *(("seed", value) for value in (-1, 0.5, "0", None, False)),
         *(("metric", value) for value in ("los", None, 1)),
-        *(("estimator", value) for value in ("tailor", None, 1)),
+        *(("estimator", value) for value in ("tailor", 1, True)),
         *(("cca_components", value) for value in (0, -1, 1.5, None, True)),
         *(("cca_samples", value) for value in (1, 0, 1.5, None, True)),
         *(("work_dir", value) for value in (3, ["a"], True)),
@@ -332,6 +332,7 @@ def test_config_errors_are_value_errors_of_the_package():
 def test_a_budget_decides_allocation_and_granularity(settings, allocation, granularity):
     recipe = CPTQuantConfig(**settings).recipe()
     assert (recipe.allocation, recipe.granularity) == (allocation, granularity)
+    assert recipe.estimator == ("taylor" if allocation == "integer" else "perturbation")
 
 
 @pytest.mark.parametrize(

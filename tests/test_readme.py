@@ -1,5 +1,6 @@
 """The README's code runs, and its commands are the ones that exist."""
 
+import importlib
 import json
 import re
 import shlex
@@ -56,6 +57,13 @@ def test_commands_are_understood(command):
     help_text = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(cli.app, [name, "--help"]).output
     assert f"cptquant {name}" in help_text or f" {name} " in help_text
     assert all(flag in help_text for flag in flags)
+
+
+def test_tables_are_made_from_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("tables")
+    assert re.findall(r"<!-- table: (\w+) -->", README) == list(tables.TABLES)
+    assert tables.with_tables(README) == README
 
 
 def test_figures_are_those_of_the_benchmark():

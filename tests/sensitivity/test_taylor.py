@@ -1,10 +1,9 @@
 """The Taylor estimator against plain float64 gradients of each sequence; drawn labels; memory; nothing left changed."""
 
-from dataclasses import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import replace
 import torch
 import torch.nn.functional as F
 from conftest import TINY_CONFIGS, tiny_model
@@ -469,7 +468,7 @@ def test_a_regression_has_no_classes_to_draw_from(tokens, minilm):
     texts = calibration_for(model, recipe, minilm)
     graded = tuple({**batch, "labels": torch.rand(len(batch["input_ids"]))} for batch in texts.batches)
     with pytest.raises(CPTQuantError, match="no classes; use estimator='perturbation'"):
-        METHODS["tdmpq"](model, view_model(model).plan("block"), dataclasses.replace(texts, batches=graded), recipe)
+        METHODS["tdmpq"](model, view_model(model).plan("block"), replace(texts, batches=graded), recipe)
 
 
 @pytest.mark.parametrize("changes", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}])

@@ -48,8 +48,8 @@ def sensitivity_table(result: dict[str, Any]) -> str:
     )
     lines += [
         "",
-        f"{result['tokens']:,} tokens, {result['model']}, {result['machine']}. Full forward passes → the engine, 30 blocks:"
-        f" {', '.join(speed)}, with the same scores.",
+        f"{result['tokens']:,} tokens, {result['model']}, {result['machine']}. Full forward passes → the engine, 30"
+        f" blocks: {', '.join(speed)}, with the same scores.",
     ]
     return "\n".join(lines)
 

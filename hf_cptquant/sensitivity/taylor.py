@@ -5,8 +5,8 @@ labels of the data, with its sign: a model is seldom at the minimum of the calib
 help. For H stands the Fisher information, which for a cross-entropy is the Gauss–Newton matrix: the expectation of g gᵀ
 under labels *drawn from the model*. Gradients of drawn labels are uncorrelated, so the square of their sum has the
 expectation of the sum of their squares, which is what one backward pass per sequence can give. With the labels of the
-data (the "empirical Fisher") that does not hold: the term comes out about twice too large and ranks units worse
-(`benchmarks/sensitivity.py`). Rounding errors of different weights are nearly independent, so H's diagonal is enough.
+data (the "empirical Fisher") that does not hold: on SmolLM2-135M the term comes out about twice too large and ranks
+units worse. Rounding errors of different weights are nearly independent, so H's diagonal is enough.
 
 Neither the gradients of the model nor the Fisher matrix are ever held. A linear layer's gradient is δᵀx, with its
 inputs x and the gradient δ of its outputs, so a tap behind each layer sees both in the backward pass, turns them into a

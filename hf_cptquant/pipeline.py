@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .allocation import allocate
+from .allocation import allocate, check_budget
 from .calibration import CalibrationSet, ModelFacts, load_calibration
 from .config import CPTQuantConfig
 from .errors import ModelError
@@ -42,6 +42,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
 
     Raises:
         ModelError: no task that gives a loss, nothing to quantize, or most of it unsupported.
+        PlanError: the budget cannot be met, or an override does not fit.
         CalibrationError: the data or the tokenizer cannot be used.
     """
     task = task_of(model)
@@ -52,6 +53,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
             f" {', '.join(TASKS)} (AutoModelForCausalLM, AutoModelForMaskedLM, …)"
         )
     plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
+    check_budget(plan, recipe)
     vocabulary = model.get_input_embeddings().num_embeddings
     facts = ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
     return Preparation(plan, load_calibration(recipe, facts))

@@ -263,3 +263,42 @@ def test_a_config_object_can_be_used_again(tiny_folder, tokens):
     models = [AutoModelForCausalLM.from_pretrained(folder, quantization_config=config) for _ in range(2)]
     assert models[0].hf_quantizer.record.plan == models[1].hf_quantizer.record.plan
     assert type(config) is CPTQuantConfig
+
+
+@pytest.mark.parametrize("method", ["cmpq", "pmpq", "tdmpq"])
+def test_a_budget_is_met_and_survives_reloading(method, tiny_folder, tokens, tmp_path):
+    folder = tiny_folder("llama", torch.bfloat16)
+    data = {"dataset": tokens, "sequence_length": 32, "num_samples": 4, "group_size": 32}
+    override = {"*.layers.1.mlp.down_proj": 8}
+    config = CPTQuantConfig(method=method, bits=(3, 4, 8, 16), target_bits=5.0, bits_override=override, **data)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    record = model.hf_quantizer.record
+    assert 4.5 < record.plan.bits_per_weight <= 5.0
+    bits = {module.name: module.scheme.bits for module in record.plan.modules}
+    assert bits["model.layers.1.mlp.down_proj"] == 8
+    assert len(set(bits.values())) > 1
+    if method == "tdmpq":  # whose costs are nats
+        units = {module.unit: module.scheme.bits for module in record.plan.modules}
+        predicted = sum(record.table.costs[unit].get(width, 0.0) for unit, width in units.items())
+        assert record.measured["predicted_loss_increase"] == pytest.approx(predicted)
+    model.save_pretrained(tmp_path / "saved")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert reloaded.hf_quantizer.record.plan == record.plan
+    assert reloaded.hf_quantizer.record.table == record.table  # costs and correlations too, from the plan file
+    assert torch.equal(reloaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_bits": 3.0}, "target_bits=3.0 cannot be met"),
+        ({"target_size": "1KB"}, "target_size=0.001 MB cannot be met"),
+        ({"bits_override": {"*.fc1": 8}}, "matches no quantizable module"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_before_the_weights_are_loaded(settings, message, tiny_folder, tokens):
+    folder = tiny_folder("llama")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    config = CPTQuantConfig(dataset=tokens, sequence_length=32, num_samples=4, group_size=32, **settings)
+    with pytest.raises(CPTQuantError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)

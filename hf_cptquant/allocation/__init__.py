@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 
 from ..plan import BitPlan, SensitivityTable
 from ..recipe import Recipe
-from .budget import fixed_bits, integer_program
+from .budget import check_budget, fixed_bits, integer_program
 from .clusters import k_harmonic_means, kmeans
+
+__all__ = ["allocate", "check_budget"]
 
 CLUSTERS: dict[str, Callable[..., dict[str, int]]] = {"kmeans": kmeans, "k-harmonic-means": k_harmonic_means}
 

@@ -35,24 +35,29 @@ def integer_program(
                 f" from bits={list(recipe.bits)} is predicted to cost"
             )
         return bits
+    check_budget(plan, recipe)
     bits = cheapest(choices, largest_bytes(plan, recipe))
-    if bits is None:
-        raise PlanError(_infeasible(choices, plan, recipe))
+    assert bits is not None, "a budget that the smallest plan meets can be met"
     return bits
+
+
+def check_budget(plan: BitPlan, recipe: Recipe) -> None:
+    """Find out without scores, so before any are measured, whether overrides fit a plan and a budget can be met.
+
+    Raises:
+        PlanError: as `fixed_bits`; or the budget in bytes cannot be met, with the feasible range.
+    """
+    sizes = unit_sizes(plan, recipe)
+    if recipe.allocation == "integer" and recipe.max_loss_increase is None:
+        least, most = (sum(pick(of_unit.values()) for of_unit in sizes.values()) for pick in (min, max))
+        if least > largest_bytes(plan, recipe):
+            raise PlanError(_infeasible(least, most, plan, recipe))
 
 
 def options(
     table: SensitivityTable, plan: BitPlan, errors: Mapping[str, Mapping[int, float]], recipe: Recipe
 ) -> dict[str, list[Option]]:
     """Unit → what it may be, in ascending bits."""
-    fixed = fixed_bits(plan, recipe)
-    sizes: dict[str, dict[int, int]] = {}
-    for module in plan.modules:
-        allowed = (fixed[module.unit],) if module.unit in fixed else sorted(recipe.bits)
-        of_unit = sizes.setdefault(module.unit, dict.fromkeys(allowed, 0))
-        for bits in of_unit:
-            scheme = scheme_for(bits, module.in_features, recipe.group_size, recipe.symmetric)
-            of_unit[bits] += scheme.nbytes(module.out_features, module.in_features, module.element_size)
 
     def cost(unit: str, bits: int) -> float:
         if bits == 16:
@@ -63,8 +68,21 @@ def options(
 
     return {
         unit: [Option(bits, cost(unit, bits), nbytes) for bits, nbytes in of_unit.items()]
-        for unit, of_unit in sizes.items()
+        for unit, of_unit in unit_sizes(plan, recipe).items()
     }
+
+
+def unit_sizes(plan: BitPlan, recipe: Recipe) -> dict[str, dict[int, int]]:
+    """Unit → bit width that it may have, ascending → bytes."""
+    fixed = fixed_bits(plan, recipe)
+    sizes: dict[str, dict[int, int]] = {}
+    for module in plan.modules:
+        allowed = (fixed[module.unit],) if module.unit in fixed else sorted(recipe.bits)
+        of_unit = sizes.setdefault(module.unit, dict.fromkeys(allowed, 0))
+        for bits in of_unit:
+            scheme = scheme_for(bits, module.in_features, recipe.group_size, recipe.symmetric)
+            of_unit[bits] += scheme.nbytes(module.out_features, module.in_features, module.element_size)
+    return sizes
 
 
 def fixed_bits(plan: BitPlan, recipe: Recipe) -> dict[str, int]:
@@ -102,8 +120,7 @@ def largest_bytes(plan: BitPlan, recipe: Recipe) -> int:
     return int(plan.original_bytes / recipe.target_compression) - plan.other_bytes
 
 
-def _infeasible(choices: Mapping[str, list[Option]], plan: BitPlan, recipe: Recipe) -> str:
-    least, most = (sum(pick(option.nbytes for option in unit) for unit in choices.values()) for pick in (min, max))
+def _infeasible(least: int, most: int, plan: BitPlan, recipe: Recipe) -> str:
     if recipe.target_bits is not None:
         given = f"target_bits={recipe.target_bits}"
         span = f"{8 * least / plan.weights:.4f} to {8 * most / plan.weights:.4f} bits per weight"

@@ -95,7 +95,7 @@ def solve(values: np.ndarray, weights: np.ndarray, starts: np.ndarray, limit: fl
 def _priced(
     best: Callable[[np.ndarray], np.ndarray], values: np.ndarray, weights: np.ndarray, limit: float
 ) -> tuple[np.ndarray, float]:
-    """A choice within the limit that is best for some price of weight, filled up, and that price."""
+    """A choice within the limit that is best for some price of weight, and that price."""
     low, high = 0.0, 1.0
     while weights[best(values + high * weights)].sum() > limit:
         low, high = high, high * 2
@@ -107,7 +107,7 @@ def _priced(
 def _filled(
     values: np.ndarray, weights: np.ndarray, segment: np.ndarray, limit: float, chosen: np.ndarray
 ) -> np.ndarray:
-    """A choice that no change in one or two segments improves within the limit, as far as a quick search finds."""
+    """The choice after taking, one by one, the best change of a single segment that the limit allows."""
     while True:
         gain, more = values - values[chosen][segment], weights - weights[chosen][segment]
         room = limit - weights[chosen].sum()
@@ -142,4 +142,5 @@ def _solve_core(
     chosen = feasible.copy()
     taken = kept[result.x > 0.5]
     chosen[segment[taken]] = taken
-    return chosen
+    within = weights[chosen].sum() <= limit  # the solver allows itself a relative 1e-6 of the largest weight
+    return chosen if within else feasible

@@ -115,7 +115,6 @@ def _measured(
     Args:
         start: number of the batch's first sequence, which with the seed decides the drawn labels.
     """
-
     if not any(schemes.values()):  # nothing to price, only the loss to measure
         terms: dict[str, list[float]] = {module.unit: [] for module in plan.modules}
         loss = mean_loss(model, [batch])

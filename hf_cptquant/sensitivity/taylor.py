@@ -39,7 +39,7 @@ from ..plan import BitPlan, LayerScheme, ModulePlan, SensitivityTable, scheme_fo
 from ..recipe import Recipe
 from ..work_folder import fingerprint
 from .engine import backing_off
-from .metrics import Batch, chunked_causal_loss, field_of_rows, forward, mean_loss, not_finite
+from .metrics import Batch, field_of_rows, forward, mean_loss, not_finite
 from .rounding_errors import rounding_errors
 from .scoring import facts_of, open_journal, with_labels
 
@@ -81,11 +81,12 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         for key, start, batch in pending:
             journal.add(key, _measured(model, plan, schemes, batch, start, recipe.seed))
             bar.update(len(batch["input_ids"]))
-    found = {key: result for gathered in ranks.gather(journal.results) for key, result in gathered.items()}
-    results = [result for key, _, _ in spans for result in found[key]]
+    found = {key: parts for gathered in ranks.gather(journal.results) for key, parts in gathered.items()}
+    results = [part for key, _, _ in spans for part in found[key]]
+    sequences = sum(part["sequences"] for part in results)
     costs = {
         unit: {
-            bits: math.fsum(sum(result["terms"][unit][index]) for result in results) / len(results)
+            bits: math.fsum(itertools.chain.from_iterable(part["terms"][unit][index] for part in results)) / sequences
             for index, bits in enumerate(widths)
         }
         for unit in dict.fromkeys(module.unit for module in plan.modules)
@@ -93,7 +94,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     return SensitivityTable(
         method=recipe.method,
         metric="loss",
-        base=math.fsum(result["loss"] for result in results) / len(results),
+        base=math.fsum(part["loss"] * part["sequences"] for part in results) / sequences,
         raw={unit: next(iter(prices.values()), 0.0) for unit, prices in costs.items()},
         blocks={module.unit: module.block for module in plan.modules},
         settings=settings,
@@ -110,26 +111,25 @@ def _measured(
     start: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Per sequence, the loss (of its batch) and per unit and width the terms [⟨g_s, ΔW⟩, ½ ΔWᵀ F_s ΔW].
+    """The batch's parts, one if memory suffices: how many sequences, their mean loss, and per unit and width the sums
+    over sequences s of [⟨g_s, ΔW⟩, ½ ΔWᵀ F_s ΔW].
 
     Args:
         start: number of the batch's first sequence, which with the seed decides the drawn labels.
     """
     if not any(schemes.values()):  # nothing to price, only the loss to measure
         terms: dict[str, list[float]] = {module.unit: [] for module in plan.modules}
-        loss = mean_loss(model, [batch])
-        return [{"loss": loss, "terms": terms} for _ in batch["input_ids"]]
+        return [{"sequences": len(batch["input_ids"]), "loss": mean_loss(model, [batch]), "terms": terms}]
 
     def work(parts: Sequence[Batch]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = []
+        number = start
         for part in batches_on(parts, model.device):
-            numbers = range(start + len(results), start + len(results) + len(part["input_ids"]))
-            uniform = torch.stack([_uniform(part["labels"], seed, number) for number in numbers])
+            numbers = range(number, number := number + len(part["input_ids"]))
+            uniform = torch.stack([_uniform(part["labels"], seed, index) for index in numbers])
             loss, terms = _expanded(model, plan, schemes, part, uniform)
-            results += [
-                {"loss": loss, "terms": {unit: found[index].tolist() for unit, found in terms.items()}}
-                for index in range(len(numbers))
-            ]
+            found = {unit: sums.tolist() for unit, sums in terms.items()}
+            results.append({"sequences": len(numbers), "loss": loss, "terms": found})
         return results
 
     return backing_off(work, [batch])
@@ -145,17 +145,16 @@ def _expanded(
     """One forward and two backward passes.
 
     Args:
-        uniform: numbers for `draw_labels`.
+        uniform: for `gradient_of_drawn`.
 
     Returns:
-        The mean loss, and unit → float64 `[sequences, widths, 2]`: first- and second-order terms.
+        The mean loss, and unit → float64 `[widths, 2]`: first- and second-order terms, summed over sequences.
     """
     labels = batch["labels"][:, 1:] if task_of(model) == "causal-lm" else batch["labels"]
     counts = (labels.reshape(len(labels), -1) != -100).sum(1).tolist()
     widths = len(next(iter(schemes.values())))
-    terms = {module.unit: torch.zeros(len(counts), widths, 2, dtype=torch.float64) for module in plan.modules}
+    terms = {module.unit: torch.zeros(widths, 2, dtype=torch.float64) for module in plan.modules}
     order = 0
-    reduce: Callable[[Tensor, Tensor, int], Tensor] = _first_order
 
     def observe(module: ModulePlan, inputs: Tensor, gradient: Tensor) -> None:
         if field_of_rows(inputs, batch) is None:
@@ -163,20 +162,26 @@ def _expanded(
                 f"{module.name} sees {tuple(inputs.shape)}, not one row for each token; use another method"
             )
         changes = rounding_errors(model.get_submodule(module.name), schemes[module.name])
-        rows = (tensor.reshape(len(counts), -1, tensor.shape[-1]) for tensor in (inputs, gradient * len(counts)))
-        for index, (x, delta, count) in enumerate(zip(*rows, counts, strict=True)):
-            of_weight = gradient_of_weight(x, delta)
-            found = torch.stack([reduce(of_weight, change, count) for change in changes])
-            terms[module.unit][index, :, order] += found.cpu()
+        x, delta = (tensor.reshape(len(counts), -1, tensor.shape[-1]) for tensor in (inputs, gradient))
+        if order == 0:
+            of_weight = gradient_of_weight(x.flatten(0, 1), delta.flatten(0, 1))
+            sums = [len(counts) * (of_weight * change).sum() for change in changes]
+        else:
+            fisher = torch.zeros_like(changes[0])
+            for rows, of_rows, count in zip(x, delta, counts, strict=True):
+                of_weight = gradient_of_weight(rows, of_rows)
+                fisher.addcmul_(of_weight, of_weight, value=count * len(counts) ** 2)
+            sums = [(fisher * change.square_()).sum() / 2 for change in changes]
+        terms[module.unit][:, order] += torch.stack(sums).cpu()
 
     with tapped(model, plan, observe), torch.enable_grad():
         outputs = forward(model, batch)
         if not bool(torch.isfinite(outputs.loss)):
             raise not_finite(model, batch, f"the loss is {outputs.loss.item()}")
-        outputs.loss.backward(retain_graph=True)
-        order, reduce = 1, _second_order
-        drawn = draw_labels(model, batch["labels"], outputs.logits.detach(), uniform)
-        _loss_of_classes(model, outputs.logits, drawn).backward()
+        logits = outputs.logits
+        logits.backward(*torch.autograd.grad(outputs.loss, logits), retain_graph=True)  # frees the graph of the loss
+        order = 1
+        logits.backward(gradient_of_drawn(model, batch["labels"], logits.detach(), uniform))
     for unit, found in terms.items():
         if not bool(torch.isfinite(found).all()):
             raise CalibrationError(f"a gradient in {unit} is not finite, though the loss is; try dtype=torch.float32")
@@ -191,21 +196,19 @@ def gradient_of_weight(inputs: Tensor, gradient: Tensor) -> Tensor:
     return gradient.float().t() @ inputs.float()
 
 
-def _first_order(gradient: Tensor, change: Tensor, _labels: int) -> Tensor:
-    return (gradient * change).sum()
+def gradient_of_drawn(model: PreTrainedModel, labels: Tensor, logits: Tensor, uniform: Tensor) -> Tensor:
+    """Gradient of the mean negative log-likelihood of labels that are drawn from what the model predicts, in the place
+    of those of the data.
 
-
-def _second_order(gradient: Tensor, change: Tensor, labels: int) -> Tensor:
-    return labels / 2 * (gradient * change).square().sum()
-
-
-def draw_labels(model: PreTrainedModel, labels: Tensor, logits: Tensor, uniform: Tensor) -> Tensor:
-    """Labels drawn from what the model predicts, in the place of those of the data.
+    By the logits it is (p − onehot) / n, so that one softmax serves to draw and to derive.
 
     Args:
-        labels: `[batch, length]`, or `[batch]` of a classifier; −100 stays.
+        labels: `[batch, length]`, or `[batch]` of a classifier; for −100 nothing is drawn.
         logits: `[batch, length, vocabulary]`, or `[batch, classes]`.
-        uniform: one number in [0, 1) for each label, in the shape of the labels; decides the draw.
+        uniform: one number in [0, 1) for each prediction, in the shape of the labels; decides the draw.
+
+    Returns:
+        In the shape and dtype of the logits.
 
     Raises:
         ModelError: the model's outputs are no classes.
@@ -215,25 +218,35 @@ def draw_labels(model: PreTrainedModel, labels: Tensor, logits: Tensor, uniform:
             f"{type(model).__name__} predicts {tuple(logits.shape)} for labels {tuple(labels.shape)}, no classes; use"
             " estimator='perturbation'"
         )
-    drawn = torch.empty_like(labels)
+    if task_of(model) == "causal-lm":  # a position predicts the next one
+        labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    wanted = (labels != -100).unsqueeze(-1).to(logits.device)
+    gradient = torch.empty_like(logits)
     for index, (row, number) in enumerate(zip(logits, uniform.to(logits.device), strict=True)):
-        cumulative = row.float().softmax(-1).cumsum(-1)
-        threshold = number.unsqueeze(-1) * cumulative[..., -1:]
-        drawn[index] = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    if task_of(model) == "causal-lm":
-        drawn = torch.cat((labels[:, :1], drawn[:, :-1]), 1)
-    return drawn.clamp(max=logits.shape[-1] - 1).where(labels != -100, labels)
+        probabilities = row.float().softmax(-1)
+        drawn = draw(probabilities, number)
+        probabilities.scatter_add_(-1, drawn, torch.full_like(probabilities[..., :1], -1.0))
+        gradient[index] = probabilities.mul_(wanted[index] / wanted.sum())
+    return gradient
 
 
-def _loss_of_classes(model: PreTrainedModel, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of drawn labels."""
-    if task_of(model) == "causal-lm":
-        return chunked_causal_loss(logits, labels, logits.shape[-1])
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.flatten().to(logits.device))
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Classes by inverse transform sampling.
+
+    Args:
+        probabilities: `[…, classes]`.
+        uniform: `[…]`, in [0, 1).
+
+    Returns:
+        int64 `[…, 1]`; never a class of probability 0.
+    """
+    cumulative = probabilities.cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[..., -1:], right=True)
+    return drawn.clamp(max=probabilities.shape[-1] - 1)
 
 
 def _uniform(labels: Tensor, seed: int, index: int) -> Tensor:
-    """Numbers for `draw_labels` in the shape of one sequence's labels: the same whatever its batch and device."""
+    """Numbers for `gradient_of_drawn` in the shape of one sequence's labels: the same whatever its batch and device."""
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.rand(labels.shape[1:], generator=generator)

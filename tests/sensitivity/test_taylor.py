@@ -18,7 +18,7 @@ from hf_cptquant.plan import scheme_for
 from hf_cptquant.recipe import Recipe
 from hf_cptquant.rounding import ROUNDINGS
 from hf_cptquant.sensitivity import METHODS, taylor
-from hf_cptquant.sensitivity.taylor import draw_labels
+from hf_cptquant.sensitivity.taylor import draw, gradient_of_drawn
 from sensitivity.test_tdmpq import calibration_for, recipe_for
 
 WIDTHS = (3, 4, 8)
@@ -142,59 +142,42 @@ def test_costs_are_those_of_the_scheme_that_is_asked_for(settings, tokens, minil
 # Drawn labels
 
 
-def test_drawn_labels_follow_the_prediction():
-    model = tiny_model("llama", vocab_size=8)
-    logits = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(3)) * 1.5
+@pytest.mark.parametrize("classes", [3, 8])
+def test_drawn_labels_follow_the_prediction(classes):
+    probabilities = (torch.randn(4, classes, generator=torch.Generator().manual_seed(3)) * 1.5).softmax(-1)
     draws = 20_000
     uniform = torch.rand(draws, 4, generator=torch.Generator().manual_seed(0))
-    drawn = draw_labels(model, torch.full((draws, 4), 5), logits.expand(draws, -1, -1), uniform)
-    for position in range(3):  # the label after it
-        counts = torch.bincount(drawn[:, position + 1], minlength=8).double()
-        expected = draws * logits[0, position].double().softmax(-1)
-        assert ((counts - expected).square() / expected).sum().item() < chi2.isf(1e-4, df=7)
-    assert (drawn[:, 0] == 5).all()  # nothing predicts the first token
+    drawn = draw(probabilities.expand(draws, -1, -1), uniform)
+    assert drawn.shape == (draws, 4, 1)
+    for position in range(4):
+        counts = torch.bincount(drawn[:, position, 0], minlength=classes).double()
+        expected = draws * probabilities[position].double()
+        assert ((counts - expected).square() / expected).sum().item() < chi2.isf(1e-4, df=classes - 1)
 
 
-def test_labels_of_a_classifier_follow_the_prediction():
-    model = tiny_model("bert-classifier", num_labels=3)
-    draws, logits = 20_000, torch.tensor([0.0, 1.0, -1.0])
-    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
-    drawn = draw_labels(model, torch.zeros(draws).long(), logits.expand(draws, 3), uniform)
-    expected = draws * logits.double().softmax(-1)
-    counts = torch.bincount(drawn, minlength=3).double()
-    assert ((counts - expected).square() / expected).sum().item() < chi2.isf(1e-4, df=2)
+def test_the_ends_of_the_interval_give_possible_classes():
+    probabilities = torch.tensor([-torch.inf, 1, 2, 0, -torch.inf]).softmax(-1).expand(1, 2, 5)
+    assert draw(probabilities, torch.tensor([[0.0, 1 - 2**-24]])).flatten().tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert-mlm", "t5", "bert-classifier"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_ends_of_the_interval_give_possible_classes(dtype):
-    model = tiny_model("bert-mlm")
-    logits = torch.tensor([-torch.inf, 1, 2, 0, -torch.inf]).to(dtype).expand(1, 2, 5)
-    uniform = torch.tensor([[0.0, 1 - 2**-24]])
-    drawn = draw_labels(model, torch.tensor([[1, 1]]), logits, uniform)
-    assert drawn.tolist() == [[1, 3]]
-
-
-@pytest.mark.parametrize("kind", ["llama", "bert-mlm", "t5"])
-def test_nothing_is_drawn_where_nothing_is_predicted(kind):
-    model = tiny_model(kind)
-    labels = torch.randint(1, 512, (3, 10), generator=torch.Generator().manual_seed(2))
+def test_gradient_is_that_of_the_loss_of_the_drawn_labels(kind, dtype):
+    model, classes = tiny_model(kind), 512
+    labels = torch.randint(1, classes, (3, 10), generator=torch.Generator().manual_seed(2))
     labels[:, 4:7] = -100
-    logits = torch.randn(3, 10, 512, generator=torch.Generator().manual_seed(3))
-    uniform = torch.rand(3, 10, generator=torch.Generator().manual_seed(4))
+    if kind == "bert-classifier":
+        labels = labels[:, 0]
     before = labels.clone()
-    drawn = draw_labels(model, labels, logits, uniform)
-    assert torch.equal(drawn == -100, labels == -100)
-    assert (drawn != labels)[labels != -100].double().mean() > 0.8
+    logits = torch.randn(*labels.shape, classes, generator=torch.Generator().manual_seed(3)).to(dtype)
+    uniform = torch.rand(labels.shape, generator=torch.Generator().manual_seed(4))
+    found = gradient_of_drawn(model, labels, logits, uniform)
+    exact = logits.double().requires_grad_()
+    drawn = sampled(exact, labels, uniform, task_of(model))
+    literal_loss(exact, drawn, task_of(model)).backward()
+    assert (found.shape, found.dtype) == (logits.shape, dtype)
     assert torch.equal(labels, before)  # the given ones are as they were
-
-
-def test_labels_of_a_causal_model_are_drawn_from_the_position_before():
-    model = tiny_model("llama")
-    certain = torch.tensor([[7, 9, 11, 13]])
-    logits = 100 * F.one_hot(certain, 512).float()
-    labels = torch.tensor([[1, 2, 3, 4]])
-    drawn = draw_labels(model, labels, logits, torch.rand(1, 4))
-    assert drawn.tolist() == [[1, 7, 9, 11]]
+    torch.testing.assert_close(found.double(), exact.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-9)
 
 
 # What the costs are worth

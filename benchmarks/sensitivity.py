@@ -3,7 +3,9 @@
 Speed: the engine against the literal algorithms 2 and 3 of the paper (a full forward pass for every variant), at
 the granularity of blocks. Worth: the rank correlation (Spearman) of scores with the oracle, the measured rise of the
 loss when each fused group alone is rounded to 4 and to 3 bits, at the granularity of groups; beside our methods the
-strongest published scorers. Every part runs in a process of its own, which gives each its own peak memory.
+strongest published scorers. The oracle is measured in float32: in bfloat16, the dtype of the model and of all scorers,
+rounding hides the smallest rises, as its own row shows. Every part runs in a process of its own, which gives each its
+own peak memory.
 
     uv run python benchmarks/sensitivity.py --text wikitext2_valid.txt
 """
@@ -47,9 +49,9 @@ LEVELS, NOISE = (0.3, 0.5, 0.7), 0.1
 RESULTS = Path(__file__).parent / "results" / "sensitivity.json"
 
 
-def load(folder: str) -> tuple[PreTrainedModel, Tensor]:
-    """The model in bfloat16, and the tokens `[sequences, length]`."""
-    return AutoModelForCausalLM.from_pretrained(folder), torch.load(Path(folder) / "tokens.pt")
+def load(folder: str, dtype: str) -> tuple[PreTrainedModel, Tensor]:
+    """The model, and the tokens `[sequences, length]`."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), torch.load(Path(folder) / "tokens.pt")
 
 
 def ours(model: PreTrainedModel, tokens: Tensor, granularity: str, **settings: object) -> dict[str, object]:
@@ -94,7 +96,7 @@ def literal(model: PreTrainedModel, tokens: Tensor, method: str) -> dict[str, ob
 
 
 def oracle(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
-    """The measured rise of the loss when each group alone is rounded."""
+    """The measured rise of the loss when each group alone is rounded; in float32 the weights are still bfloat16's."""
     plan = view_model(model).plan("group")
     batch = {"input_ids": tokens, "labels": tokens}
     runner = SuffixRunner(model, [batch], list(plan.by_block()), METRICS["loss"])
@@ -117,9 +119,9 @@ def by_unit(plan: BitPlan) -> dict[str, list[ModulePlan]]:
 
 
 def rounded(width: int, _name: str, weight: Tensor) -> Tensor:
-    """A weight rounded to nearest."""
-    quantized = round_nearest(weight, scheme_for(width, weight.shape[1], GROUP_SIZE))
-    return dequantize(quantized.integers, quantized.scale, quantized.zero_point)
+    """A weight rounded to nearest, with scales in bfloat16."""
+    quantized = round_nearest(weight.bfloat16(), scheme_for(width, weight.shape[1], GROUP_SIZE))
+    return dequantize(quantized.integers, quantized.scale, quantized.zero_point).to(weight.dtype)
 
 
 def published(model: PreTrainedModel, tokens: Tensor, scorer: str) -> dict[str, object]:
@@ -157,12 +159,14 @@ def published(model: PreTrainedModel, tokens: Tensor, scorer: str) -> dict[str, 
     return {"costs": costs}
 
 
+ORACLE = "oracle, float32"
 PARTS: dict[str, Callable[[PreTrainedModel, Tensor], dict[str, object]]] = {
     "literal pmpq": partial(literal, method="pmpq"),
     "engine pmpq": partial(ours, granularity="block", method="pmpq"),
     "literal tdmpq": partial(literal, method="tdmpq"),
     "engine tdmpq": partial(ours, granularity="block", method="tdmpq", estimator="perturbation"),
-    "oracle": oracle,
+    ORACLE: oracle,
+    "oracle, bfloat16": oracle,
     "tdmpq, taylor": partial(ours, granularity="group", method="tdmpq", estimator="taylor"),
     "tdmpq, perturbation": partial(ours, granularity="group", method="tdmpq", estimator="perturbation"),
     "pmpq": partial(ours, granularity="group", method="pmpq"),
@@ -174,7 +178,7 @@ PARTS: dict[str, Callable[[PreTrainedModel, Tensor], dict[str, object]]] = {
 def run_part(name: str, folder: str) -> None:
     """Run one part in this process and print what it found, its seconds and its memory."""
     transformers.utils.logging.disable_progress_bar()
-    model, tokens = load(folder)
+    model, tokens = load(folder, "float32" if name == ORACLE else "bfloat16")
     model(input_ids=tokens[:1, :16])  # the first call sets kernels up
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
@@ -199,7 +203,7 @@ def summarize(parts: dict[str, dict[str, object]]) -> dict[str, object]:
             "largest_score": max(map(abs, slow["raw"].values())),
         }
     truth = {
-        str(width): {unit: costs[str(width)] for unit, costs in parts["oracle"]["costs"].items()} for width in WIDTHS
+        str(width): {unit: costs[str(width)] for unit, costs in parts[ORACLE]["costs"].items()} for width in WIDTHS
     }
     units = list(truth["4"])
     noise, relative = parts["tdmpq, perturbation"], parts["relative"]["costs"]
@@ -209,7 +213,7 @@ def summarize(parts: dict[str, dict[str, object]]) -> dict[str, object]:
         "random": {unit: dict.fromkeys(map(str, WIDTHS), draw.random()) for unit in units},
     }
     methods = {}
-    for name in (*(name for name in PARTS if not name.startswith(("literal", "engine", "oracle"))), *derived):
+    for name in (*(name for name in PARTS if not name.startswith(("literal", "engine")) and name != ORACLE), *derived):
         part = parts.get(name, {})
         costs = part.get("costs") or derived.get(name) or {
             unit: dict.fromkeys(map(str, WIDTHS), value) for unit, value in part["raw"].items()
@@ -224,11 +228,11 @@ def summarize(parts: dict[str, dict[str, object]]) -> dict[str, object]:
             methods[name] |= {
                 "seconds": round(part["seconds"], 1),
                 "seconds_per_10k_tokens": round(part["seconds"] * 10_000 / tokens, 1),
-                "share_of_oracle_seconds": round(part["seconds"] / parts["oracle"]["seconds"], 4),
+                "share_of_oracle_seconds": round(part["seconds"] / parts[ORACLE]["seconds"], 4),
                 "peak_mb": round(part["peak_mb"]),
                 "loaded_mb": round(part["loaded_mb"]),
             }
-    return {"speed": speed, "oracle_seconds": round(parts["oracle"]["seconds"], 1), "methods": methods}
+    return {"speed": speed, "oracle_seconds": round(parts[ORACLE]["seconds"], 1), "methods": methods}
 
 
 def main() -> None:
@@ -262,7 +266,7 @@ def main() -> None:
             )
     result = {
         "command": f"python benchmarks/sensitivity.py --text {arguments.text.name}",
-        "model": "SmolLM2-135M-Instruct, bfloat16",
+        "model": "SmolLM2-135M-Instruct in bfloat16, the oracle in float32",
         "tokens": SEQUENCES * LENGTH,
         "units": {"speed": "30 blocks", "rank correlation": "120 fused groups"},
         "group_size": GROUP_SIZE,

@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 METHOD_LABELS = {
+    "oracle, bfloat16": "measured one by one in bfloat16",
     "tdmpq, taylor": '`tdmpq`, `estimator="taylor"`',
     "tdmpq, perturbation": '`tdmpq`, `estimator="perturbation"`',
     "pmpq": "`pmpq`",
@@ -33,7 +34,7 @@ def sensitivity_table(result: dict[str, Any]) -> str:
     lines = [
         "| score | Spearman, 4 bits | Spearman, 3 bits | s per 10,000 tokens | peak MB |",
         "|---|---|---|---|---|",
-        f"| measured one by one (the oracle) | 1 | 1 | {found['oracle_seconds'] * 1e4 / result['tokens']:.0f} | – |",
+        f"| measured one by one in float32 (the oracle) | 1 | 1 | {found['oracle_seconds'] * 1e4 / result['tokens']:.0f} | – |",
     ]
     for name, label in METHOD_LABELS.items():
         method = found["methods"][name]

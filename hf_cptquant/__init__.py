@@ -7,11 +7,22 @@ checkpoints that it wrote reload packed.
 from .config import CPTQuantConfig
 from .errors import CPTQuantError
 from .modules import explain_choice
-from .pipeline import measure_sensitivity
-from .plan import BitPlan, SensitivityTable
+from .pipeline import make_plan, measure_frontier, measure_sensitivity, solve
+from .plan import BitPlan
+from .table import SensitivityTable
 from .transformers_backend import register
 
 __version__ = "0.1.0"
-__all__ = ["BitPlan", "CPTQuantConfig", "CPTQuantError", "SensitivityTable", "explain_choice", "measure_sensitivity"]
+__all__ = [
+    "BitPlan",
+    "CPTQuantConfig",
+    "CPTQuantError",
+    "SensitivityTable",
+    "explain_choice",
+    "make_plan",
+    "measure_frontier",
+    "measure_sensitivity",
+    "solve",
+]
 
 register()

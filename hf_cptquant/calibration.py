@@ -28,6 +28,7 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 MASKED_SHARE = 0.15  # of the tokens of a window, as BERT was trained
 POOL = 8  # windows are drawn from at most this many times the tokens that are needed
 LOGIT_BYTES = 2**30
+HELD_OUT_SHARE = 0.25
 SMALLEST_VOCABULARY_SHARE = 0.9  # models pad their embeddings, but by little
 
 
@@ -112,6 +113,31 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
             f" fewer than num_samples={recipe.num_samples}."
         )
     batch_size = recipe.batch_size or max(1, LOGIT_BYTES // (4 * width * facts.vocabulary))
+    return _calibration_set(fields, source, batch_size)
+
+
+def hold_out(calibration: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
+    """The first three quarters of the sequences, to measure on, and the rest, to judge by.
+
+    Raises:
+        CalibrationError: there is only one sequence.
+    """
+    first, *_ = calibration.batches
+    sequences, source = calibration.description["sequences"], calibration.description["source"]
+    if sequences < 2:
+        raise CalibrationError(
+            "a part of the calibration data is kept to judge by, and there is only one sequence; raise num_samples, or"
+            " shorten sequence_length"
+        )
+    fields = {name: torch.cat([batch[name] for batch in calibration.batches]) for name in first}
+    kept = sequences - max(1, round(HELD_OUT_SHARE * sequences))
+    parts = ({name: tensor[rows] for name, tensor in fields.items()} for rows in (slice(kept), slice(kept, None)))
+    measured, judged = (_calibration_set(part, source, len(first["input_ids"])) for part in parts)
+    return measured, judged
+
+
+def _calibration_set(fields: Mapping[str, Tensor], source: str, batch_size: int) -> CalibrationSet:
+    sequences, width = fields["input_ids"].shape
     batches = tuple(
         {name: tensor[start : start + batch_size] for name, tensor in fields.items()}
         for start in range(0, sequences, batch_size)
@@ -120,7 +146,7 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
         "source": source,
         "sequences": sequences,
         "sequence_length": width,
-        "tokens": input_ids.numel(),
+        "tokens": fields["input_ids"].numel(),
         "sha256": hashlib.sha256(b"".join(fields[name].numpy().tobytes() for name in sorted(fields))).hexdigest(),
     }
     return CalibrationSet(batches, description)

@@ -22,9 +22,10 @@ from transformers.utils import logging
 
 from .errors import CheckpointError, PlanError
 from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
-from .plan import PLAN_FILE, ModulePlan, SensitivityTable
+from .plan import PLAN_FILE, ModulePlan
 from .quantize import replace_module
 from .record import QuantizationRecord
+from .table import SensitivityTable
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
@@ -55,12 +56,13 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
 
 
 def with_full_table(record: QuantizationRecord, files: Sequence[str]) -> QuantizationRecord:
-    """The record with the costs and correlations that stand in the plan file beside the weights, if it is there.
+    """The record with the costs, errors and correlations that stand in the plan file beside the weights, if it is
+    there.
 
     `config.json` has only the scores, so that it stays small; nothing but saving again needs the rest.
     """
     path = Path(files[0]).parent / PLAN_FILE if files else None
-    if path is None or not path.exists():
+    if path is None or not path.exists() or record.table is None:
         return record
     try:
         table = SensitivityTable.load(path)

@@ -1,4 +1,4 @@
-"""`cptquant`: quantize, measure, inspect and demo from a terminal.
+"""`cptquant`: quantize, measure, plan, inspect and demo from a terminal.
 
 The settings of `CPTQuantConfig` are options with dashes (`options.py`). An error of ours is one line and exit status 1.
 Under `accelerate launch` or `torchrun` all processes measure, and the first one writes.
@@ -6,6 +6,7 @@ Under `accelerate launch` or `torchrun` all processes measure, and the first one
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,17 +20,30 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from . import ranks
+from .allocation import frontier as frontier_of
 from .checkpoint import refuse_foreign
 from .config import CPTQuantConfig
 from .demo import run_demo
 from .errors import CheckpointError, CPTQuantError, ModelError
 from .model_view import TASKS
-from .options import takes_settings
-from .pipeline import measure_sensitivity
+from .options import (
+    AllocationOption,
+    BitsOverrideOption,
+    MaxLossIncreaseOption,
+    RegularizationOption,
+    TargetBitsOption,
+    TargetCompressionOption,
+    TargetSizeOption,
+    parse_numbers,
+    parse_overrides,
+    takes_settings,
+)
+from .pipeline import decide, make_plan, measure_frontier, measure_record, measure_sensitivity
 from .plan import PLAN_FILE
-from .plots import plot_sensitivity
+from .plots import plot_frontier, plot_plan, plot_sensitivity
 from .record import QuantizationRecord
-from .terminal import console, show_plan, show_sensitivity
+from .table import SensitivityTable
+from .terminal import console, say, show_frontier, show_plan, show_sensitivity, show_units
 
 app = typer.Typer(
     help="Mixed-precision quantization for Hugging Face transformers: every layer with the bits that it needs.",
@@ -40,6 +54,7 @@ app = typer.Typer(
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ModelArgument = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a full-precision model.")]
 DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+PlotOption = Annotated[Path | None, typer.Option(help="PNG file for a picture of the plan.")]
 DeviceMapOption = Annotated[str | None, typer.Option(help="As in transformers, e.g. auto.")]
 
 
@@ -61,7 +76,7 @@ def quantize(
         return
     quantized.save_pretrained(output)
     AutoTokenizer.from_pretrained(config.tokenizer or model).save_pretrained(output)
-    console.print(f"Written to {output}. See the plan with: cptquant inspect {output}", highlight=False, soft_wrap=True)
+    say(f"Written to {output}. See the plan with: cptquant inspect {output}")
 
 
 @app.command()
@@ -77,24 +92,138 @@ def sensitivity(
 ) -> None:
     """Measure how sensitive the units of MODEL are, without quantizing it."""
     join_processes()
-    for path in (output, plot):
-        if path is not None and not path.parent.is_dir():
-            raise CPTQuantError(f"the folder of {path} does not exist")
-    table = measure_sensitivity(load_model(model, dtype, device_map), config)
+    check_files(output, plot)
+    record = measure_record(load_model(model, dtype, device_map), config)
     if ranks.rank() > 0:
         return
-    table.save(output)
+    assert record.table is not None
+    record.save(output)
     if plot is not None:
-        plot_sensitivity(table, plot)
-    show_sensitivity(table)
+        plot_sensitivity(record.table, plot)
+    show_sensitivity(record.table)
+
+
+@app.command()
+@takes_settings
+def plan(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file for the plan.")],
+    plot: PlotOption = None,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceMapOption = None,
+    *,
+    config: CPTQuantConfig,
+) -> None:
+    """Decide on the bits of MODEL without quantizing it. The file can be edited; `quantize --plan` takes it."""
+    join_processes()
+    check_files(output, plot)
+    record = make_plan(load_model(model, dtype, device_map), config)
+    if ranks.rank() == 0:
+        write_plan(record, output, plot)
+
+
+@app.command()
+def solve(
+    table: Annotated[Path, typer.Argument(help="File of `cptquant sensitivity` or `plan`, or a quantized model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file for the plan.")],
+    plot: PlotOption = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Bit widths to choose from, with commas; by default all in TABLE, and 16.")
+    ] = None,
+    allocation: AllocationOption = None,
+    target_bits: TargetBitsOption = None,
+    target_size: TargetSizeOption = None,
+    target_compression: TargetCompressionOption = None,
+    max_loss_increase: MaxLossIncreaseOption = None,
+    bits_override: BitsOverrideOption = None,
+    regularization: RegularizationOption = 0.0,
+) -> None:
+    """Make a plan from scores that were measured before: no model, in a second."""
+    check_files(output, plot)
+    record = QuantizationRecord.load(table)
+    if record.table is None:
+        raise CPTQuantError(f"{table} is a plan without the scores that it came from; measure them with `sensitivity`")
+    widths = {width for of_unit in (record.table.costs or record.table.errors).values() for width in of_unit}
+    config = CPTQuantConfig(
+        bits=(*sorted(widths), 16) if bits is None else parse_numbers("--bits", bits, int),
+        allocation=allocation,
+        target_bits=target_bits,
+        target_size=target_size,
+        target_compression=target_compression,
+        max_loss_increase=max_loss_increase,
+        bits_override=parse_overrides(bits_override or []) or None,
+        regularization=regularization,
+        group_size=record.table.group_size,
+        symmetric=record.table.symmetric,
+    )
+    write_plan(decide(record, config.recipe()), output, plot)
+
+
+@app.command()
+@takes_settings
+def frontier(
+    source: Annotated[str, typer.Argument(help="A full-precision model, or a file of `cptquant sensitivity`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file for the plans' sizes and losses.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the curve.")] = None,
+    points: Annotated[int, typer.Option(min=2, help="Plans on the way from the smallest to the best.")] = 12,
+    measure: Annotated[bool, typer.Option("--measure", help="Also measure the loss with each plan.")] = False,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceMapOption = None,
+    *,
+    config: CPTQuantConfig,
+) -> None:
+    """Show what every size costs: bits per weight against predicted and measured rise of the loss.
+
+    Units are groups and scores are Taylor's unless other ones are asked for, as with a budget.
+    """
+    join_processes()
+    check_files(output, plot)
+    config.granularity = config.granularity or "group"
+    if config.estimator is None and config.metric == "loss":
+        config.estimator = "taylor"
+    if Path(source).is_file():
+        if measure:
+            raise CPTQuantError("--measure needs the model in the place of the table")
+        table = SensitivityTable.load(source)
+        config.group_size, config.symmetric = table.group_size, table.symmetric
+        found = frontier_of(table, config.recipe(), points)
+    elif measure:
+        found = measure_frontier(load_model(source, dtype, device_map), config, points)
+    else:
+        table = measure_sensitivity(load_model(source, dtype, device_map), config)
+        found = frontier_of(table, config.recipe(), points)
+    if ranks.rank() > 0:
+        return
+    unit = "nats" if config.recipe().uses_taylor else "score × error"
+    rows = [
+        {
+            "bits_per_weight": point.plan.bits_per_weight,
+            "bytes": point.plan.nbytes,
+            "predicted": point.predicted,
+            "measured": point.measured,
+        }
+        for point in found
+    ]
+    output.write_text(json.dumps({"unit": unit, "points": rows}, indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        plot_frontier(found, unit, plot)
+    show_frontier(found, unit)
 
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A folder that `cptquant quantize` or `save_pretrained` wrote.")],
+    source: Annotated[Path, typer.Argument(help="A quantized model's folder, or the file of a plan.")],
+    plot: PlotOption = None,
+    units: Annotated[bool, typer.Option("--units", help="Also bits, bytes and score of every unit.")] = False,
 ) -> None:
-    """Show the plan of a quantized model: bits, bytes and score of every unit, and the totals."""
-    show_plan(QuantizationRecord.load(folder))
+    """Show a plan: its bits as a map, and the totals."""
+    check_files(plot)
+    record = QuantizationRecord.load(source)
+    show_plan(record)
+    if units:
+        show_units(record)
+    if plot is not None:
+        plot_plan(record.plan, record.table, plot)
 
 
 @app.command()
@@ -114,7 +243,16 @@ def demo(
     table.add_row("greedy continuation", result.sentence_before, result.sentence_after)
     console.print(table)
     agreement = "bit for bit" if result.reload_difference == 0 else f"to within {result.reload_difference:.3g}"
-    console.print(f"Written to {output} and reloaded: the logits agree {agreement}.", highlight=False, soft_wrap=True)
+    say(f"Written to {output} and reloaded: the logits agree {agreement}.")
+
+
+def write_plan(record: QuantizationRecord, output: Path, plot: Path | None) -> None:
+    """Save a plan and show it."""
+    record.save(output)
+    if plot is not None:
+        plot_plan(record.plan, record.table, plot)
+    show_plan(record)
+    say(f"Written to {output}. Quantize with it: cptquant quantize MODEL --plan {output} --output FOLDER")
 
 
 def join_processes() -> None:
@@ -123,6 +261,17 @@ def join_processes() -> None:
     if ranks.rank() > 0:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+
+
+def check_files(*paths: Path | None) -> None:
+    """Find out before any work whether files can be written.
+
+    Raises:
+        CPTQuantError: the folder of one does not exist.
+    """
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise CPTQuantError(f"the folder of {path} does not exist")
 
 
 def check_output(folder: Path) -> None:

@@ -17,7 +17,9 @@ from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import ConfigError
+from .plan import BitPlan
 from .recipe import BUDGETS, Recipe, nearest_name
+from .record import QuantizationRecord
 
 
 class CPTQuantConfig(QuantizationConfigMixin):
@@ -26,7 +28,9 @@ class CPTQuantConfig(QuantizationConfigMixin):
     Args:
         method: how sensitivity is measured. `"tdmpq"`: the rise of the loss when the weights of a unit are disturbed
             (arXiv 2412.03599 §3.4). `"pmpq"`: the rise of the loss when they are pruned (§3.3). `"cmpq"`: how little
-            its outputs correlate with those of the other units (§3.2).
+            its outputs correlate with those of the other units (§3.2). `"auto"`: all of them, and both estimators of
+            `"tdmpq"`, each with a plan for the same budget; the one whose model has the least loss on calibration data
+            that were kept from the methods (the last quarter) is taken.
         bits: the bit widths to choose from: 2, 3, 4, 5, 6, 8, 16 (16 leaves a weight as it came).
         allocation: `"kmeans"` or `"k-harmonic-means"`: as many clusters of the scores as there are bit widths, most
             sensitive → most bits (§3.2); `"integer"`: the least predicted rise of the loss in a budget, by an exact
@@ -42,6 +46,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         bits_override: pattern of module names (`"*.down_proj"`, `"model.layers.0.*"`) → bits, decided beforehand.
         regularization: λ of equations 4 and 5, the weight of the relative squared rounding error beside the predicted
             rise of the loss.
+        plan: a finished plan, instead of measuring and allocating: the file of `cptquant plan` or `solve`, the folder
+            of a quantized model, or a `BitPlan`. It may be from another model of the same architecture.
         group_size: input features that share a scale below 8 bits: 16 to 256, or -1 for one scale per output channel.
             Where it does not divide a layer, the largest of 128, 64, 32 below it that does. 8 bits are per channel.
         symmetric: without zero points. The scale is then signed, which uses all levels. `False` stores zero points,
@@ -91,6 +97,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         max_loss_increase: float | None = None,
         bits_override: Mapping[str, int] | None = None,
         regularization: float = 0.0,
+        plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None,
         group_size: int = 128,
         symmetric: bool = True,
         rounding: str = "nearest",
@@ -131,6 +138,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.max_loss_increase = max_loss_increase
         self.bits_override = bits_override
         self.regularization = regularization
+        self.plan = plan
         self.group_size = group_size
         self.symmetric = symmetric
         self.rounding = rounding

@@ -15,23 +15,34 @@ from .errors import CPTQuantError
 
 Number = TypeVar("Number", int, float)
 
+AllocationOption = Annotated[
+    str | None, typer.Option(help="kmeans, k-harmonic-means or integer: how scores become bits.")
+]
+TargetBitsOption = Annotated[float | None, typer.Option(help="Budget: bits per weight, with scales.")]
+TargetSizeOption = Annotated[str | None, typer.Option(help="Budget: size of the checkpoint, e.g. 300MB.")]
+TargetCompressionOption = Annotated[float | None, typer.Option(help="Budget: compression ratio.")]
+MaxLossIncreaseOption = Annotated[float | None, typer.Option(help="Smallest model within this loss (nats).")]
+BitsOverrideOption = Annotated[list[str] | None, typer.Option(help="PATTERN=BITS decided beforehand; may be repeated.")]
+RegularizationOption = Annotated[float, typer.Option(help="Weight of the rounding error beside the loss.")]
+
 
 def read_settings(
-    method: Annotated[str, typer.Option(help="tdmpq, pmpq or cmpq: how sensitivity is measured.")] = "tdmpq",
+    method: Annotated[
+        str, typer.Option(help="tdmpq, pmpq, cmpq, or auto for the best of them: how sensitivity is measured.")
+    ] = "tdmpq",
     metric: Annotated[str, typer.Option(help="loss, perplexity or accuracy: what a change is measured by.")] = "loss",
     bits: Annotated[str, typer.Option(help="Bit widths to choose from, with commas.")] = "4,8,16",
     granularity: Annotated[str | None, typer.Option(help="block, group or module: what gets one decision.")] = None,
-    allocation: Annotated[
-        str | None, typer.Option(help="kmeans, k-harmonic-means or integer: how scores become bits.")
+    allocation: AllocationOption = None,
+    target_bits: TargetBitsOption = None,
+    target_size: TargetSizeOption = None,
+    target_compression: TargetCompressionOption = None,
+    max_loss_increase: MaxLossIncreaseOption = None,
+    bits_override: BitsOverrideOption = None,
+    regularization: RegularizationOption = 0.0,
+    plan: Annotated[
+        Path | None, typer.Option(help="File of `cptquant plan` or `solve`, instead of measuring and allocating.")
     ] = None,
-    target_bits: Annotated[float | None, typer.Option(help="Budget: bits per weight, with scales.")] = None,
-    target_size: Annotated[str | None, typer.Option(help="Budget: size of the checkpoint, e.g. 300MB.")] = None,
-    target_compression: Annotated[float | None, typer.Option(help="Budget: compression ratio.")] = None,
-    max_loss_increase: Annotated[float | None, typer.Option(help="Smallest model within this loss (nats).")] = None,
-    bits_override: Annotated[
-        list[str] | None, typer.Option(help="PATTERN=BITS decided beforehand; may be repeated.")
-    ] = None,
-    regularization: Annotated[float, typer.Option(help="Weight of the rounding error beside the loss.")] = 0.0,
     rounding: Annotated[str, typer.Option(help="nearest: how weights become integers.")] = "nearest",
     group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
@@ -73,6 +84,7 @@ def read_settings(
         max_loss_increase=max_loss_increase,
         bits_override=parse_overrides(bits_override or []) or None,
         regularization=regularization,
+        plan=plan,
         granularity=granularity,
         group_size=group_size,
         symmetric=symmetric,

@@ -7,26 +7,37 @@ empty model, so that nobody waits for a large download to be told of a misspelt 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .allocation import allocate, check_budget
-from .calibration import CalibrationSet, ModelFacts, load_calibration
+from .allocation import FrontierPoint, allocate, check_budget, frontier
+from .calibration import CalibrationSet, ModelFacts, hold_out, load_calibration
 from .config import CPTQuantConfig
-from .errors import ModelError
+from .errors import ConfigError, ModelError, PlanError
+from .evaluate import losses_of_plans
 from .model_view import TASKS, max_length_of, task_of, view_model
-from .plan import BitPlan, LeftAlone, SensitivityTable
+from .plan import BitPlan, LeftAlone, read_json
 from .quantize import apply_plan, check_fits
-from .recipe import Recipe
+from .recipe import BUDGETS, Recipe
 from .record import QuantizationRecord
-from .sensitivity import METHODS
+from .sensitivity import METHODS, score_by_all
+from .sensitivity.metrics import mean_loss
 from .sensitivity.rounding_errors import relative_errors
+from .sensitivity.scoring import with_labels
+from .table import SensitivityTable
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
+
+DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "regularization")
+PREDICTED = "predicted_loss_increase"
 
 
 @dataclass(frozen=True)
@@ -37,14 +48,16 @@ class Preparation:
     calibration: CalibrationSet
 
 
-def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
-    """Check that a model and its data go together; the weights are not read.
+def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation | QuantizationRecord:
+    """Check that a model and its data, or its plan if one is given, go together; the weights are not read.
 
     Raises:
         ModelError: no task that gives a loss, nothing to quantize, or most of it unsupported.
-        PlanError: the budget cannot be met, or an override does not fit.
+        PlanError: the budget cannot be met, an override does not fit, or the given plan is for another model.
         CalibrationError: the data or the tokenizer cannot be used.
     """
+    if recipe.plan is not None:
+        return given_record(model, recipe)
     task = task_of(model)
     if task is None:
         raise ModelError(
@@ -56,7 +69,45 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
     check_budget(plan, recipe)
     vocabulary = model.get_input_embeddings().num_embeddings
     facts = ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
-    return Preparation(plan, load_calibration(recipe, facts))
+    calibration = load_calibration(recipe, facts)
+    if recipe.method == "auto":
+        hold_out(calibration)  # enough data to judge by
+    return Preparation(plan, calibration)
+
+
+def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
+    """The recipe's plan for a model, with where it came from.
+
+    Settings are those the plan was made with; only the rounding is the recipe's.
+
+    Raises:
+        PlanError: it is no plan, or one for another model.
+    """
+    given = recipe.plan
+    if isinstance(given, (str, os.PathLike)):
+        data = read_json(given)
+        given = QuantizationRecord.from_dict(data) if "settings" in data else BitPlan.from_dict(data)
+    if isinstance(given, BitPlan):
+        view = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped)
+        named = {module.name: module.unit for module in given.modules}
+        by_granularity = {name: view.plan(name) for name in ("group", "block", "module")}
+        granularity = next(
+            (name for name, plan in by_granularity.items() if {m.name: m.unit for m in plan.modules} == named), "module"
+        )
+        settings = {**_portable(recipe), "granularity": granularity}
+        return QuantizationRecord(given.applied_to(by_granularity[granularity]), None, settings, {})
+    assert isinstance(given, QuantizationRecord), "the recipe has checked it"
+    with_settings = given.settings
+    try:
+        view = view_model(model, with_settings["modules_to_not_convert"], with_settings["allow_skipped"])
+        undecided = view.plan(with_settings["granularity"])
+    except KeyError as error:
+        raise PlanError(f"the settings in the record of the plan lack {error}") from error
+    return replace(
+        given,
+        plan=given.plan.applied_to(undecided),
+        settings={**with_settings, "rounding": recipe.rounding},
+    )
 
 
 def measure_sensitivity(model: PreTrainedModel, config: CPTQuantConfig) -> SensitivityTable:
@@ -64,24 +115,151 @@ def measure_sensitivity(model: PreTrainedModel, config: CPTQuantConfig) -> Sensi
 
     Args:
         model: loaded in full precision, with a head that computes a loss; may be offloaded by accelerate.
-        config: what `from_pretrained` would take; settings of allocation and rounding have no effect.
+        config: what `from_pretrained` would take; settings of allocation have no effect (but with `method="auto"`).
 
     Raises:
-        ModelError, CalibrationError: as `prepare`; a weight, an activation or the loss is not finite.
-        ConfigError: `work_dir` belongs to another run.
+        ConfigError: a plan is given, or `work_dir` belongs to another run.
+        ModelError, PlanError, CalibrationError: as `prepare`; a weight, an activation or the loss is not finite.
+    """
+    table = measure_record(model, config).table
+    assert table is not None
+    return table
+
+
+def make_plan(model: PreTrainedModel, config: CPTQuantConfig) -> QuantizationRecord:
+    """Score the units of a dense model and decide on them, and leave the model as it is.
+
+    `CPTQuantConfig(plan=...)` takes the record, or the file that its `save` writes.
+
+    Args:
+        model, config: as for `measure_sensitivity`.
+
+    Raises:
+        ConfigError, ModelError, PlanError, CalibrationError: as `measure_sensitivity`.
+    """
+    return decide(measure_record(model, config), config.recipe())
+
+
+def measure_record(model: PreTrainedModel, config: CPTQuantConfig) -> QuantizationRecord:
+    """The table of `measure_sensitivity` with where it came from; the plan is undecided."""
+    recipe = config.recipe()
+    preparation = _prepare_to_measure(model, recipe)
+    with _evaluating(model):
+        return _scored(model, preparation, recipe)
+
+
+def solve(table: SensitivityTable, config: CPTQuantConfig) -> BitPlan:
+    """Decide on the units of a table, without the model.
+
+    Args:
+        table: of `measure_sensitivity`, or loaded from a file.
+        config: `allocation` and the budget, `bits`, `bits_override`, `regularization`; `group_size` and `symmetric` as
+            in the table. Others have no effect.
+
+    Raises:
+        PlanError: the budget cannot be met (the feasible range is named); the table has no figures for a bit width, or
+            those of another group size; an override does not fit.
+    """
+    return allocate(table, config.recipe())
+
+
+def measure_frontier(model: PreTrainedModel, config: CPTQuantConfig, count: int) -> list[FrontierPoint]:
+    """Plans from the smallest to the best, with the rise of the loss that each is predicted and measured to cost.
+
+    Scores are measured on the first three quarters of the calibration data, the plans on the rest.
+
+    Args:
+        model, config: as for `measure_sensitivity`.
+        count: at most so many plans, at least 2.
     """
     recipe = config.recipe()
+    preparation = _prepare_to_measure(model, recipe)
+    measured, judged = hold_out(preparation.calibration)
+    with _evaluating(model):
+        table = score(model, replace(preparation, calibration=measured), recipe)
+        points = frontier(table, recipe, count)
+        batches = with_labels(model, judged.batches)
+        base = mean_loss(model, batches)
+        plans = {str(index): point.plan for index, point in enumerate(points)}
+        losses = losses_of_plans(model, plans, batches, recipe.rounding)
+    return [replace(point, measured=loss - base) for point, loss in zip(points, losses.values(), strict=True)]
+
+
+def _prepare_to_measure(model: PreTrainedModel, recipe: Recipe) -> Preparation:
     preparation = prepare(model, recipe)
+    if isinstance(preparation, QuantizationRecord):
+        raise ConfigError("plan= is for quantizing; without it, there is something to measure")
     check_fits(model, preparation.plan)
+    return preparation
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     try:
-        return METHODS[recipe.method](model.eval(), preparation.plan, preparation.calibration, recipe)
+        model.eval()
+        yield
     finally:
         model.train(training)
 
 
-def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparation) -> QuantizationRecord:
-    """Score, plan, and quantize a dense model in place.
+def score(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> SensitivityTable:
+    """The table of the recipe's method; for `"auto"`, of the one whose plan gives the least loss on held-out data."""
+    plan = preparation.plan
+    if recipe.method == "auto":
+        calibration, judged = hold_out(preparation.calibration)
+        tables = score_by_all(model, plan, calibration, recipe)
+    else:
+        tables = {recipe.method: METHODS[recipe.method](model, plan, preparation.calibration, recipe)}
+    errors = relative_errors(model, plan, recipe)
+    tables = {
+        name: replace(table, errors=errors, group_size=recipe.group_size, symmetric=recipe.symmetric)
+        for name, table in tables.items()
+    }
+    if recipe.method != "auto":
+        return tables[recipe.method]
+    batches = with_labels(model, judged.batches)
+    plans = {"unrounded": plan, **{name: allocate(table, recipe) for name, table in tables.items()}}
+    losses = losses_of_plans(model, plans, batches, recipe.rounding)
+    best = min(tables, key=lambda name: losses[name])
+    found = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    logger.warning(f"Loss on held-out calibration data: {found}. The plan of {best} is taken.")
+    return replace(tables[best], settings={**tables[best].settings, "held_out_losses": losses})
+
+
+def _scored(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> QuantizationRecord:
+    table = score(model, preparation, recipe)
+    return QuantizationRecord(preparation.plan, table, _portable(recipe), preparation.calibration.description)
+
+
+def decide(record: QuantizationRecord, recipe: Recipe) -> QuantizationRecord:
+    """The record with the plan that a recipe's allocation makes of its table.
+
+    Raises:
+        PlanError: as `solve`.
+    """
+    table = record.table
+    assert table is not None, "there are scores to decide by"
+    plan = allocate(table, recipe)
+    measured = {name: value for name, value in record.measured.items() if name != PREDICTED}
+    if table.costs:
+        bits = {module.unit: module.scheme.bits for module in plan.modules}
+        measured[PREDICTED] = math.fsum(table.costs[unit].get(bits[unit], 0.0) for unit in bits)
+    given = _portable(recipe)
+    return replace(
+        record, plan=plan, settings={**record.settings, **{name: given[name] for name in DECIDING}}, measured=measured
+    )
+
+
+def _portable(recipe: Recipe) -> dict[str, Any]:
+    """The settings without what only this machine has."""
+    return {**recipe.to_dict(), "dataset": None, "tokenizer": None, "work_dir": None, "plan": None}
+
+
+def quantize_model(
+    model: PreTrainedModel, recipe: Recipe, preparation: Preparation | QuantizationRecord
+) -> QuantizationRecord:
+    """Score and plan, unless a plan is given, and quantize a dense model in place.
 
     Raises:
         ModelError: a weight holds NaN or infinity.
@@ -89,19 +267,16 @@ def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
     """
     check_fits(model, preparation.plan)
     start = time.perf_counter()
-    table = METHODS[recipe.method](model, preparation.plan, preparation.calibration, recipe)
-    by_error = recipe.allocation == "integer" and (recipe.regularization > 0 or not table.costs)
-    errors = relative_errors(model, preparation.plan, recipe) if by_error else {}
-    bits = allocate(table, preparation.plan, errors, recipe)
-    plan = preparation.plan.with_bits(bits, recipe.group_size, recipe.symmetric)
+    if isinstance(preparation, QuantizationRecord):
+        record = preparation
+    else:
+        record = decide(_scored(model, preparation, recipe), recipe)
     scored = time.perf_counter()
-    apply_plan(model, plan, recipe.rounding)
-    measured = {"seconds_scoring": round(scored - start, 2), "seconds_rounding": round(time.perf_counter() - scored, 2)}
-    if table.costs:
-        measured["predicted_loss_increase"] = math.fsum(table.costs[unit].get(bits[unit], 0.0) for unit in bits)
-    logger.warning(report(plan))  # the default verbosity: nothing is left out silently
-    settings = {**recipe.to_dict(), "dataset": None, "tokenizer": None, "work_dir": None}  # what only this machine has
-    return QuantizationRecord(plan, table, settings, preparation.calibration.description, measured)
+    apply_plan(model, record.plan, recipe.rounding)
+    seconds = {"seconds_scoring": scored - start, "seconds_rounding": time.perf_counter() - scored}
+    measured = {**record.measured, **{name: round(value, 2) for name, value in seconds.items()}}
+    logger.warning(report(record.plan))  # the default verbosity: nothing is left out silently
+    return replace(record, measured=measured)
 
 
 def report(plan: BitPlan) -> str:

@@ -1,20 +1,22 @@
-"""The values that flow between the steps: schemes, bit plans, sensitivity tables.
+"""Schemes and bit plans: what every module of a model gets.
 
-All of them are frozen and turn into JSON and back. A plan is complete before anything is quantized,
-so it can be printed, saved, edited and shared; everything later (module swap, checkpoint, report,
-card) is a function of it.
+Frozen values that turn into JSON and back. A plan is complete before anything is quantized, so it can be printed,
+saved, edited and shared; everything later (module swap, checkpoint, report, card) is a function of it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .bitmap import BitMap, as_html, bit_map
 from .errors import PlanError, in_module
 
 PLAN_FILE = "cptquant_plan.json"
@@ -209,6 +211,75 @@ class BitPlan:
             blocks.setdefault(module.block, {})[module.name.removeprefix(module.block + ".")] = module
         return blocks
 
+    @property
+    def undecided(self) -> BitPlan:
+        """The same units, all of them with 16 bits."""
+        return replace(self, modules=tuple(replace(module, scheme=UNTOUCHED) for module in self.modules))
+
+    @property
+    def summary(self) -> str:
+        """Bits per weight, sizes and ratios in a sentence."""
+        return (
+            f"{self.bits_per_weight:.3f} bits per weight; {self.original_bytes / 1e6:.1f} → {self.nbytes / 1e6:.1f} MB:"
+            f" compression ratio {self.compression_ratio:.2f}, reduction {self.final_reduction_percentage:.1f} %"
+        )
+
+    def maps(self) -> tuple[BitMap, ...]:
+        """The bits as pictures, one for each stack of blocks. Units that differ by a number alone, such as experts,
+        share a row."""
+        stacks: dict[str, list[tuple[str, str, int]]] = {}
+        for module in self.modules:
+            stack, _, index = module.block.rpartition(".")
+            unit = module.name if module.unit == module.block else module.unit
+            kind = re.sub(r"\.\d+(?=\.|$)", ".*", unit.removeprefix(module.block))
+            stacks.setdefault(stack, []).append((kind.lstrip("."), index, module.scheme.bits))
+        return tuple(bit_map(stack, units) for stack, units in stacks.items())
+
+    def _repr_html_(self) -> str:
+        """The maps, in a notebook."""
+        return as_html(self.maps(), self.summary)
+
+    def applied_to(self, model: BitPlan) -> BitPlan:
+        """This plan's decisions for another model of the same architecture.
+
+        Args:
+            model: the undecided plan of that model; sizes and units are taken from it.
+
+        Raises:
+            PlanError: the modules or their shapes differ, a group size does not fit, or modules of one unit have
+                different bits.
+        """
+        known = {module.name: module for module in self.modules}
+        wanted = {module.name: module for module in model.modules}
+        differences = [
+            _listed("decides on what the model lacks", known.keys() - wanted.keys()),
+            _listed("says nothing of", wanted.keys() - known.keys()),
+            _listed(
+                "has other shapes for",
+                {
+                    f"{name} {_shape(known[name])} instead of {_shape(wanted[name])}"
+                    for name in known.keys() & wanted.keys()
+                    if _shape(known[name]) != _shape(wanted[name])
+                },
+            ),
+        ]
+        if any(differences):
+            raise PlanError(f"the plan is for another model: it {'; it '.join(filter(None, differences))}")
+        decided = []
+        first: dict[str, ModulePlan] = {}
+        for module in model.modules:
+            with in_module(module.name):
+                scheme = known[module.name].scheme
+                scheme.groups(module.in_features)
+                decided.append(replace(module, scheme=scheme))
+                other = first.setdefault(module.unit, decided[-1])
+                if other.scheme.bits != scheme.bits:
+                    raise PlanError(
+                        f"the plan has {scheme.bits} bits, and {other.scheme.bits} for {other.name}, which share the"
+                        f" unit {module.unit}; give both the same"
+                    )
+        return replace(model, modules=tuple(decided))
+
     def with_bits(self, bits: Mapping[str, int], group_size: int = 128, symmetric: bool = True) -> BitPlan:
         """The same modules with the bit width of their unit: unit name → bits."""
         decided = (
@@ -259,92 +330,14 @@ class BitPlan:
         return cls.from_dict(read_json(path))
 
 
-@dataclass(frozen=True)
-class SensitivityTable:
-    """What a method measured: unit → how much the model suffers when that unit is disturbed.
+def _shape(module: ModulePlan) -> tuple[int, int]:
+    return module.out_features, module.in_features
 
-    Attributes:
-        method: `"cmpq"`, `"pmpq"` or `"tdmpq"`.
-        metric: what was measured: `"loss"` (mean negative log-likelihood, nats), `"perplexity"`, `"accuracy"`, or
-            `"correlation"` with other units.
-        base: the metric of the unchanged model (a unit's correlation with itself: 1).
-        raw: unit → change of the metric for the worse, in the model's order.
-        blocks: unit → the transformer layer that it belongs to.
-        settings: those of the method that decide the figures.
-        fingerprint: identifies model, data and settings that the figures belong to.
-        costs: unit → bit width → predicted rise of the loss (nats), if the method prices bit widths.
-        correlations: unit → unit → mean canonical correlation, if the method compares units.
-    """
 
-    method: str
-    metric: str
-    base: float
-    raw: Mapping[str, float]
-    blocks: Mapping[str, str]
-    settings: Mapping[str, Any]
-    fingerprint: str
-    costs: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    correlations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Unit → score, higher = needs more bits: the measurements divided by the largest magnitude."""
-        largest = max(map(abs, self.raw.values()), default=0.0)
-        return {unit: value / largest if largest else 0.0 for unit, value in self.raw.items()}
-
-    def by_block(self) -> dict[str, float]:
-        """Block → sum of the measurements of its units, in the model's order."""
-        sums: dict[str, float] = {}
-        for unit, value in self.raw.items():
-            sums[self.blocks[unit]] = sums.get(self.blocks[unit], 0.0) + value
-        return sums
-
-    def deviations(self) -> tuple[float, float, float]:
-        """Standard deviation from the mean sensitivity of all blocks, of the first 30 % of the blocks, of those in the
-        middle, and of the last 30 % (the statistic of the paper's table 1), in units of `raw`."""
-        values = list(self.by_block().values())
-        centre, edge = math.fsum(values) / len(values), max(1, round(0.3 * len(values)))
-        segments = values[:edge], values[edge:-edge], values[-edge:]
-        first, middle, last = (
-            math.sqrt(math.fsum((value - centre) ** 2 for value in part) / len(part)) if part else 0.0
-            for part in segments
-        )
-        return first, middle, last
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with `"scores"`."""
-        return {**asdict(self), "scores": self.scores}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SensitivityTable:
-        try:
-            given = {entry.name: data[entry.name] for entry in fields(cls)}
-            given["costs"] = {
-                unit: {int(bits): cost for bits, cost in costs.items()} for unit, costs in data["costs"].items()
-            }
-            figures = [
-                data["base"],
-                *data["raw"].values(),
-                *(c for costs in given["costs"].values() for c in costs.values()),
-            ]
-            unplaced = data["raw"].keys() - data["blocks"].keys()
-        except (KeyError, AttributeError, ValueError) as error:
-            raise PlanError(f"the sensitivity table is incomplete: {error!r}") from error
-        if not all(type(figure) in (int, float) for figure in figures):
-            raise PlanError("the sensitivity table holds something that is not a number")
-        if unplaced:
-            raise PlanError(f"the sensitivity table does not say to which block {sorted(unplaced)[0]} belongs")
-        return cls(**given)
-
-    def save(self, path: str | Path) -> None:
-        """Write the table as JSON; `"scores"` maps each unit to its number."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> SensitivityTable:
-        """Read a table from its file, or from the record of a quantized model (`cptquant_plan.json` or its folder)."""
-        data = read_json(path)
-        return cls.from_dict(data.get("sensitivity", data))
+def _listed(what: str, names: Collection[str]) -> str:
+    """`"lacks a, b and 3 more"`, or nothing."""
+    shown, more = sorted(names)[:2], len(names) - 2
+    return f"{what} {', '.join(shown)}{f' and {more} more' if more > 0 else ''}" if names else ""
 
 
 def _module_from_dict(name: str, entry: Mapping[str, Any]) -> ModulePlan:
@@ -359,7 +352,7 @@ def _module_from_dict(name: str, entry: Mapping[str, Any]) -> ModulePlan:
             raise PlanError(f"its entry in the bit plan is wrong: {error}") from error
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Parse a JSON object from a file, or from `cptquant_plan.json` in a folder."""
     path = Path(path)
     path = path / PLAN_FILE if path.is_dir() else path

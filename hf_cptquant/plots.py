@@ -1,14 +1,19 @@
-"""Pictures of scores: (table) → PNG. matplotlib is loaded only when one is drawn."""
+"""Pictures of scores, plans and frontiers: PNG files. matplotlib is loaded only when one is drawn."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from .plan import SensitivityTable
+from .allocation import FrontierPoint
+from .bitmap import COLOURS, BitMap, cell_text, letters_on
+from .plan import BitPlan
+from .table import SensitivityTable
 
 MATRIX_WIDTH = 5.5  # inches
 LABELS = 20  # of blocks, at most
+CELL = 0.24  # inches
 METRIC_LABELS = {
     "loss": "rise of the loss (nats)",
     "perplexity": "rise of the perplexity",
@@ -37,6 +42,78 @@ def plot_sensitivity(table: SensitivityTable, path: str | Path) -> None:
     if table.correlations:
         _draw_matrix(axes[1], table)
     figure.suptitle(_title(table))
+    figure.savefig(path, format="png")
+
+
+def plot_plan(plan: BitPlan, table: SensitivityTable | None, path: str | Path) -> None:
+    """Draw the bits of every unit as a map, one stack of blocks below the other, and the scores of the blocks below.
+
+    Args:
+        plan: the decisions.
+        table: the scores that they came from, if there are any.
+        path: PNG file to write.
+    """
+    from matplotlib.figure import Figure
+
+    maps = plan.maps()
+    columns = max(len(drawn.columns) for drawn in maps)
+    heights = [0.9 + CELL * len(drawn.rows) for drawn in maps] + ([2.2] if table else [])
+    margin = 0.09 * max(len(row) for drawn in maps for row in drawn.rows) + 1
+    figure = Figure(figsize=(max(5.0, CELL * columns + margin), sum(heights)), layout="constrained", dpi=150)
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, drawn in zip(axes, maps, strict=False):
+        _draw_map(axis, drawn)
+    if table:
+        blocks = list(table.by_block())
+        _draw_bars(axes[-1], table, blocks)
+        axes[-1].set_xlim(-0.5, max(columns, len(blocks)) - 0.5)
+    figure.suptitle(plan.summary.replace("; ", "\n"), fontsize="medium")
+    figure.savefig(path, format="png")
+
+
+def _draw_map(axes, drawn: BitMap) -> None:
+    for x, column in enumerate(drawn.columns):
+        for y, row in enumerate(drawn.rows):
+            cell = drawn.cells.get((row, column), ())
+            if cell:
+                square = {"facecolor": COLOURS[cell[0]], "edgecolor": "white", "linewidth": 0.5}
+                axes.add_patch(_rectangle(x, y, **square))
+                axes.text(x, y, cell_text(cell), ha="center", va="center", fontsize=7, color=letters_on(cell[0]))
+    axes.set_xlim(-0.5, len(drawn.columns) - 0.5)
+    axes.set_ylim(len(drawn.rows) - 0.5, -0.5)
+    axes.set_aspect("equal")
+    step = math.ceil(len(drawn.columns) / LABELS)
+    axes.set_xticks(range(0, len(drawn.columns), step), drawn.columns[::step])
+    axes.set_yticks(range(len(drawn.rows)), drawn.rows)
+    axes.set_title(drawn.stack, fontsize="small")
+
+
+def _rectangle(x: int, y: int, **style):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, **style)
+
+
+def plot_frontier(points: Sequence[FrontierPoint], unit: str, path: str | Path) -> None:
+    """Draw predicted and, where they are known, measured losses over bits per weight.
+
+    Args:
+        unit: of the predictions.
+        path: PNG file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    bits = [point.plan.bits_per_weight for point in points]
+    axes.plot(bits, [point.predicted for point in points], "o-", label=f"predicted ({unit})")
+    measured = {point.plan.bits_per_weight: point.measured for point in points if point.measured is not None}
+    if measured:
+        axes.plot(list(measured), list(measured.values()), "s--", label="measured on held-out data (nats)")
+    axes.set_xlabel("bits per weight")
+    axes.set_ylabel("rise of the loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, format="png")
 
 

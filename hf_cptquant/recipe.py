@@ -14,8 +14,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import ConfigError
+from .plan import BitPlan
+from .record import QuantizationRecord
 
-METHOD_NAMES = ("cmpq", "pmpq", "tdmpq")
+METHOD_NAMES = ("cmpq", "pmpq", "tdmpq", "auto")
 ESTIMATOR_NAMES = ("perturbation", "taylor")
 METRIC_NAMES = ("loss", "perplexity", "accuracy")
 ALLOCATION_NAMES = ("kmeans", "k-harmonic-means", "integer")
@@ -23,6 +25,10 @@ BUDGETS = ("target_bits", "target_size", "target_compression", "max_loss_increas
 GRANULARITY_NAMES = ("block", "group", "module")
 ROUNDING_NAMES = ("nearest",)
 PERTURB_NAMES = ("all", "first")
+_WITHOUT_METRIC = {
+    "cmpq": ", which measures correlations; use metric='loss'",
+    "auto": ", whose plans are compared by their loss; use metric='loss'",
+}
 _LEAST = {"num_samples": 1, "sequence_length": 8, "cca_components": 1, "cca_samples": 2, "seed": 0}
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
@@ -51,6 +57,7 @@ class Recipe:
     max_loss_increase: float | None = None
     bits_override: tuple[tuple[str, int], ...] = ()
     regularization: float = 0.0
+    plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None
     group_size: int = 128
     symmetric: bool = True
     rounding: str = "nearest"
@@ -93,21 +100,18 @@ class Recipe:
         if self.batch_size is not None:
             _check_integer("batch_size", self.batch_size, 1)
         self._check_budget()
+        self._check_plan()
         scale = self.perturbation_scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ConfigError(f"perturbation_scale={scale!r} must be a positive number")
         levels = self.sparsity_levels
         if not levels or not all(isinstance(level, float) and 0 < level < 1 for level in levels):
             raise ConfigError(f"sparsity_levels={levels!r} must be a list of numbers between 0 and 1")
-        if self.metric != "loss" and (self.method == "cmpq" or (self.method, self.estimator) == ("tdmpq", "taylor")):
-            raise ConfigError(
-                f"metric={self.metric!r} cannot be had with method={self.method!r}"
-                + (
-                    ", which measures correlations; use metric='loss'"
-                    if self.method == "cmpq"
-                    else " and estimator='taylor', which expands the loss; use estimator='perturbation'"
-                )
+        if self.metric != "loss" and (self.method in _WITHOUT_METRIC or self.uses_taylor):
+            reason = _WITHOUT_METRIC.get(
+                self.method, " and estimator='taylor', which expands the loss; use estimator='perturbation'"
             )
+            raise ConfigError(f"metric={self.metric!r} cannot be had with method={self.method!r}{reason}")
         if not isinstance(self.work_dir, (str, os.PathLike, type(None))):
             raise ConfigError(f"work_dir={self.work_dir!r} must be a folder")
         for name in ("text_column", "label_column"):
@@ -119,6 +123,13 @@ class Recipe:
             raise ConfigError(f"tokenizer={self.tokenizer!r} must be a name, a path or a tokenizer")
         _check_dataset(self.dataset)
 
+    def _check_plan(self) -> None:
+        if not isinstance(self.plan, (str, os.PathLike, BitPlan, QuantizationRecord, type(None))):
+            raise ConfigError(f"plan={self.plan!r} must be the file of a plan, or a BitPlan")
+        deciding = [name for name in (*BUDGETS, "bits_override") if getattr(self, name)]
+        if self.plan is not None and deciding:
+            raise ConfigError(f"with plan= every module is decided; leave out {deciding[0]}, or make another plan")
+
     def _check_budget(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         for name in (*given, "regularization"):
@@ -128,11 +139,15 @@ class Recipe:
                 raise ConfigError(f"{name}={value!r} must be a {'' if least == 0 else 'positive '}number")
         if len(given) > 1:
             raise ConfigError(f"{given[0]} and {given[1]} are two budgets; give one")
+        if self.method == "auto" and (not given or self.max_loss_increase is not None):
+            raise ConfigError(
+                "method='auto' compares plans of equal size: give target_bits, target_size or target_compression"
+            )
         if self.allocation == "integer" and not given:
             raise ConfigError(f"allocation='integer' needs a budget: {', '.join(BUDGETS)}")
         if self.allocation != "integer" and given:
             raise ConfigError(f"{given[0]} is for allocation='integer'; allocation={self.allocation!r} takes no budget")
-        if self.max_loss_increase is not None and (self.method, self.estimator) != ("tdmpq", "taylor"):
+        if self.max_loss_increase is not None and not self.uses_taylor:
             raise ConfigError(
                 "max_loss_increase needs costs in nats, which only method='tdmpq' with estimator='taylor' gives; use"
                 " target_bits"
@@ -145,18 +160,25 @@ class Recipe:
             _check_choice(f"bits_override[{pattern!r}]", width, BIT_WIDTHS)
 
     @property
+    def uses_taylor(self) -> bool:
+        """Whether the method prices bit widths in nats."""
+        return (self.method, self.estimator) == ("tdmpq", "taylor")
+
+    @property
     def packed_bits(self) -> tuple[int, ...]:
         """The bit widths below 16 that a unit may get, ascending, those of `bits_override` included."""
         return tuple(sorted({bits for bits in (*self.bits, *dict(self.bits_override).values()) if bits < 16}))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. Objects that JSON cannot hold (datasets, tensors, tokenizers) become None."""
+        """Plain JSON values. Objects that are no settings (datasets, tensors, tokenizers, plans) become
+        None."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         plain["bits"], plain["sparsity_levels"] = list(self.bits), list(self.sparsity_levels)
         plain["bits_override"] = dict(self.bits_override) or None
         plain["dataset"] = _plain_dataset(self.dataset)
-        plain["work_dir"] = None if self.work_dir is None else os.fspath(self.work_dir)
-        plain["tokenizer"] = os.fspath(self.tokenizer) if isinstance(self.tokenizer, (str, os.PathLike)) else None
+        for name in ("work_dir", "plan", "tokenizer"):
+            value = plain[name]
+            plain[name] = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
         if self.modules_to_not_convert is not None:
             plain["modules_to_not_convert"] = list(self.modules_to_not_convert)
         return plain

@@ -1,7 +1,8 @@
-"""What one run leaves behind beside the weights: `cptquant_plan.json`.
+"""A plan with where it came from: `cptquant_plan.json` beside the weights, and the file of `cptquant plan`.
 
 The section in `config.json` is for other programs, which drop keys that they do not know when they write it again; this
-file is ours and says everything: the plan, the scores it came from, the settings, the data, the figures taken.
+file is ours and says everything: the plan, the scores it came from, the settings, the data, the figures taken. It is a
+plan's file with more keys, so that what reads a plan reads a record.
 """
 
 from __future__ import annotations
@@ -10,34 +11,39 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .errors import PlanError
-from .plan import BitPlan, SensitivityTable, read_json
+from .plan import BitPlan, read_json
+from .table import SensitivityTable
 
 
 @dataclass(frozen=True)
 class QuantizationRecord:
-    """Everything that one run leaves behind beside the weights; `cptquant_plan.json` on disk.
+    """A plan and where it came from.
 
     Attributes:
-        plan: the plan that was executed.
-        table: the scores it came from.
+        plan: the decisions.
+        table: the scores they came from, or None if they came from elsewhere.
         settings: the recipe as plain JSON values.
-        calibration: what the calibration data were (source, sizes, hash).
-        measured: figures taken around the run (seconds, perplexities); may be empty.
+        calibration: what the calibration data were (source, sizes, hash); empty without a table.
+        measured: figures taken around the run (seconds, losses); may be empty.
     """
 
     plan: BitPlan
-    table: SensitivityTable
+    table: SensitivityTable | None
     settings: Mapping[str, Any]
     calibration: Mapping[str, Any]
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        table = None if self.table is None else self.table.to_dict()
+        if table is not None:
+            del table["plan"]  # the units are those of the plan
         return {
             **self.plan.to_dict(),
-            "sensitivity": self.table.to_dict(),
+            "sensitivity": table,
             "settings": dict(self.settings),
             "calibration": dict(self.calibration),
             "measured": dict(self.measured),
@@ -46,11 +52,12 @@ class QuantizationRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizationRecord:
         plan = BitPlan.from_dict(data)
-        for part in ("sensitivity", "settings", "calibration", "measured"):
+        for part in ("settings", "calibration", "measured"):
             if not isinstance(data.get(part), Mapping):
                 raise PlanError(f"the record of the quantization has no {part!r}")
-        table = SensitivityTable.from_dict(data["sensitivity"])
-        return cls(plan, table, data["settings"], data["calibration"], data["measured"])
+        if not isinstance(data.get("sensitivity", 0), (Mapping, NoneType)):
+            raise PlanError("the record of the quantization has no 'sensitivity'")
+        return cls(plan, SensitivityTable.of_record(data), data["settings"], data["calibration"], data["measured"])
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from .errors import CheckpointError, PlanError, in_module
 from .model_view import view_model
-from .plan import PACKED_BITS, PER_CHANNEL, LayerScheme, ModulePlan, SensitivityTable
+from .plan import PACKED_BITS, PER_CHANNEL, BitPlan, LayerScheme, ModulePlan
 from .record import QuantizationRecord
+from .table import SensitivityTable
 
 SECTION_VERSION = 1
 
@@ -46,23 +47,31 @@ def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
         "ignore": untouched + [module.name for module in plan.left],
         "cptquant": {
             "version": SECTION_VERSION,
-            "method": record.table.method,
             "allocation": record.settings["allocation"],
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "bit_plan": {
                 block: {name: module.scheme.bits for name, module in members.items()}
                 for block, members in plan.by_block().items()
             },
-            "sensitivity": record.table.scores,
-            "sensitivity_raw": dict(record.table.raw),
-            "sensitivity_settings": dict(record.table.settings),
-            "metric": record.table.metric,
-            "metric_before": record.table.base,
-            "fingerprint": record.table.fingerprint,
+            **_scores_section(record.table),
             "settings": dict(record.settings),
             "calibration": dict(record.calibration),
             "measured": dict(record.measured),
         },
+    }
+
+
+def _scores_section(table: SensitivityTable | None) -> dict[str, Any]:
+    if table is None:
+        return {"method": None}
+    return {
+        "method": table.method,
+        "sensitivity": table.scores,
+        "sensitivity_raw": dict(table.raw),
+        "sensitivity_settings": dict(table.settings),
+        "metric": table.metric,
+        "metric_before": table.base,
+        "fingerprint": table.fingerprint,
     }
 
 
@@ -94,15 +103,7 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
         schemes = _read_schemes(section["config_groups"])
         settings = own["settings"]
         plan = view_model(model, settings["modules_to_not_convert"], allow_skipped=True).plan(settings["granularity"])
-        table = SensitivityTable(
-            method=own["method"],
-            metric=own["metric"],
-            base=own["metric_before"],
-            raw=own["sensitivity_raw"],
-            blocks={module.unit: module.block for module in plan.modules},
-            settings=own["sensitivity_settings"],
-            fingerprint=own["fingerprint"],
-        )
+        table = None if own["method"] is None else _read_scores(own, plan)
         bit_plan = {
             f"{block}.{name}": bits for block, members in own["bit_plan"].items() for name, bits in members.items()
         }
@@ -120,6 +121,20 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
         with in_module(module.name):
             modules.append(_decided(module, schemes.get(module.name), bit_plan.get(module.name)))
     return QuantizationRecord(replace(plan, modules=tuple(modules)), table, settings, calibration, measured)
+
+
+def _read_scores(own: Mapping[str, Any], plan: BitPlan) -> SensitivityTable:
+    return SensitivityTable(
+        method=own["method"],
+        metric=own["metric"],
+        base=own["metric_before"],
+        raw=own["sensitivity_raw"],
+        plan=plan,
+        settings=own["sensitivity_settings"],
+        fingerprint=own["fingerprint"],
+        group_size=own["settings"]["group_size"],
+        symmetric=own["settings"]["symmetric"],
+    )
 
 
 def _read_schemes(groups: Mapping[str, Any]) -> dict[str, LayerScheme]:

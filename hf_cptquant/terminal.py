@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .plan import SensitivityTable
+from .allocation import FrontierPoint
+from .bitmap import COLOURS, BitMap, cell_text, letters_on
 from .record import QuantizationRecord
+from .table import SensitivityTable
 
 console = Console()
 
@@ -25,20 +30,50 @@ def show_sensitivity(table: SensitivityTable) -> None:
         chart.add_row(unit, f"{raw:.4g}", f"{scores[unit]:.3f}", bar)
     console.print(chart)
     first, middle, last = table.deviations()
-    console.print(
+    say(
         f"standard deviation from the mean sensitivity: first 30 % of the blocks {first:.3g}, middle {middle:.3g},"
-        f" last 30 % {last:.3g}",
-        highlight=False,
-        soft_wrap=True,
+        f" last 30 % {last:.3g}"
     )
 
 
 def show_plan(record: QuantizationRecord) -> None:
-    """Print a plan as a table with totals."""
-    plan, scores = record.plan, record.table.scores
-    table = Table(
-        "block", "modules", "bits", "MB", "score", title=f"{record.table.method}, {record.settings['allocation']}"
-    )
+    """Print a plan as a map of its bits, with totals and where it came from."""
+    table = record.table
+    if table is not None:
+        method = f"{table.method} ({table.settings['estimator']})" if "estimator" in table.settings else table.method
+        console.print(f"{method}, {record.settings['allocation']}", style="italic", highlight=False)
+    for drawn in record.plan.maps():
+        show_map(drawn)
+    say(record.plan.summary)
+    if "predicted_loss_increase" in record.measured:
+        say(f"predicted rise of the loss: {record.measured['predicted_loss_increase']:.4f} nats")
+    if table is not None and "held_out_losses" in table.settings:
+        losses = table.settings["held_out_losses"].items()
+        say("loss on held-out calibration data: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses))
+
+
+def show_map(drawn: BitMap) -> None:
+    """Print the bits of one stack of blocks, two columns a block, in as many strips as the terminal needs."""
+    margin = max(map(len, (*drawn.rows, drawn.stack)))
+    per_strip = max(5, (console.width - margin - 1) // 10 * 5)
+    for start in range(0, len(drawn.columns), per_strip):
+        strip = drawn.columns[start : start + per_strip]
+        marks = "".join(f"{column:<10}" for column in strip[::5])  # every fifth block has its number
+        lines = [Text(f"{drawn.stack:<{margin}} {marks}".rstrip(), no_wrap=True, overflow="crop")]
+        for row in drawn.rows:
+            line = Text(f"{row:<{margin}} ", no_wrap=True, overflow="crop")
+            for column in strip:
+                cell = drawn.cells.get((row, column), ())
+                style = f"{letters_on(cell[0])} on {COLOURS[cell[0]]}" if cell else ""
+                line.append(f"{cell_text(cell) if cell else '':<2}", style=style)
+            lines.append(line)
+        console.print(*lines, sep="\n")
+
+
+def show_units(record: QuantizationRecord) -> None:
+    """Print bits, bytes and score of every unit."""
+    plan, scores = record.plan, {} if record.table is None else record.table.scores
+    table = Table("block", "modules", "bits", "MB", "score")
     for column in (3, 4):
         table.columns[column].justify = "right"
     for block, members in plan.by_block().items():
@@ -50,11 +85,27 @@ def show_plan(record: QuantizationRecord) -> None:
             schemes = ", ".join(dict.fromkeys(str(module.scheme) for module in modules))
             label = f"all {len(names)}" if len(by_unit) == 1 else ", ".join(name.rpartition(".")[2] for name in names)
             megabytes = sum(module.nbytes for module in modules) / 1e6
-            table.add_row("" if index else block, label, schemes, f"{megabytes:.2f}", f"{scores[unit]:.3f}")
+            score = f"{scores[unit]:.3f}" if unit in scores else "–"
+            table.add_row("" if index else block, label, schemes, f"{megabytes:.2f}", score)
     console.print(table)
-    console.print(
-        f"{plan.bits_per_weight:.3f} bits per weight; {plan.original_bytes / 1e6:.1f} → {plan.nbytes / 1e6:.1f} MB:"
-        f" compression ratio {plan.compression_ratio:.2f}, reduction {plan.final_reduction_percentage:.1f} %",
-        highlight=False,
-        soft_wrap=True,
-    )
+
+
+def show_frontier(points: Sequence[FrontierPoint], unit: str) -> None:
+    """Print the plans of a frontier, one a line.
+
+    Args:
+        unit: of the predictions.
+    """
+    table = Table("bits per weight", "MB", f"predicted ({unit})", "measured (nats)", title="frontier")
+    for column in table.columns:
+        column.justify = "right"
+    for point in points:
+        measured = "–" if point.measured is None else f"{point.measured:.4f}"
+        size = f"{point.plan.nbytes / 1e6:.1f}"
+        table.add_row(f"{point.plan.bits_per_weight:.3f}", size, f"{point.predicted:.4g}", measured)
+    console.print(table)
+
+
+def say(text: str) -> None:
+    """Print a sentence as it is."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)

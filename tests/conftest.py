@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never wait for a network
@@ -18,9 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import python_help_texts, write_bundled_model
+from hf_cptquant.plan import UNTOUCHED, BitPlan, ModulePlan
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def plan_of(blocks: Mapping[str, str]) -> BitPlan:
+    """An undecided plan with one small module for each unit: unit → block."""
+    return BitPlan(tuple(ModulePlan(unit, block, unit, 8, 64, 2, UNTOUCHED) for unit, block in blocks.items()))
+
 
 TINY_CONFIGS: dict[str, tuple[str, str, dict]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,

@@ -9,8 +9,8 @@ from conftest import tiny_model
 from hf_cptquant.allocation import allocate
 from hf_cptquant.errors import CPTQuantError
 from hf_cptquant.model_view import view_model
-from hf_cptquant.plan import SensitivityTable
 from hf_cptquant.recipe import Recipe
+from hf_cptquant.table import SensitivityTable
 
 BITS = (3, 4, 8, 16)
 
@@ -24,10 +24,14 @@ def recipe_for(**settings) -> Recipe:
     return Recipe(**{"allocation": "integer", "bits": BITS, "group_size": 32, **settings})
 
 
-def table_for(plan, costs=None, raw=None) -> SensitivityTable:
-    blocks = {module.unit: module.block for module in plan.modules}
-    raw = raw or dict.fromkeys(blocks, 1.0)
-    return SensitivityTable("tdmpq", "loss", 2.0, raw, blocks, {}, "", costs or {})
+def table_for(plan, costs=None, raw=None, errors=None) -> SensitivityTable:
+    raw = raw or dict.fromkeys((module.unit for module in plan.modules), 1.0)
+    return SensitivityTable("tdmpq", "loss", 2.0, raw, plan, {}, "", costs or {}, errors=errors or {}, group_size=32)
+
+
+def bits_of(plan) -> dict[str, int]:
+    """Unit → bits."""
+    return {module.unit: module.scheme.bits for module in plan.modules}
 
 
 COSTS = {
@@ -47,7 +51,7 @@ def all_plans(plan, widths=BITS):
 
 @pytest.mark.parametrize("target", [3.6, 4.5, 6.0, 9.5])
 def test_target_bits_counts_scales_and_is_the_best_plan(plan, target):
-    bits = allocate(table_for(plan, COSTS), plan, {}, recipe_for(target_bits=target))
+    bits = bits_of(allocate(table_for(plan, COSTS), recipe_for(target_bits=target)))
     assert plan.with_bits(bits, 32).bits_per_weight <= target
     best = min(cost for cost, decided, _ in all_plans(plan) if decided.bits_per_weight <= target)
     assert sum(COSTS[unit].get(width, 0.0) for unit, width in bits.items()) == pytest.approx(best, abs=1e-12)
@@ -59,7 +63,7 @@ def test_target_size_and_compression_are_of_the_whole_checkpoint(plan):
             {"target_size": decided.nbytes},
             {"target_compression": decided.compression_ratio * (1 - 1e-12)},
         ):
-            bits = allocate(table_for(plan, COSTS), plan, {}, recipe_for(**settings))
+            bits = bits_of(allocate(table_for(plan, COSTS), recipe_for(**settings)))
             assert plan.with_bits(bits, 32).nbytes <= decided.nbytes
             found = sum(COSTS[unit].get(width, 0.0) for unit, width in bits.items())
             assert found <= cost + 1e-12, chosen
@@ -68,7 +72,7 @@ def test_target_size_and_compression_are_of_the_whole_checkpoint(plan):
 @pytest.mark.parametrize("limit", [-0.01, 0.0, 0.05, 1.0, 9.0])
 def test_max_loss_increase_gives_the_smallest_plan(plan, limit):
     recipe = recipe_for(method="tdmpq", estimator="taylor", max_loss_increase=max(limit, 0.0))
-    bits = allocate(table_for(plan, COSTS), plan, {}, recipe)
+    bits = bits_of(allocate(table_for(plan, COSTS), recipe))
     smallest = min(decided.nbytes for cost, decided, _ in all_plans(plan) if cost <= max(limit, 0.0))
     assert plan.with_bits(bits, 32).nbytes == smallest
 
@@ -77,7 +81,7 @@ def test_max_loss_increase_that_nothing_meets(plan):
     costs = {unit: {3: 4.0, 4: 1.0} for unit in COSTS}
     recipe = recipe_for(bits=(3, 4), method="tdmpq", estimator="taylor", max_loss_increase=0.5)
     with pytest.raises(CPTQuantError, match=r"max_loss_increase=0.5 is less than the 3 nats"):
-        allocate(table_for(plan, costs), plan, {}, recipe)
+        allocate(table_for(plan, costs), recipe)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +94,14 @@ def test_max_loss_increase_that_nothing_meets(plan):
 )
 def test_an_infeasible_budget_names_the_feasible_range(plan, settings, message):
     with pytest.raises(CPTQuantError, match=message):
-        allocate(table_for(plan, COSTS), plan, {}, recipe_for(**settings))
+        allocate(table_for(plan, COSTS), recipe_for(**settings))
 
 
 def test_a_single_score_costs_in_proportion_to_the_rounding_error(plan):
     raw = {"model.layers.0": 3.0, "model.layers.1": 2.0, "model.layers.2": -1.0}
     errors = {unit: {3: 0.04, 4: 0.01, 8: 0.0001} for unit in raw}
     for target in (3.6, 4.6, 6.0):
-        bits = allocate(table_for(plan, raw=raw), plan, errors, recipe_for(target_bits=target))
+        bits = bits_of(allocate(table_for(plan, raw=raw, errors=errors), recipe_for(target_bits=target)))
         costs = {unit: {width: max(0.0, raw[unit]) * error for width, error in errors[unit].items()} for unit in raw}
         best = min(
             sum(costs[unit].get(width, 0.0) for unit, width in chosen.items())
@@ -110,8 +114,8 @@ def test_a_single_score_costs_in_proportion_to_the_rounding_error(plan):
 def test_regularization_weighs_the_rounding_error(plan):
     errors = {unit: dict.fromkeys((3, 4, 8), 0.0) for unit in COSTS}
     errors["model.layers.2"] = {3: 100.0, 4: 90.0, 8: 0.0}
-    plain = allocate(table_for(plan, COSTS), plan, errors, recipe_for(target_bits=6.0))
-    weighed = allocate(table_for(plan, COSTS), plan, errors, recipe_for(target_bits=6.0, regularization=10.0))
+    plain = bits_of(allocate(table_for(plan, COSTS, errors=errors), recipe_for(target_bits=6.0)))
+    weighed = bits_of(allocate(table_for(plan, COSTS, errors=errors), recipe_for(target_bits=6.0, regularization=10.0)))
     assert plain["model.layers.2"] < 8 <= weighed["model.layers.2"]
 
 
@@ -120,7 +124,7 @@ def test_overrides_are_decided_beforehand(plan, allocation):
     budget = {"target_bits": 8.0} if allocation == "integer" else {}
     override = (("model.layers.2.*", 16), ("model.layers.0.self_attn.q_proj", 3))
     recipe = recipe_for(allocation=allocation, bits_override=override, **budget)
-    bits = allocate(table_for(plan, COSTS), plan, {}, recipe)
+    bits = bits_of(allocate(table_for(plan, COSTS), recipe))
     assert (bits["model.layers.2"], bits["model.layers.0"]) == (16, 3)
     assert set(bits) == set(COSTS)
     if budget:  # the solver takes them into account
@@ -129,20 +133,18 @@ def test_overrides_are_decided_beforehand(plan, allocation):
 
 def test_an_override_may_be_a_width_that_is_not_to_choose_from(plan):
     costs = {**COSTS, "model.layers.1": {6: 0.01}}
-    bits = allocate(
-        table_for(plan, costs), plan, {}, recipe_for(target_bits=9.0, bits_override=(("model.layers.1.*", 6),))
-    )
-    assert bits["model.layers.1"] == 6
+    bits = allocate(table_for(plan, costs), recipe_for(target_bits=9.0, bits_override=(("model.layers.1.*", 6),)))
+    assert bits_of(bits)["model.layers.1"] == 6
 
 
 def test_an_override_that_matches_nothing(plan):
     with pytest.raises(
         CPTQuantError, match=r"'\*.fc1' matches no quantizable module; they are named like 'model.layers.0"
     ):
-        allocate(table_for(plan, COSTS), plan, {}, recipe_for(target_bits=8.0, bits_override=(("*.fc1", 8),)))
+        allocate(table_for(plan, COSTS), recipe_for(target_bits=8.0, bits_override=(("*.fc1", 8),)))
 
 
 def test_overrides_that_contradict_each_other_within_a_unit(plan):
     recipe = recipe_for(target_bits=8.0, bits_override=(("*.q_proj", 8), ("*.k_proj", 4)))
     with pytest.raises(CPTQuantError, match=r"q_proj 8 bits and .*k_proj 4, which share the unit .*finer granularity"):
-        allocate(table_for(plan, COSTS), plan, {}, recipe)
+        allocate(table_for(plan, COSTS), recipe)

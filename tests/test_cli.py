@@ -6,14 +6,15 @@ import json
 import re
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from hf_cptquant import BitPlan, CPTQuantConfig, cli
+from hf_cptquant import BitPlan, CPTQuantConfig, cli, terminal
 from hf_cptquant.demo import DemoResult
 from hf_cptquant.options import takes_settings
-from hf_cptquant.plan import SensitivityTable
 from hf_cptquant.recipe import Recipe
 from hf_cptquant.record import QuantizationRecord
+from hf_cptquant.table import SensitivityTable
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_quantize_and_inspect(smollm2, data, tmp_path, capsys, logged):
     assert (output / "tokenizer.json").exists()
     AutoModelForCausalLM.from_pretrained(output)
 
-    assert run("inspect", output) == 0
+    assert run("inspect", output, "--units") == 0
     shown = capsys.readouterr().out
     scores = QuantizationRecord.load(output).table.scores
     assert all(f"model.layers.{index}" in shown for index in range(30))
@@ -74,14 +75,17 @@ def test_the_class_in_the_config_is_used(tiny_folder, data, tmp_path):
     assert config["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "demo"])
 def test_help_explains_every_option(command, capsys):
     assert run(command, "--help") == 0
     assert "Usage: cptquant" in capsys.readouterr().out
 
 
 BAD = {
-    "method": (["--method", "tdmqp"], "method='tdmqp' is not one of 'cmpq', 'pmpq', 'tdmpq'; did you mean 'tdmpq'?"),
+    "method": (
+        ["--method", "tdmqp"],
+        "method='tdmqp' is not one of 'cmpq', 'pmpq', 'tdmpq', 'auto'; did you mean 'tdmpq'?",
+    ),
     "bits": (["--bits", "4,7"], "bits=7 is not one of"),
     "bits text": (["--bits", "four"], "--bits four: give numbers with commas"),
     "dataset": (["--dataset", "wikitext3"], "did you mean 'wikitext2'?"),
@@ -168,10 +172,10 @@ def test_sensitivity_writes_prints_and_draws(method, measure, tmp_path, capsys, 
     assert measure(*options) == 0
     table = SensitivityTable.load(output)
     stored = json.loads(output.read_text())
-    assert stored["scores"] == table.scores
+    assert stored["sensitivity"]["scores"] == table.scores
     assert len(table.scores) == 3 * 4  # blocks of q/k/v, attention output, and two dense layers
-    assert all(type(score) is float for score in stored["scores"].values())
-    assert max(map(abs, stored["scores"].values())) == 1
+    assert all(type(score) is float for score in table.scores.values())
+    assert max(map(abs, table.scores.values())) == 1
     if method == "taylor":
         assert all(list(costs) == [3, 4, 8] for costs in table.costs.values())
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -231,14 +235,24 @@ def test_another_run_in_the_work_folder_is_one_error(measure, tmp_path, capsys):
     assert not (tmp_path / "table.json").exists()
 
 
-@pytest.mark.parametrize("command", ["quantize", "sensitivity"])
+@pytest.mark.parametrize("command", ["quantize", "sensitivity", "plan", "frontier"])
 def test_every_setting_is_an_option(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run(command, "--help") == 0
     shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     settings = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Recipe)}
     assert settings <= shown
-    own = {"--output", "--dtype", "--device-map", "--help", "--asymmetric", "--no-allow-skipped", "--plot"}
+    own = {
+        "--output",
+        "--dtype",
+        "--device-map",
+        "--help",
+        "--asymmetric",
+        "--no-allow-skipped",
+        "--plot",
+        "--points",
+        "--measure",
+    }
     assert shown - settings <= own
 
 
@@ -274,6 +288,7 @@ def test_every_option_reaches_its_setting():
         "max_loss_increase": None,
         "bits_override": ["*.down_proj=8", "a.*=16"],
         "regularization": 0.5,
+        "plan": None,
         "rounding": "nearest",
         "group_size": 16,
         "symmetric": False,
@@ -305,3 +320,121 @@ def test_every_option_reaches_its_setting():
     }
     assert given.keys() == {field.name for field in dataclasses.fields(Recipe)}
     assert seen == [Recipe(**{**given, **converted})]
+
+
+# Plans
+
+
+@pytest.fixture(scope="module")
+def scored(smollm2, texts, tmp_path_factory):
+    """A folder with the table of SmolLM2's Taylor scores on two short sequences."""
+    folder = tmp_path_factory.mktemp("scored")
+    (folder / "data.txt").write_text("\n\n".join(texts[:4]))
+    options = ["--num-samples", 4, "--sequence-length", 64, "--group-size", 64, "--bits", "3,4,8"]
+    options += ["--estimator", "taylor", "--granularity", "group"]
+    assert run("sensitivity", smollm2, "-o", folder / "table.json", "--dataset", folder / "data.txt", *options) == 0
+    return folder
+
+
+def test_solve_writes_a_plan_that_quantize_takes(scored, smollm2, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    plan_file = tmp_path / "plan.json"
+    override = ["--bits-override", "*.0.mlp.down_proj=8"]
+    arguments = [scored / "table.json", "-o", plan_file, "--plot", tmp_path / "plan.png", "--target-bits", 4.5]
+    assert run("solve", *arguments, *override) == 0
+    record = QuantizationRecord.load(plan_file)
+    plan, table = record.plan, SensitivityTable.load(scored / "table.json")
+    assert record.table == table
+    assert (record.settings["target_bits"], record.settings["allocation"]) == (4.5, "integer")
+    assert (record.settings["group_size"], record.settings["granularity"]) == (64, "group")
+    assert record.calibration == QuantizationRecord.load(scored / "table.json").calibration
+    assert 4.49 < plan.bits_per_weight <= 4.5
+    bits = {module.name: module.scheme.bits for module in plan.modules}
+    assert bits["model.layers.0.mlp.down_proj"] == 8
+    assert {3, 4, 8} <= set(bits.values()) <= {3, 4, 8, 16}  # all in the table, and 16
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert plan.summary in shown
+    assert f"predicted rise of the loss: {record.measured['predicted_loss_increase']:.4f} nats" in shown
+    assert f"cptquant quantize MODEL --plan {plan_file}" in shown
+
+    monkeypatch.undo()
+    assert run("quantize", smollm2, "--plan", plan_file, "-o", tmp_path / "quantized") == 0
+    assert QuantizationRecord.load(tmp_path / "quantized").plan == plan
+    assert run("inspect", tmp_path / "quantized") == 0
+    assert plan.summary in capsys.readouterr().out
+
+
+def test_plan_is_sensitivity_and_solve(scored, smollm2, tmp_path):
+    options = ["--num-samples", 4, "--sequence-length", 64, "--group-size", 64, "--bits", "3,4,8", "--target-bits", 4.2]
+    dataset = ["--dataset", scored / "data.txt"]
+    assert run("plan", smollm2, "-o", tmp_path / "plan.json", *options, *dataset) == 0
+    solving = ["--bits", "3,4,8", "--target-bits", 4.2]
+    assert run("solve", scored / "table.json", "-o", tmp_path / "solved.json", *solving) == 0
+    plan, solved = (QuantizationRecord.load(tmp_path / f"{name}.json") for name in ("plan", "solved"))
+    assert plan.plan == solved.plan
+    assert plan.table.costs == solved.table.costs
+    assert plan.measured == solved.measured
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_frontier_of_a_table_and_of_a_model(measure, scored, smollm2, tmp_path, capsys):
+    output, plot = tmp_path / "frontier.json", tmp_path / "frontier.png"
+    options = ["-o", output, "--plot", plot, "--bits", "3,4,8,16", "--points", 3, "--group-size", 64]
+    data = ["--dataset", scored / "data.txt", "--num-samples", 4, "--sequence-length", 64]
+    source = [smollm2, "--measure", *data] if measure else [scored / "table.json"]
+    assert run("frontier", *source, *options) == 0
+    stored = json.loads(output.read_text())
+    points = stored["points"]
+    assert stored["unit"] == "nats"
+    assert len(points) == 3
+    assert points[0]["bits_per_weight"] == pytest.approx(3.25)
+    assert points[0]["bits_per_weight"] < points[1]["bits_per_weight"] < points[2]["bits_per_weight"] <= 16
+    assert points[0]["predicted"] > points[1]["predicted"] > points[2]["predicted"]
+    if measure:
+        assert points[0]["measured"] > 0.2  # 3 bits everywhere hurt
+        assert points[0]["measured"] > points[1]["measured"] > points[2]["measured"] - 0.05
+    else:
+        assert [point["measured"] for point in points] == [None] * 3
+    shown = capsys.readouterr().out
+    assert all(f"{point['bits_per_weight']:.3f}" in shown for point in points)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_solved_is_one_error(scored, tmp_path, capsys):
+    output = tmp_path / "plan.json"
+    QuantizationRecord(QuantizationRecord.load(scored / "table.json").plan, None, {}, {}).save(tmp_path / "bare.json")
+    for arguments, message in (
+        ([scored / "table.json", "--target-bits", 2], "target_bits=2.0 cannot be met: bits=[3, 4, 8, 16]"),
+        ([scored / "table.json", "--target-bits", 4, "--bits", "2,4"], "no figures for 2 bits, only for 3, 4, 8"),
+        ([tmp_path / "bare.json", "--target-bits", 4], "is a plan without the scores that it came from"),
+        ([scored / "data.txt", "--target-bits", 4], "is not JSON"),
+    ):
+        assert run("solve", *arguments, "-o", output) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("Error:") == 1
+    assert not output.exists()
+    assert run("frontier", scored / "table.json", "--measure", "-o", output) == 1
+    assert "--measure needs the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_map_of_a_plan_fits_the_terminal(width, scored, tmp_path, capsys, monkeypatch):
+    assert run("solve", scored / "table.json", "-o", tmp_path / "plan.json", "--target-bits", 4.5) == 0
+    capsys.readouterr()
+    plan = BitPlan.load(tmp_path / "plan.json")
+    monkeypatch.setattr(terminal, "console", Console(width=width, file=None))
+    terminal.show_map(plan.maps()[0])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    margin = len("gate_up_proj ")
+    shown = {}
+    for line in lines:
+        row = line[:margin].strip()
+        shown[row] = shown.get(row, "") + line[margin:] + " "
+    bits = {module.unit: str(module.scheme.bits) for module in plan.modules}
+    for row in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+        expected = [bits[f"model.layers.{index}.{row}"] for index in range(30)]
+        assert re.findall("16|[0-9]", shown[row.rpartition(".")[2]]) == expected
+    assert re.findall("[0-9]+", shown["model.layers"]) == ["0", "5", "10", "15", "20", "25"]

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_cptquant.errors import ModelError
-from hf_cptquant.model_view import find_blocks, task_of, units, view_model
+from hf_cptquant.model_view import ModelView, QuantizableModule, find_blocks, task_of, units, view_model
 
 EXPECTED = {  # blocks, quantizable modules per block (first), units per block (first), task
     "llama": (3, 7, ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"], "causal-lm"),
@@ -105,3 +105,21 @@ def test_blocks_without_marked_layers_are_the_longest_uniform_list():
 
     assert find_blocks(Plain()) == ("stages.0", "stages.1", "stages.2")
     assert find_blocks(nn.Linear(2, 2)) == ()
+
+
+def test_experts_of_a_block_share_a_unit():
+    leaves = ("gate_proj", "up_proj", "down_proj")
+    names = [
+        f"m.layers.{block}.mlp.experts.{expert}.{leaf}" for block in (0, 1) for expert in (0, 1, 10) for leaf in leaves
+    ]
+    names += [f"m.layers.0.mlp.shared_expert.{leaf}" for leaf in leaves]
+    modules = tuple(QuantizableModule(name, ".".join(name.split(".")[:3]), 8, 64, 2) for name in names)
+    found = units(ModelView(("m.layers.0", "m.layers.1"), modules, (), 0), "group")
+    assert {unit: len(members) for unit, members in found.items()} == {
+        "m.layers.0.mlp.experts.gate_up_proj": 6,
+        "m.layers.0.mlp.experts.down_proj": 3,
+        "m.layers.1.mlp.experts.gate_up_proj": 6,
+        "m.layers.1.mlp.experts.down_proj": 3,
+        "m.layers.0.mlp.shared_expert.gate_up_proj": 2,
+        "m.layers.0.mlp.shared_expert.down_proj": 1,
+    }

@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import math
+from xml.etree import ElementTree
 
 import pytest
+from conftest import plan_of
 
+from hf_cptquant.bitmap import COLOURS
 from hf_cptquant.errors import CPTQuantError, PlanError
-from hf_cptquant.plan import PLAN_FILE, BitPlan, LayerScheme, LeftAlone, ModulePlan, SensitivityTable, scheme_for
+from hf_cptquant.plan import PLAN_FILE, UNTOUCHED, BitPlan, LayerScheme, LeftAlone, ModulePlan, scheme_for
 from hf_cptquant.record import QuantizationRecord
+from hf_cptquant.table import SensitivityTable
 
 BLOCK0, BLOCK10 = "model.layers.0", "model.layers.10"
 
@@ -34,16 +38,20 @@ def table():
         metric="loss",
         base=2.5,
         raw={"layers.0": 0.5, "layers.é": -2.0},
-        blocks={"layers.0": "layers.0", "layers.é": "layers.é"},
+        plan=plan_of({"layers.0": "layers.0", "layers.é": "layers.é"}),
         settings={"estimator": "taylor", "bits": [4]},
         fingerprint="abc",
         costs={"layers.0": {4: 0.5}, "layers.é": {4: -2.0}},
         correlations={"layers.0": {"layers.é": 0.25}},
+        errors={"layers.0": {4: 0.01}, "layers.é": {4: 0.02}},
+        group_size=64,
     )
 
 
 @pytest.fixture
 def record(plan, table):
+    raw = {module.unit: 0.5 for module in plan.modules}
+    table = dataclasses.replace(table, plan=plan.undecided, raw=raw, costs={}, errors={unit: {4: 0.01} for unit in raw})
     return QuantizationRecord(plan, table, {"bits": [4, 8]}, {"source": "texts"}, {"seconds": 1.5})
 
 
@@ -231,7 +239,7 @@ def test_table_file_holds_the_scores(table, tmp_path):
     ids=["largest-magnitude-negative", "single", "all-zero", "empty"],
 )
 def test_scores_are_divided_by_the_largest_magnitude(raw, scores):
-    table = SensitivityTable("tdmpq", "loss", 1.0, raw, dict.fromkeys(raw, "block"), {}, "")
+    table = SensitivityTable("tdmpq", "loss", 1.0, raw, plan_of(dict.fromkeys(raw, "block")), {}, "")
     assert table.scores == scores
     assert list(table.scores) == list(raw)
 
@@ -326,7 +334,7 @@ def test_wrong_type_in_a_table_is_refused(table, raw):
 @pytest.mark.parametrize("key", ["sensitivity", "settings", "calibration", "measured"])
 def test_wrong_type_in_a_record_is_refused(record, key):
     with pytest.raises(PlanError):
-        QuantizationRecord.from_dict({**record.to_dict(), key: None})
+        QuantizationRecord.from_dict({**record.to_dict(), key: "x"})
 
 
 @pytest.mark.parametrize("loader", [BitPlan, SensitivityTable, QuantizationRecord])
@@ -368,7 +376,7 @@ def scored(values, kinds=("",)) -> SensitivityTable:
             unit = f"layers.{index}{kind}"
             rest = value + len(kinds) - 1  # the units after the first measured -1 each
             raw[unit], blocks[unit] = (rest if number == 0 else -1.0), f"layers.{index}"
-    return SensitivityTable("pmpq", "loss", 1.0, raw, blocks, {}, "")
+    return SensitivityTable("pmpq", "loss", 1.0, raw, plan_of(blocks), {}, "")
 
 
 KINDS = [("",), (".q", ".o"), (".q", ".o", ".up", ".down")]
@@ -409,5 +417,59 @@ def test_sensitivity_of_a_block_is_the_sum_of_its_units(kinds):
 
 def test_sums_follow_the_named_block_and_not_the_units_name():
     blocks = {"layers.1.a": "layers.1", "layers.10.a": "layers.10", "layers.1.b": "layers.1"}
-    table = SensitivityTable("pmpq", "loss", 1.0, dict(zip(blocks, (1.0, 10.0, 0.5), strict=True)), blocks, {}, "")
+    raw = dict(zip(blocks, (1.0, 10.0, 0.5), strict=True))
+    table = SensitivityTable("pmpq", "loss", 1.0, raw, plan_of(blocks), {}, "")
     assert table.by_block() == {"layers.1": 1.5, "layers.10": 10.0}
+
+
+# Pictures
+
+
+def test_maps_have_a_row_for_each_kind_and_a_column_for_each_block(plan):
+    (drawn,) = plan.maps()
+    stack = BLOCK0.rpartition(".")[0]
+    assert (drawn.stack, drawn.rows, drawn.columns) == (stack, ("attn", "fc"), ("0", "10"))
+    assert drawn.cells == {("attn", "0"): (4,), ("fc", "0"): (8,), ("attn", "10"): (16,)}
+    assert drawn.widths == (4, 8, 16)
+
+
+def test_experts_share_a_row_and_equal_leaves_do_not():
+    names = {"experts.0.up": 4, "experts.1.up": 8, "experts.10.up": 4, "shared.up": 8, "gate": 16}
+    modules = tuple(
+        ModulePlan(f"m.layers.3.{name}", "m.layers.3", f"m.layers.3.{name}", 8, 64, 2, LayerScheme(bits))
+        for name, bits in names.items()
+    )
+    (drawn,) = BitPlan(modules).maps()
+    assert drawn.rows == ("experts.*.up", "shared.up", "gate")
+    assert drawn.cells["experts.*.up", "3"] == (4, 8)
+
+
+def test_units_of_a_block_are_drawn_by_their_modules_and_stacks_apart():
+    modules = tuple(
+        ModulePlan(
+            f"{stack}.block.{index}.{leaf}", f"{stack}.block.{index}", f"{stack}.block.{index}", 8, 64, 2, UNTOUCHED
+        )
+        for stack in ("encoder", "decoder")
+        for index in range(2)
+        for leaf in ("a", "b")
+    )
+    drawn = BitPlan(modules).maps()
+    assert [(one.stack, one.rows, one.columns) for one in drawn] == [
+        (f"{stack}.block", ("a", "b"), ("0", "1")) for stack in ("encoder", "decoder")
+    ]
+
+
+def test_a_notebook_shows_the_map_and_the_totals(plan):
+    shown = ElementTree.fromstring(plan._repr_html_())
+    rows = [[cell.text for cell in row] for row in shown.iter("tr")]
+    assert rows == [[BLOCK0.rpartition(".")[0], "0", "10"], ["attn", "4", "16"], ["fc", "8", None]]
+    coloured = [cell.attrib["style"] for cell in shown.iter("td") if cell.text == "8"]
+    assert coloured[0].startswith(f"background:{COLOURS[8]};color:white")
+    assert shown.find("p").text == plan.summary
+    assert f"{plan.bits_per_weight:.3f} bits per weight" in plan.summary
+
+
+def test_what_is_undecided_has_16_bits(plan):
+    assert plan.undecided.bits_per_weight == 16
+    assert [module.unit for module in plan.undecided.modules] == [module.unit for module in plan.modules]
+    assert plan.undecided.nbytes == plan.original_bytes

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import plan_of
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from hf_cptquant.plan import SensitivityTable
-from hf_cptquant.plots import METRIC_LABELS, plot_sensitivity
+from hf_cptquant.allocation import FrontierPoint
+from hf_cptquant.plots import METRIC_LABELS, plot_frontier, plot_plan, plot_sensitivity
+from hf_cptquant.table import SensitivityTable
 
 KINDS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
@@ -29,7 +31,7 @@ def table_of(blocks: int, granularity: str = "block", correlated: bool = False, 
             raw[unit] = float(draw.normal(0.5 * index / blocks, 0.3))
     rows = {unit: {other: float(draw.uniform(0, 1)) for other in raw} for unit in raw} if correlated else {}
     settings = {"method": "tdmpq", "metric": "loss", "settings": {"estimator": "taylor"}, **changes}
-    return SensitivityTable(base=2.5, raw=raw, blocks=block_of, fingerprint="", correlations=rows, **settings)
+    return SensitivityTable(base=2.5, raw=raw, plan=plan_of(block_of), fingerprint="", correlations=rows, **settings)
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -143,7 +145,7 @@ def test_stacks_that_were_not_compared_leave_gaps(tmp_path, drawn):
     correlations = {"a.0": {"a.0": 1.0, "a.1": 0.5}, "a.1": {"a.0": 0.5, "a.1": 1.0}, "b.0": {"b.0": 1.0}}
     blocks = {unit: unit for unit in correlations}
     table = SensitivityTable(
-        "cmpq", "correlation", 1.0, dict.fromkeys(blocks, 0.5), blocks, {}, "", correlations=correlations
+        "cmpq", "correlation", 1.0, dict.fromkeys(blocks, 0.5), plan_of(blocks), {}, "", correlations=correlations
     )
     plot_sensitivity(table, tmp_path / "plot.png")
     shown = np.ma.filled(drawn[0].axes[1].images[0].get_array(), np.nan)
@@ -160,7 +162,7 @@ def test_every_metric_has_its_label(metric, tmp_path, drawn):
 def test_scores_of_zero_can_be_drawn(tmp_path):
     table = table_of(3)
     plot_sensitivity(
-        SensitivityTable("pmpq", "loss", 1.0, dict.fromkeys(table.raw, 0.0), table.blocks, {}, ""),
+        SensitivityTable("pmpq", "loss", 1.0, dict.fromkeys(table.raw, 0.0), table.plan, {}, ""),
         tmp_path / "plot.png",
     )
     assert size_of(tmp_path / "plot.png")[0] > 0
@@ -175,10 +177,12 @@ def test_pyplot_is_not_loaded_and_matplotlib_only_to_draw(tmp_path):
     script = """
 import sys
 from hf_cptquant import cli
-from hf_cptquant.plan import SensitivityTable
+from hf_cptquant.plan import UNTOUCHED, BitPlan, ModulePlan
 from hf_cptquant.plots import plot_sensitivity
+from hf_cptquant.table import SensitivityTable
 assert "matplotlib" not in sys.modules, "loaded too early"
-plot_sensitivity(SensitivityTable("pmpq", "loss", 1.0, {"a.0": 1.0}, {"a.0": "a.0"}, {}, ""), sys.argv[1])
+plan = BitPlan((ModulePlan("a.0", "a.0", "a.0", 8, 64, 2, UNTOUCHED),))
+plot_sensitivity(SensitivityTable("pmpq", "loss", 1.0, {"a.0": 1.0}, plan, {}, ""), sys.argv[1])
 assert "matplotlib" in sys.modules
 assert "matplotlib.pyplot" not in sys.modules, "pyplot holds figures for good, and may want a display"
 """
@@ -186,3 +190,57 @@ assert "matplotlib.pyplot" not in sys.modules, "pyplot holds figures for good, a
     process = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert size_of(path)[1] == 600
+
+
+# Plans and frontiers
+
+
+def plan_and_table(blocks: int):
+    table = table_of(blocks, "group")
+    widths = {unit: (4, 8, 16)[index % 3] for index, unit in enumerate(table.raw)}
+    return table.plan.with_bits(widths), table, widths
+
+
+@pytest.mark.parametrize("blocks", [1, 24, 80])
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_plan_is_drawn_cell_by_cell_over_its_scores(blocks, scored, tmp_path, drawn):
+    plan, table, widths = plan_and_table(blocks)
+    plot_plan(plan, table if scored else None, tmp_path / "plan.png")
+    axes = drawn[0].axes
+    assert len(axes) == 1 + scored
+    texts = {(text.get_position()[0], text.get_position()[1]): text.get_text() for text in axes[0].texts}
+    for (block, kind), unit in zip(itertools.product(range(blocks), range(4)), table.raw, strict=True):
+        assert texts[block, kind] == str(widths[unit])
+    assert len(texts) == len(axes[0].patches) == blocks * 4
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [kind.rpartition(".")[2] for kind in KINDS]
+    assert len(axes[0].get_xticks()) <= 20
+    assert plan.summary.split(";")[0] in drawn[0].get_suptitle()
+    width, _ = size_of(tmp_path / "plan.png")
+    assert width >= blocks * 30  # a cell of at least 30 pixels
+    if scored:
+        assert axes[0].get_xlim() == axes[1].get_xlim()  # bars stand below their columns
+        heights = np.array([bar.get_height() for bar in axes[1].patches])
+        assert heights == pytest.approx(np.array(list(table.raw.values())).reshape(blocks, 4).T.flatten())
+
+
+def test_stacks_of_a_plan_are_drawn_one_below_the_other(tmp_path, drawn):
+    blocks = {
+        f"{stack}.{index}.fc": f"{stack}.{index}" for stack, count in (("a", 2), ("b", 5)) for index in range(count)
+    }
+    plot_plan(plan_of(blocks), None, tmp_path / "plan.png")
+    assert [axes.get_title() for axes in drawn[0].axes] == ["a", "b"]
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_frontier_is_drawn_over_bits_per_weight(measured, tmp_path, drawn):
+    undecided = plan_of({"a.0": "a.0", "a.1": "a.1"})
+    plans = [undecided.with_bits({"a.0": bits, "a.1": 4}, 64) for bits in (3, 4, 8)]
+    points = [
+        FrontierPoint(plan, 1 / (index + 1), 2 / (index + 1) if measured else None) for index, plan in enumerate(plans)
+    ]
+    plot_frontier(points, "nats", tmp_path / "frontier.png")
+    curves = drawn[0].axes[0].lines
+    assert [len(curve.get_xdata()) for curve in curves] == [3] * (1 + measured)
+    for curve, factor in zip(curves, (1, 2), strict=False):
+        assert list(curve.get_xdata()) == [plan.bits_per_weight for plan in plans]
+        assert list(curve.get_ydata()) == pytest.approx([factor, factor / 2, factor / 3])

@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM
 from hf_cptquant import BitPlan, CPTQuantConfig, ranks
 from hf_cptquant.errors import CPTQuantError
 from hf_cptquant.pipeline import measure_sensitivity
-from hf_cptquant.plan import SensitivityTable
+from hf_cptquant.table import SensitivityTable
 
 METHODS = {
     "pmpq": {"method": "pmpq"},

@@ -1,35 +1,38 @@
-"""Allocation: (scores or costs, undecided plan, recipe) → unit → bits. No model, no torch."""
+"""Allocation: (sensitivity table, recipe) → bit plan. No model, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from ..plan import BitPlan, SensitivityTable
+from ..plan import BitPlan
 from ..recipe import Recipe
-from .budget import check_budget, fixed_bits, integer_program
+from ..table import SensitivityTable
+from .budget import check_budget, check_grid, fixed_bits, integer_program
 from .clusters import k_harmonic_means, kmeans
+from .frontier import FrontierPoint, frontier
 
-__all__ = ["allocate", "check_budget"]
+__all__ = ["FrontierPoint", "allocate", "check_budget", "frontier"]
 
 CLUSTERS: dict[str, Callable[..., dict[str, int]]] = {"kmeans": kmeans, "k-harmonic-means": k_harmonic_means}
 
 
-def allocate(
-    table: SensitivityTable, plan: BitPlan, errors: Mapping[str, Mapping[int, float]], recipe: Recipe
-) -> dict[str, int]:
-    """Unit → bits, by the recipe's allocation.
+def allocate(table: SensitivityTable, recipe: Recipe) -> BitPlan:
+    """Decide on the units of a table.
 
     Args:
-        table: scores or costs of the plan's units.
-        plan: the units; its bits are not read.
-        errors: unit → bit width → relative squared rounding error; read by the integer program only.
-        recipe: `allocation`, `bits`, `bits_override`, the budget, `regularization`.
+        table: their scores, or their costs.
+        recipe: `allocation`, `bits`, `bits_override`, the budget, `regularization`; `group_size` and `symmetric` as in
+            the table.
 
     Raises:
-        PlanError: the budget cannot be met (the feasible range is named), or an override does not fit the plan.
+        PlanError: the budget cannot be met (the feasible range is named); the table has no figures for a bit width, or
+            those of another group size; an override does not fit.
     """
+    check_grid(table, recipe)
     if recipe.allocation == "integer":
-        return integer_program(table, plan, errors, recipe)
-    fixed = fixed_bits(plan, recipe)
-    free = {unit: score for unit, score in table.scores.items() if unit not in fixed}
-    return {**(CLUSTERS[recipe.allocation](free, recipe.bits) if free else {}), **fixed}
+        bits = integer_program(table, recipe)
+    else:
+        fixed = fixed_bits(table.plan, recipe)
+        free = {unit: score for unit, score in table.scores.items() if unit not in fixed}
+        bits = {**(CLUSTERS[recipe.allocation](free, recipe.bits) if free else {}), **fixed}
+    return table.plan.with_bits(bits, recipe.group_size, recipe.symmetric)

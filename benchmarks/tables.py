@@ -56,7 +56,41 @@ def sensitivity_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"sensitivity": sensitivity_table}
+def allocation_table(result: dict[str, Any]) -> str:
+    """Perplexities of plans by budget, and those of clusters beside the integer program's."""
+    found = result["results"]
+    budgets = found["budgets"]
+    lines = [
+        f"| plan from | {' | '.join(f'{target} bits per weight' for target in budgets)} |",
+        f"|---|{'---|' * len(budgets)}",
+    ]
+    for name in next(iter(budgets.values())):
+        label = METHOD_LABELS.get(name, name)
+        lines.append(f"| {label} | {' | '.join(f'{of_budget[name]:.2f}' for of_budget in budgets.values())} |")
+    uniform = (
+        f"{name} {figures['perplexity']:.2f} ({figures['bits_per_weight']:.2f} bits per weight)"
+        for name, figures in found["uniform"].items()
+    )
+    solver = result["solver"]
+    lines += [
+        "",
+        f"{result['model']}, {result['calibration_tokens']:,} calibration tokens, groups of {result['group_size']},"
+        f" {result['evaluation_tokens']:,} tokens of WikiText-2 test; {', '.join(uniform)}. The solver takes at most"
+        f" {max(solver['seconds']):.1f} s for {solver['units']:,} units × {solver['bit_widths']} bit widths.",
+        "",
+        "| clusters | bits per weight | perplexity | integer program at that size |",
+        "|---|---|---|---|",
+    ]
+    for name, figures in found["clusters"].items():
+        method, _, kind = name.partition(" | ")
+        lines.append(
+            f"| {METHOD_LABELS[method]}, `{kind}` | {figures['bits_per_weight']:.2f} | {figures['perplexity']:.2f} |"
+            f" {figures['integer_at_the_same_size']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"sensitivity": sensitivity_table, "allocation": allocation_table}
 
 
 def with_tables(readme: str) -> str:

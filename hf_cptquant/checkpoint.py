@@ -20,7 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .card import CardFacts, render_card
 from .errors import CheckpointError, PlanError
+from .model_view import task_of
 from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
 from .plan import PLAN_FILE, ModulePlan
 from .quantize import replace_module
@@ -135,7 +137,8 @@ def save_checkpoint(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """`save_pretrained` of a quantized model: what transformers writes, plus `cptquant_plan.json`, all or nothing.
+    """`save_pretrained` of a quantized model: what transformers writes, `cptquant_plan.json` and a model card, all or
+    nothing.
 
     Everything is written to a temporary folder beside the target and moved into place when it is complete.
 
@@ -153,12 +156,15 @@ def save_checkpoint(
     hub = {name: kwargs.pop(name) for name in ("repo_id", "private", "create_pr", "commit_message") if name in kwargs}
     if kwargs.get("is_main_process", True):
         refuse_foreign(target)
-        _say_limits(model)
+        limits = limits_of(model)
+        if limits is not None:
+            logger.warning(limits)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             type(model).save_pretrained(model, staging, **kwargs)
             record.save(staging / PLAN_FILE)
+            _write_card(model, record, limits, target, staging)
             _move_into_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -166,21 +172,34 @@ def save_checkpoint(
         model.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
 
 
-def _say_limits(model: PreTrainedModel) -> None:
-    """Warn of the places where the checkpoint will not load."""
+def _write_card(
+    model: PreTrainedModel, record: QuantizationRecord, limits: str | None, target: Path, staging: Path
+) -> None:
+    """Write the model card, around which the text of a card that is there already is kept."""
+    task = task_of(model)
+    assert task is not None, "a model without a loss is not quantized"
+    card = target / "README.md"
+    existing = card.read_text(encoding="utf-8") if card.exists() else None
+    facts = CardFacts(target.name, task, is_portable(model), limits)
+    (staging / "README.md").write_text(render_card(record, facts, existing), encoding="utf-8")
+
+
+def limits_of(model: PreTrainedModel) -> str | None:
+    """Where the checkpoint will not load, in a sentence, or None."""
     packed = packed_modules(model)
     if not is_portable(model):
-        logger.warning("compressed-tensors cannot say Conv1D layers: reloading needs `import hf_cptquant`.")
-    elif not _initializes_without_weights(model, packed):
-        logger.warning(
+        return "compressed-tensors cannot say Conv1D layers: reloading needs `import hf_cptquant`."
+    if not _initializes_without_weights(model, packed):
+        return (
             f"{type(model).__name__} reads the weights of its layers when built, which fails in plain transformers"
             " with any compressed-tensors checkpoint: reloading needs `import hf_cptquant`."
         )
-    elif any(not module.scheme.symmetric for module in packed.values()):
-        logger.warning(
+    if any(not module.scheme.symmetric for module in packed.values()):
+        return (
             "Zero points (symmetric=False): compressed-tensors 0.18 to 0.20 expect them unpacked, so plain transformers"
             " cannot load this checkpoint with them; reloading needs `import hf_cptquant`, or compressed-tensors 0.17."
         )
+    return None
 
 
 def _initializes_without_weights(model: PreTrainedModel, packed: Mapping[str, QuantLinear]) -> bool:

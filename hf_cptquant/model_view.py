@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,6 +40,7 @@ FUSED_GROUPS: tuple[tuple[str, frozenset[str]], ...] = (
     ("gate_up_proj", frozenset({"w1", "w3"})),
     ("wi", frozenset({"wi_0", "wi_1"})),
 )
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 # What a model is trained to do, by the table of transformers that lists its class.
@@ -225,6 +227,12 @@ def task_of(model: nn.Module) -> str | None:
     head."""
     name = type(model).__name__
     return next((task for task, classes in TASKS.items() if name in classes.values()), None)
+
+
+def hub_name_of(model: PreTrainedModel) -> str | None:
+    """The model's name on the Hub, or None if it came from a folder or was made in memory."""
+    name = model.name_or_path
+    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else None
 
 
 def max_length_of(model: PreTrainedModel) -> int | None:

@@ -23,7 +23,7 @@ from .calibration import CalibrationSet, ModelFacts, hold_out, load_calibration
 from .config import CPTQuantConfig
 from .errors import ConfigError, ModelError, PlanError
 from .evaluate import losses_of_plans
-from .model_view import TASKS, max_length_of, task_of, view_model
+from .model_view import TASKS, hub_name_of, max_length_of, task_of, view_model
 from .plan import BitPlan, LeftAlone, read_json
 from .quantize import apply_plan, check_fits
 from .recipe import BUDGETS, Recipe
@@ -88,26 +88,15 @@ def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
         data = read_json(given)
         given = QuantizationRecord.from_dict(data) if "settings" in data else BitPlan.from_dict(data)
     if isinstance(given, BitPlan):
-        view = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped)
-        named = {module.name: module.unit for module in given.modules}
-        by_granularity = {name: view.plan(name) for name in ("group", "block", "module")}
-        granularity = next(
-            (name for name, plan in by_granularity.items() if {m.name: m.unit for m in plan.modules} == named), "module"
-        )
-        settings = {**_portable(recipe), "granularity": granularity}
-        return QuantizationRecord(given.applied_to(by_granularity[granularity]), None, settings, {})
-    assert isinstance(given, QuantizationRecord), "the recipe has checked it"
-    with_settings = given.settings
+        given = QuantizationRecord(given, None, {**_portable(recipe), "granularity": given.granularity}, {})
+    assert given is not None, "there is a plan"
+    settings = {**given.settings, "rounding": recipe.rounding}
     try:
-        view = view_model(model, with_settings["modules_to_not_convert"], with_settings["allow_skipped"])
-        undecided = view.plan(with_settings["granularity"])
+        view = view_model(model, settings["modules_to_not_convert"], settings["allow_skipped"])
+        undecided = view.plan(settings["granularity"])
     except KeyError as error:
         raise PlanError(f"the settings in the record of the plan lack {error}") from error
-    return replace(
-        given,
-        plan=given.plan.applied_to(undecided),
-        settings={**with_settings, "rounding": recipe.rounding},
-    )
+    return replace(given, plan=given.plan.applied_to(undecided), settings=settings)
 
 
 def measure_sensitivity(model: PreTrainedModel, config: CPTQuantConfig) -> SensitivityTable:
@@ -204,27 +193,32 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def score(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> SensitivityTable:
-    """The table of the recipe's method; for `"auto"`, of the one whose plan gives the least loss on held-out data."""
-    plan = preparation.plan
+    """The table of the recipe's method, with the rounding errors."""
     if recipe.method == "auto":
-        calibration, judged = hold_out(preparation.calibration)
-        tables = score_by_all(model, plan, calibration, recipe)
-    else:
-        tables = {recipe.method: METHODS[recipe.method](model, plan, preparation.calibration, recipe)}
-    errors = relative_errors(model, plan, recipe)
-    tables = {
-        name: replace(table, errors=errors, group_size=recipe.group_size, symmetric=recipe.symmetric)
-        for name, table in tables.items()
-    }
-    if recipe.method != "auto":
-        return tables[recipe.method]
-    batches = with_labels(model, judged.batches)
+        return _best_of_all(model, preparation, recipe)
+    table = METHODS[recipe.method](model, preparation.plan, preparation.calibration, recipe)
+    return replace(table, **_rounding(model, preparation.plan, recipe))
+
+
+def _best_of_all(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> SensitivityTable:
+    """The table whose plan gives the least loss on held-out data; its settings tell the losses of all."""
+    plan = preparation.plan
+    calibration, judged = hold_out(preparation.calibration)
+    tables = score_by_all(model, plan, calibration, recipe)
+    rounding = _rounding(model, plan, recipe)
+    tables = {name: replace(table, **rounding) for name, table in tables.items()}
     plans = {"unrounded": plan, **{name: allocate(table, recipe) for name, table in tables.items()}}
-    losses = losses_of_plans(model, plans, batches, recipe.rounding)
+    losses = losses_of_plans(model, plans, with_labels(model, judged.batches), recipe.rounding)
     best = min(tables, key=lambda name: losses[name])
     found = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     logger.warning(f"Loss on held-out calibration data: {found}. The plan of {best} is taken.")
     return replace(tables[best], settings={**tables[best].settings, "held_out_losses": losses})
+
+
+def _rounding(model: PreTrainedModel, plan: BitPlan, recipe: Recipe) -> dict[str, Any]:
+    """What a table says of rounding to nearest."""
+    errors = relative_errors(model, plan, recipe)
+    return {"errors": errors, "group_size": recipe.group_size, "symmetric": recipe.symmetric}
 
 
 def _scored(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> QuantizationRecord:
@@ -276,7 +270,7 @@ def quantize_model(
     seconds = {"seconds_scoring": scored - start, "seconds_rounding": time.perf_counter() - scored}
     measured = {**record.measured, **{name: round(value, 2) for name, value in seconds.items()}}
     logger.warning(report(record.plan))  # the default verbosity: nothing is left out silently
-    return replace(record, measured=measured)
+    return replace(record, measured=measured, base_model=hub_name_of(model))
 
 
 def report(plan: BitPlan) -> str:

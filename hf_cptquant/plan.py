@@ -217,6 +217,13 @@ class BitPlan:
         return replace(self, modules=tuple(replace(module, scheme=UNTOUCHED) for module in self.modules))
 
     @property
+    def granularity(self) -> str:
+        """`"block"`, `"module"`, or else `"group"`: what the units are."""
+        if all(module.unit == module.block for module in self.modules):
+            return "block"
+        return "module" if all(module.unit == module.name for module in self.modules) else "group"
+
+    @property
     def summary(self) -> str:
         """Bits per weight, sizes and ratios in a sentence."""
         return (

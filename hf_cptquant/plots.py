@@ -136,7 +136,8 @@ def _draw_bars(axes, table: SensitivityTable, blocks: list[str]) -> None:
             level[block] += values.get(block, 0.0)
         axes.bar(range(len(blocks)), [values.get(block, 0.0) for block in blocks], bottom=bottoms, label=kind)
     if len(kinds) > 1:
-        axes.legend(fontsize="small")
+        above_axes = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
+        axes.legend(fontsize="small", ncols=min(4, len(kinds)), **above_axes)
     labels = [block.rpartition(".")[2] for block in blocks]
     step = math.ceil(len(blocks) / LABELS)
     axes.set_xticks(range(0, len(blocks), step), labels[::step])

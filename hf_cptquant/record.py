@@ -29,6 +29,7 @@ class QuantizationRecord:
         settings: the recipe as plain JSON values.
         calibration: what the calibration data were (source, sizes, hash); empty without a table.
         measured: figures taken around the run (seconds, losses); may be empty.
+        base_model: name on the Hub of the model that was quantized, if it came from there.
     """
 
     plan: BitPlan
@@ -36,6 +37,7 @@ class QuantizationRecord:
     settings: Mapping[str, Any]
     calibration: Mapping[str, Any]
     measured: Mapping[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         table = None if self.table is None else self.table.to_dict()
@@ -47,6 +49,7 @@ class QuantizationRecord:
             "settings": dict(self.settings),
             "calibration": dict(self.calibration),
             "measured": dict(self.measured),
+            "base_model": self.base_model,
         }
 
     @classmethod
@@ -57,7 +60,8 @@ class QuantizationRecord:
                 raise PlanError(f"the record of the quantization has no {part!r}")
         if not isinstance(data.get("sensitivity", 0), (Mapping, NoneType)):
             raise PlanError("the record of the quantization has no 'sensitivity'")
-        return cls(plan, SensitivityTable.of_record(data), data["settings"], data["calibration"], data["measured"])
+        parts = (data["settings"], data["calibration"], data["measured"], data.get("base_model"))
+        return cls(plan, SensitivityTable.of_record(data), *parts)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")

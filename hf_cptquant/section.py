@@ -57,6 +57,7 @@ def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
             "settings": dict(record.settings),
             "calibration": dict(record.calibration),
             "measured": dict(record.measured),
+            "base_model": record.base_model,
         },
     }
 
@@ -107,7 +108,7 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
         bit_plan = {
             f"{block}.{name}": bits for block, members in own["bit_plan"].items() for name, bits in members.items()
         }
-        calibration, measured = own["calibration"], own["measured"]
+        others = own["calibration"], own["measured"], own.get("base_model")
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"quantization_config in config.json is incomplete: {error!r}") from error
     known = {module.name for module in plan.modules}
@@ -120,7 +121,7 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
     for module in plan.modules:
         with in_module(module.name):
             modules.append(_decided(module, schemes.get(module.name), bit_plan.get(module.name)))
-    return QuantizationRecord(replace(plan, modules=tuple(modules)), table, settings, calibration, measured)
+    return QuantizationRecord(replace(plan, modules=tuple(modules)), table, settings, *others)
 
 
 def _read_scores(own: Mapping[str, Any], plan: BitPlan) -> SensitivityTable:

@@ -1,0 +1,144 @@
+"""The model card: every figure is the record's, and what somebody wrote around our part is kept."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from conftest import TINY_CONFIGS, tiny_model
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from hf_cptquant import CPTQuantConfig
+from hf_cptquant.card import BEGIN, END, CardFacts, render_card
+from hf_cptquant.model_view import hub_name_of, task_of
+from hf_cptquant.pipeline import make_plan
+from hf_cptquant.record import QuantizationRecord
+
+FACTS = CardFacts("llama-cptquant", "causal-lm", True)
+LOSSES = {"unrounded": 2.0, "tdmpq, taylor": 2.125, "pmpq": 2.25}
+
+
+@pytest.fixture(scope="module")
+def settings(tokens):
+    data = {"dataset": tokens, "sequence_length": 32, "num_samples": 4}
+    return {**data, "bits": (3, 4, 16), "group_size": 32, "target_bits": 5.0}
+
+
+@pytest.fixture(scope="module")
+def record(settings):
+    made = make_plan(tiny_model("llama").to(torch.bfloat16), CPTQuantConfig(**settings))
+    return dataclasses.replace(made, base_model="facebook/opt-125m")
+
+
+def with_losses(record):
+    table = dataclasses.replace(record.table, settings={**record.table.settings, "held_out_losses": LOSSES})
+    return dataclasses.replace(record, table=table)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_metadata_are_what_the_hub_reads(record):
+    data = ModelCard(render_card(record, FACTS)).data
+    assert (data.base_model, data.base_model_relation) == ("facebook/opt-125m", "quantized")
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    packed = {f"{module.scheme.bits}-bit" for module in record.plan.packed}
+    assert set(data.tags) == {"cptquant", "mixed-precision", "compressed-tensors"} | packed
+    other = ModelCard(render_card(dataclasses.replace(record, base_model=None), dataclasses.replace(FACTS, portable=False)))
+    assert other.data.base_model is None
+    assert "compressed-tensors" not in other.data.tags
+
+
+def test_figures_are_those_of_the_record(record):
+    text, plan = render_card(record, FACTS), record.plan
+    rows = rows_of(text)
+    assert ["checkpoint, MB", f"{plan.original_bytes / 1e6:.1f}", f"{plan.nbytes / 1e6:.1f}"] in rows
+    assert ["bits per quantizable weight, with scales", "16", f"{plan.bits_per_weight:.3f}"] in rows
+    assert f"Compression ratio {plan.compression_ratio:.2f}" in text
+    assert f"Predicted rise of the loss on the calibration data: {record.measured['predicted_loss_increase']:.4f}" in text
+    assert f"Sensitivity by `tdmpq` (taylor), loss {record.table.base:.4f} before, on 4 × 32 tokens of token tensors" in text
+    assert "was not evaluated" in text
+    units = {module.unit: str(module.scheme.bits) for module in plan.modules}
+    for index in range(3):
+        leaves = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+        assert [str(index), *(units[f"model.layers.{index}.{leaf}"] for leaf in leaves)] in rows
+    assert "judged on calibration data" not in text
+
+
+def test_the_code_gives_the_settings_again(record, settings):
+    (call,) = re.findall(r"^CPTQuantConfig\(.*\)$", render_card(record, FACTS), re.MULTILINE)
+    again = eval(call, {"CPTQuantConfig": CPTQuantConfig})
+    assert again.to_dict() == {**CPTQuantConfig(**settings).to_dict(), "dataset": None} | {
+        name: record.settings[name] for name in ("allocation", "granularity", "estimator")
+    }
+
+
+def test_losses_of_all_methods_are_told(record):
+    rows = rows_of(render_card(with_losses(record), FACTS))
+    assert ["unrounded", "2.0000", "0.0000"] in rows
+    assert ["tdmpq, taylor", "2.1250", "0.1250"] in rows
+    assert ["pmpq", "2.2500", "0.2500"] in rows
+
+
+def test_a_plan_without_scores_has_a_card(record):
+    text = render_card(QuantizationRecord(record.plan, None, record.settings, {}), FACTS)
+    assert "with no scores that it came from" in text
+    assert "Predicted" not in text
+
+
+def test_what_somebody_wrote_is_kept(record):
+    mine = "---\nlicense: mit\n---\n\n# My model\n\nHello.\n"
+    first = render_card(record, FACTS, mine)
+    assert first.startswith(mine.rstrip())
+    assert first.count(BEGIN) == first.count(END) == 1
+    assert ModelCard(first).data.license == "mit"
+    second = render_card(with_losses(record), FACTS, first + "\nThe end.\n")
+    assert second.startswith(mine.rstrip())
+    assert second.endswith("\nThe end.\n")
+    assert second.count(BEGIN) == second.count(END) == 1
+    assert "2.1250" in second
+    assert render_card(record, FACTS, second) == first + "\nThe end.\n"
+
+
+@pytest.mark.parametrize("kind", TINY_CONFIGS)
+def test_every_task_has_its_card(kind, record):
+    task = task_of(tiny_model(kind))
+    text = render_card(record, dataclasses.replace(FACTS, task=task, limits="It needs more."))
+    assert f'AutoModelFor{text.partition("AutoModelFor")[2].partition(chr(10))[0]}' in text
+    assert "It needs more." in text
+    assert "import hf_cptquant  # registers itself" in text
+
+
+def test_saving_writes_the_card_and_keeps_what_is_there(tiny_folder, settings, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_folder("llama", torch.bfloat16), quantization_config=CPTQuantConfig(**settings)
+    )
+    assert model.hf_quantizer.record.base_model is None  # a folder, which nobody else has
+    target = tmp_path / "llama-cptquant"
+    model.save_pretrained(target)
+    card = target / "README.md"
+    assert card.read_text() == render_card(model.hf_quantizer.record, FACTS)
+    card.write_text(card.read_text().replace(BEGIN, f"Read this first.\n\n{BEGIN}"))
+    model.save_pretrained(target)
+    assert "Read this first." in card.read_text()
+    reloaded = AutoModelForCausalLM.from_pretrained(target)
+    reloaded.save_pretrained(tmp_path / "again" / "llama-cptquant")
+    assert (tmp_path / "again" / "llama-cptquant" / "README.md").read_text() == render_card(
+        model.hf_quantizer.record, FACTS
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("facebook/opt-125m", "facebook/opt-125m"), ("/some/folder", None), ("folder", None), ("", None), ("a/b/c", None)],
+)
+def test_names_on_the_hub_are_told_from_folders(name, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    model.name_or_path = name
+    assert hub_name_of(model) == expected
+    if expected:
+        (tmp_path / name).mkdir(parents=True)
+        assert hub_name_of(model) is None

@@ -34,7 +34,7 @@ from hf_cptquant.evaluate import losses_of_plans
 
 GROUP_SIZE, BITS, BUDGETS = 64, (4, 8, 16), (4.5, 5.0, 6.0)
 CALIBRATION = {"num_samples": 8, "sequence_length": 256, "batch_size": 8}
-WINDOWS, LENGTH, BATCH = 64, 256, 8
+WINDOWS, LENGTH, BATCH = 32, 256, 8
 SEEDS = 5
 METHODS = {
     "tdmpq, taylor": {"method": "tdmpq", "estimator": "taylor"},

@@ -94,10 +94,6 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
 
 def _code(settings: Mapping[str, Any]) -> str:
     """The settings that are not defaults, as the call that takes them."""
-    defaults = Recipe().to_dict()
-    own = {
-        name: value
-        for name, value in settings.items()
-        if name in defaults and value != defaults[name] and value is not None
-    }
+    defaults = Recipe().to_dict()  # in whose order they are told: JSON files come back sorted
+    own = {name: settings.get(name) for name, value in defaults.items() if settings.get(name) not in (value, None)}
     return f"CPTQuantConfig({', '.join(f'{name}={value!r}' for name, value in own.items())})"

@@ -46,7 +46,9 @@ def test_metadata_are_what_the_hub_reads(record):
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     packed = {f"{module.scheme.bits}-bit" for module in record.plan.packed}
     assert set(data.tags) == {"cptquant", "mixed-precision", "compressed-tensors"} | packed
-    other = ModelCard(render_card(dataclasses.replace(record, base_model=None), dataclasses.replace(FACTS, portable=False)))
+    other = ModelCard(
+        render_card(dataclasses.replace(record, base_model=None), dataclasses.replace(FACTS, portable=False))
+    )
     assert other.data.base_model is None
     assert "compressed-tensors" not in other.data.tags
 
@@ -57,8 +59,13 @@ def test_figures_are_those_of_the_record(record):
     assert ["checkpoint, MB", f"{plan.original_bytes / 1e6:.1f}", f"{plan.nbytes / 1e6:.1f}"] in rows
     assert ["bits per quantizable weight, with scales", "16", f"{plan.bits_per_weight:.3f}"] in rows
     assert f"Compression ratio {plan.compression_ratio:.2f}" in text
-    assert f"Predicted rise of the loss on the calibration data: {record.measured['predicted_loss_increase']:.4f}" in text
-    assert f"Sensitivity by `tdmpq` (taylor), loss {record.table.base:.4f} before, on 4 × 32 tokens of token tensors" in text
+    assert (
+        f"Predicted rise of the loss on the calibration data: {record.measured['predicted_loss_increase']:.4f}" in text
+    )
+    assert (
+        f"Sensitivity by `tdmpq` (taylor), loss {record.table.base:.4f} before, on 4 × 32 tokens of token tensors"
+        in text
+    )
     assert "was not evaluated" in text
     units = {module.unit: str(module.scheme.bits) for module in plan.modules}
     for index in range(3):
@@ -106,7 +113,7 @@ def test_what_somebody_wrote_is_kept(record):
 def test_every_task_has_its_card(kind, record):
     task = task_of(tiny_model(kind))
     text = render_card(record, dataclasses.replace(FACTS, task=task, limits="It needs more."))
-    assert f'AutoModelFor{text.partition("AutoModelFor")[2].partition(chr(10))[0]}' in text
+    assert f"AutoModelFor{text.partition('AutoModelFor')[2].partition(chr(10))[0]}" in text
     assert "It needs more." in text
     assert "import hf_cptquant  # registers itself" in text
 

@@ -90,6 +90,8 @@ def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
     if isinstance(given, BitPlan):
         given = QuantizationRecord(given, None, {**_portable(recipe), "granularity": given.granularity}, {})
     assert given is not None, "there is a plan"
+    if not given.plan.packed:
+        raise PlanError("the plan leaves everything at 16 bits; make one from its scores with `cptquant solve`")
     settings = {**given.settings, "rounding": recipe.rounding}
     try:
         view = view_model(model, settings["modules_to_not_convert"], settings["allow_skipped"])

@@ -165,8 +165,10 @@ def test_what_is_no_plan_is_told_before_the_weights_are_loaded(folder, record, t
     incomplete = record.to_dict()
     del incomplete["settings"]["granularity"]
     (tmp_path / "incomplete.json").write_text(json.dumps(incomplete))
+    dataclasses.replace(record, plan=record.plan.undecided).save(tmp_path / "scores.json")  # as `sensitivity` writes
     for name, message in (
         ("table.json", "not a bit plan of version 1"),
+        ("scores.json", "leaves everything at 16 bits; make one from its scores with `cptquant solve`"),
         ("nowhere.json", "nowhere.json does not exist"),
         ("incomplete.json", "the settings in the record of the plan lack 'granularity'"),
     ):

@@ -105,7 +105,7 @@ def perplexities(
     for name, plan in plans.items():
         key = " ".join(str(module.scheme.bits) for module in plan.modules)
         if key not in found:
-            found[key] = math.exp(losses_of_plans(model, {name: plan}, batches, "nearest")[name])
+            found[key] = math.exp(losses_of_plans(model, {name: plan}, batches)[name])
             known.write_text(json.dumps(found), encoding="utf-8")
         print(f"{name}: {plan.bits_per_weight:.3f} bits per weight, perplexity {found[key]:.3f}", flush=True)
     return {name: found[" ".join(str(m.scheme.bits) for m in plan.modules)] for name, plan in plans.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -122,26 +122,33 @@ def hold_out(calibration: CalibrationSet) -> tuple[CalibrationSet, CalibrationSe
     Raises:
         CalibrationError: there is only one sequence.
     """
-    first, *_ = calibration.batches
     sequences, source = calibration.description["sequences"], calibration.description["source"]
     if sequences < 2:
         raise CalibrationError(
             "a part of the calibration data is kept to judge by, and there is only one sequence; raise num_samples, or"
             " shorten sequence_length"
         )
-    fields = {name: torch.cat([batch[name] for batch in calibration.batches]) for name in first}
+    fields = _joined(calibration.batches)
     kept = sequences - max(1, round(HELD_OUT_SHARE * sequences))
     parts = ({name: tensor[rows] for name, tensor in fields.items()} for rows in (slice(kept), slice(kept, None)))
-    measured, judged = (_calibration_set(part, source, len(first["input_ids"])) for part in parts)
+    size = len(calibration.batches[0]["input_ids"])
+    measured, judged = (_calibration_set(part, source, size) for part in parts)
     return measured, judged
+
+
+def in_batches(batches: Sequence[Mapping[str, Tensor]], size: int) -> tuple[dict[str, Tensor], ...]:
+    """The same sequences in batches of another size."""
+    fields = _joined(batches)
+    starts = range(0, len(fields["input_ids"]), size)
+    return tuple({name: tensor[start : start + size] for name, tensor in fields.items()} for start in starts)
+
+
+def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def _calibration_set(fields: Mapping[str, Tensor], source: str, batch_size: int) -> CalibrationSet:
     sequences, width = fields["input_ids"].shape
-    batches = tuple(
-        {name: tensor[start : start + batch_size] for name, tensor in fields.items()}
-        for start in range(0, sequences, batch_size)
-    )
     description = {
         "source": source,
         "sequences": sequences,
@@ -149,7 +156,7 @@ def _calibration_set(fields: Mapping[str, Tensor], source: str, batch_size: int)
         "tokens": fields["input_ids"].numel(),
         "sha256": hashlib.sha256(b"".join(fields[name].numpy().tobytes() for name in sorted(fields))).hexdigest(),
     }
-    return CalibrationSet(batches, description)
+    return CalibrationSet(in_batches([fields], batch_size), description)
 
 
 def load_tokenizer(recipe: Recipe, facts: ModelFacts) -> PreTrainedTokenizerBase:

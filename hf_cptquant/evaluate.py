@@ -14,7 +14,7 @@ from transformers.utils import logging
 from . import ranks
 from .grid import dequantize
 from .plan import BitPlan
-from .rounding import ROUNDINGS
+from .rounding import round_nearest
 from .sensitivity.engine import changed_weights
 from .sensitivity.metrics import Batch, mean_loss
 
@@ -32,35 +32,32 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 8, des
     return math.exp(mean_loss(model, batches, desc))
 
 
-def losses_of_plans(
-    model: PreTrainedModel, plans: Mapping[str, BitPlan], batches: Sequence[Batch], rounding: str
-) -> dict[str, float]:
-    """Mean loss (nats) of a dense model with its weights rounded as each of some plans says.
+def losses_of_plans(model: PreTrainedModel, plans: Mapping[str, BitPlan], batches: Sequence[Batch]) -> dict[str, float]:
+    """Mean loss (nats) of a dense model with its weights rounded to nearest as each of some plans says.
 
     Args:
         model: left as it was, whatever happens.
         plans: by name; several processes divide them among themselves.
         batches: with labels.
-        rounding: name of the rounding method.
 
     Raises:
         CalibrationError, ModelError: a loss is not finite.
     """
     own = logging.tqdm(ranks.share(list(plans)), desc="Measuring plans", disable=ranks.rank() > 0)
-    found = ranks.gather({name: _loss_of_plan(model, plans[name], batches, rounding) for name in own})
+    found = ranks.gather({name: _loss_of_plan(model, plans[name], batches) for name in own})
     losses = {name: loss for part in found for name, loss in part.items()}
     return {name: losses[name] for name in plans}
 
 
 @torch.no_grad()
-def _loss_of_plan(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch], rounding: str) -> float:
+def _loss_of_plan(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]) -> float:
     schemes = {module.name: module.scheme for module in plan.packed}
     modules = {name: model.get_submodule(name) for name in schemes}
 
     def rounded(name: str, weight: Tensor) -> Tensor:
         transposed = isinstance(modules[name], Conv1D)
         matrix = weight.t() if transposed else weight
-        found = ROUNDINGS[rounding](matrix.contiguous(), schemes[name])
+        found = round_nearest(matrix.contiguous(), schemes[name])
         dense = dequantize(found.integers, found.scale, found.zero_point)
         return dense.t() if transposed else dense
 

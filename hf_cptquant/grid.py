@@ -51,23 +51,46 @@ def fit_grid(weight: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor | None
         scheme: a packed scheme.
 
     Returns:
-        scale `[out_features, groups]` and zero point (int8, same shape; None if symmetric). A group of zeros
-        has scale 1, so that nothing divides by zero; a scale that would underflow or overflow the dtype
-        is the nearest that does not.
+        As `grid_between`.
 
     Raises:
         ModelError: the weight holds NaN or infinity.
         PlanError: the group size does not divide `in_features`.
+    """
+    return grid_between(*extremes(weight, scheme), scheme, weight.dtype)
+
+
+def extremes(weight: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each group, float32 `[out_features, groups]`, at most and at least 0.
+
+    Raises:
+        ModelError, PlanError: as `fit_grid`.
     """
     out_features, in_features = weight.shape
     grouped = weight.float().view(out_features, scheme.groups(in_features), -1)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     if not bool(torch.isfinite(low + high).all()):
         raise ModelError("the weight holds NaN or infinity; repair or exclude it (modules_to_not_convert)")
+    return low, high
+
+
+def grid_between(low: Tensor, high: Tensor, scheme: LayerScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of grids that span given ranges. The scales have gradients by the ranges.
+
+    Args:
+        low, high: float32 `[out_features, groups]`, at most and at least 0.
+        scheme: a packed scheme.
+        dtype: of the scales.
+
+    Returns:
+        scale `[out_features, groups]` and zero point (int8, same shape; None if symmetric). A range of zeros
+        has scale 1, so that nothing divides by zero; a scale that would underflow or overflow the dtype
+        is the nearest that does not.
+    """
     smallest, largest = integer_range(scheme.bits)
     steps = -smallest if scheme.symmetric else largest - smallest
     span = torch.maximum(-low, high) if scheme.symmetric else high - low
-    limits = torch.finfo(weight.dtype)
+    limits = torch.finfo(dtype)
     ceiling = limits.max / steps * (1 - 2 * limits.eps)  # keeps steps · scale finite after rounding to the dtype
     # float16 needs its subnormals; they are evenly spaced, and rounding up keeps the extremes of a group on the grid
     spacing = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)
@@ -75,9 +98,9 @@ def fit_grid(weight: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor | None
     exact = torch.where(exact < limits.tiny, torch.ceil(exact / spacing) * spacing, exact)
     magnitude = torch.where(span == 0, 1.0, exact)
     if scheme.symmetric:
-        return torch.where(high > -low, -magnitude, magnitude).to(weight.dtype), None
-    scale = magnitude.to(weight.dtype)
-    zero_point = (smallest - torch.round(low / scale.float())).clamp(smallest, largest)
+        return torch.where(high > -low, -magnitude, magnitude).to(dtype), None
+    scale = magnitude.to(dtype)
+    zero_point = (smallest - torch.round(low.detach() / scale.detach().float())).clamp(smallest, largest)
     return scale, zero_point.to(torch.int8)
 
 

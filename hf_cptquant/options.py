@@ -43,7 +43,8 @@ def read_settings(
     plan: Annotated[
         Path | None, typer.Option(help="File of `cptquant plan` or `solve`, instead of measuring and allocating.")
     ] = None,
-    rounding: Annotated[str, typer.Option(help="nearest: how weights become integers.")] = "nearest",
+    rounding: Annotated[str, typer.Option(help="nearest, gptq or signround: how weights become integers.")] = "nearest",
+    iters: Annotated[int, typer.Option(help="Steps of signround for each block.")] = 20,
     group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
     dataset: Annotated[
@@ -89,6 +90,7 @@ def read_settings(
         group_size=group_size,
         symmetric=symmetric,
         rounding=rounding,
+        iters=iters,
         estimator=estimator,
         perturb=perturb,
         perturbation_scale=perturbation_scale,

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .allocation import FrontierPoint, allocate, check_budget, frontier
-from .calibration import CalibrationSet, ModelFacts, hold_out, load_calibration
+from .calibration import CalibrationSet, ModelFacts, hold_out, in_batches, load_calibration
 from .config import CPTQuantConfig
 from .errors import ConfigError, ModelError, PlanError
 from .evaluate import losses_of_plans
 from .model_view import TASKS, hub_name_of, max_length_of, task_of, view_model
 from .plan import BitPlan, LeftAlone, read_json
-from .quantize import apply_plan, check_fits
+from .quantize import apply_plan, apply_plan_by_blocks, check_fits
 from .recipe import BUDGETS, Recipe
 from .record import QuantizationRecord
 from .sensitivity import METHODS, score_by_all
@@ -38,17 +38,31 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 
 DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "regularization")
 PREDICTED = "predicted_loss_increase"
+ROUNDING_BATCH = 8  # sequences in a step of rounding, as published
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is known before the weights are: the undecided plan, and the data."""
+    """What is known before the weights are.
+
+    Attributes:
+        plan: the undecided plan.
+        calibration: the data; None if nothing needs them.
+        given: the record of the plan that the recipe gives, if it gives one.
+    """
 
     plan: BitPlan
-    calibration: CalibrationSet
+    calibration: CalibrationSet | None
+    given: QuantizationRecord | None = None
+
+    @property
+    def data(self) -> CalibrationSet:
+        """The data, where something is measured."""
+        assert self.calibration is not None, "measuring needs data, and `prepare` has loaded them"
+        return self.calibration
 
 
-def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation | QuantizationRecord:
+def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
     """Check that a model and its data, or its plan if one is given, go together; the weights are not read.
 
     Raises:
@@ -56,23 +70,30 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation | Quantizatio
         PlanError: the budget cannot be met, an override does not fit, or the given plan is for another model.
         CalibrationError: the data or the tokenizer cannot be used.
     """
-    if recipe.plan is not None:
-        return given_record(model, recipe)
-    task = task_of(model)
-    if task is None:
+    if task_of(model) is None:
         raise ModelError(
             f"{type(model).__name__} computes no loss that calibration could measure; load the model with one of"
             f" the heads"
             f" {', '.join(TASKS)} (AutoModelForCausalLM, AutoModelForMaskedLM, …)"
         )
+    if recipe.plan is not None:
+        given = given_record(model, recipe)
+        needed = recipe.rounding != "nearest"
+        return Preparation(given.plan.undecided, _calibration_for(model, recipe) if needed else None, given)
     plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
     check_budget(plan, recipe)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    facts = ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
-    calibration = load_calibration(recipe, facts)
+    calibration = _calibration_for(model, recipe)
     if recipe.method == "auto":
         hold_out(calibration)  # enough data to judge by
     return Preparation(plan, calibration)
+
+
+def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
+    task = task_of(model)
+    assert task is not None
+    vocabulary = model.get_input_embeddings().num_embeddings
+    facts = ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
+    return load_calibration(recipe, facts)
 
 
 def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
@@ -92,7 +113,7 @@ def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
     assert given is not None, "there is a plan"
     if not given.plan.packed:
         raise PlanError("the plan leaves everything at 16 bits; make one from its scores with `cptquant solve`")
-    settings = {**given.settings, "rounding": recipe.rounding}
+    settings = {**given.settings, "rounding": recipe.rounding, "iters": recipe.iters}
     try:
         view = view_model(model, settings["modules_to_not_convert"], settings["allow_skipped"])
         undecided = view.plan(settings["granularity"])
@@ -165,20 +186,20 @@ def measure_frontier(model: PreTrainedModel, config: CPTQuantConfig, count: int)
     """
     recipe = config.recipe()
     preparation = _prepare_to_measure(model, recipe)
-    measured, judged = hold_out(preparation.calibration)
+    measured, judged = hold_out(preparation.data)
     with _evaluating(model):
         table = score(model, replace(preparation, calibration=measured), recipe)
         points = frontier(table, recipe, count)
         batches = with_labels(model, judged.batches)
         base = mean_loss(model, batches)
         plans = {str(index): point.plan for index, point in enumerate(points)}
-        losses = losses_of_plans(model, plans, batches, recipe.rounding)
+        losses = losses_of_plans(model, plans, batches)
     return [replace(point, measured=loss - base) for point, loss in zip(points, losses.values(), strict=True)]
 
 
 def _prepare_to_measure(model: PreTrainedModel, recipe: Recipe) -> Preparation:
     preparation = prepare(model, recipe)
-    if isinstance(preparation, QuantizationRecord):
+    if preparation.given is not None:
         raise ConfigError("plan= is for quantizing; without it, there is something to measure")
     check_fits(model, preparation.plan)
     return preparation
@@ -198,19 +219,19 @@ def score(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> S
     """The table of the recipe's method, with the rounding errors."""
     if recipe.method == "auto":
         return _best_of_all(model, preparation, recipe)
-    table = METHODS[recipe.method](model, preparation.plan, preparation.calibration, recipe)
+    table = METHODS[recipe.method](model, preparation.plan, preparation.data, recipe)
     return replace(table, **_rounding(model, preparation.plan, recipe))
 
 
 def _best_of_all(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> SensitivityTable:
     """The table whose plan gives the least loss on held-out data; its settings tell the losses of all."""
     plan = preparation.plan
-    calibration, judged = hold_out(preparation.calibration)
+    calibration, judged = hold_out(preparation.data)
     tables = score_by_all(model, plan, calibration, recipe)
     rounding = _rounding(model, plan, recipe)
     tables = {name: replace(table, **rounding) for name, table in tables.items()}
     plans = {"unrounded": plan, **{name: allocate(table, recipe) for name, table in tables.items()}}
-    losses = losses_of_plans(model, plans, with_labels(model, judged.batches), recipe.rounding)
+    losses = losses_of_plans(model, plans, with_labels(model, judged.batches))
     best = min(tables, key=lambda name: losses[name])
     found = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     logger.warning(f"Loss on held-out calibration data: {found}. The plan of {best} is taken.")
@@ -225,7 +246,7 @@ def _rounding(model: PreTrainedModel, plan: BitPlan, recipe: Recipe) -> dict[str
 
 def _scored(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> QuantizationRecord:
     table = score(model, preparation, recipe)
-    return QuantizationRecord(preparation.plan, table, _portable(recipe), preparation.calibration.description)
+    return QuantizationRecord(preparation.plan, table, _portable(recipe), preparation.data.description)
 
 
 def decide(record: QuantizationRecord, recipe: Recipe) -> QuantizationRecord:
@@ -252,9 +273,7 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.to_dict(), "dataset": None, "tokenizer": None, "work_dir": None, "plan": None}
 
 
-def quantize_model(
-    model: PreTrainedModel, recipe: Recipe, preparation: Preparation | QuantizationRecord
-) -> QuantizationRecord:
+def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparation) -> QuantizationRecord:
     """Score and plan, unless a plan is given, and quantize a dense model in place.
 
     Raises:
@@ -263,12 +282,13 @@ def quantize_model(
     """
     check_fits(model, preparation.plan)
     start = time.perf_counter()
-    if isinstance(preparation, QuantizationRecord):
-        record = preparation
-    else:
-        record = decide(_scored(model, preparation, recipe), recipe)
+    record = preparation.given or decide(_scored(model, preparation, recipe), recipe)
     scored = time.perf_counter()
-    apply_plan(model, record.plan, recipe.rounding)
+    if recipe.rounding == "nearest":
+        apply_plan(model, record.plan)
+    else:
+        batches = in_batches(preparation.data.batches, ROUNDING_BATCH)
+        apply_plan_by_blocks(model, record.plan, batches, recipe)
     seconds = {"seconds_scoring": scored - start, "seconds_rounding": time.perf_counter() - scored}
     measured = {**record.measured, **{name: round(value, 2) for name, value in seconds.items()}}
     logger.warning(report(record.plan))  # the default verbosity: nothing is left out silently

@@ -23,13 +23,13 @@ METRIC_NAMES = ("loss", "perplexity", "accuracy")
 ALLOCATION_NAMES = ("kmeans", "k-harmonic-means", "integer")
 BUDGETS = ("target_bits", "target_size", "target_compression", "max_loss_increase")
 GRANULARITY_NAMES = ("block", "group", "module")
-ROUNDING_NAMES = ("nearest",)
+ROUNDING_NAMES = ("nearest", "gptq", "signround")
 PERTURB_NAMES = ("all", "first")
 _WITHOUT_METRIC = {
     "cmpq": ", which measures correlations; use metric='loss'",
     "auto": ", whose plans are compared by their loss; use metric='loss'",
 }
-_LEAST = {"num_samples": 1, "sequence_length": 8, "cca_components": 1, "cca_samples": 2, "seed": 0}
+_LEAST = {"iters": 0, "num_samples": 1, "sequence_length": 8, "cca_components": 1, "cca_samples": 2, "seed": 0}
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 HUB_DATASETS = ("wikitext2", "c4", "imdb")
@@ -61,6 +61,7 @@ class Recipe:
     group_size: int = 128
     symmetric: bool = True
     rounding: str = "nearest"
+    iters: int = 20
     metric: str = "loss"
     estimator: str = "perturbation"
     perturb: str = "all"

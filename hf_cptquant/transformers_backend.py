@@ -34,7 +34,7 @@ class CPTQuantHfQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: CPTQuantConfig
     record: QuantizationRecord
-    _preparation: Preparation | QuantizationRecord
+    _preparation: Preparation
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any

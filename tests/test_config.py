@@ -29,6 +29,7 @@ MANY = {
     "group_size": 64,
     "symmetric": False,
     "rounding": "nearest",
+    "iters": 7,
     "metric": "accuracy",
     "estimator": "perturbation",
     "perturb": "first",

@@ -150,6 +150,6 @@ def test_the_truth_follows_the_outliers(config, load):
     rises = []
     for change in (lambda: None, lambda: plant_outliers(model, 14)):
         change()
-        losses = losses_of_plans(model, plans, preparation.calibration.batches, "nearest")
+        losses = losses_of_plans(model, plans, preparation.calibration.batches)
         rises.append(losses["one"] - losses["none"])
     assert rises[1] > 5 * abs(rises[0])

@@ -7,10 +7,10 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize as dequ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_cptquant import rounding
 from hf_cptquant.errors import ModelError, PlanError
 from hf_cptquant.grid import dequantize, fit_grid, integer_range, quantize
 from hf_cptquant.plan import LayerScheme
-from hf_cptquant.rounding import ROUNDINGS
 
 BITS = (2, 3, 4, 5, 6, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -259,7 +259,7 @@ def test_group_size_must_divide_the_input_features(symmetric):
 
 def test_nearest_is_the_rounding_of_that_name():
     weight, scheme = varied_weight(torch.bfloat16), LayerScheme(4, 32, symmetric=False)
-    ours, expected = ROUNDINGS["nearest"](weight, scheme), round_nearest(weight, scheme)
+    ours, expected = rounding.round_nearest(weight, scheme), round_nearest(weight, scheme)
     assert torch.equal(ours.integers, expected.integers)
     assert torch.equal(ours.scale, expected.scale)
     assert torch.equal(ours.zero_point, expected.zero_point)

@@ -16,7 +16,7 @@ from hf_cptquant import explain_choice
 from hf_cptquant.kernels import cpu
 from hf_cptquant.modules import QuantConv1D, QuantLinear, packed_modules
 from hf_cptquant.plan import LayerScheme
-from hf_cptquant.rounding import ROUNDINGS
+from hf_cptquant.rounding import round_nearest
 
 BITS = (2, 3, 4, 5, 6, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,7 +53,7 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 
 def quantized_weight(scheme, shape, dtype, seed=0):
-    return ROUNDINGS["nearest"](random(*shape, dtype=dtype, seed=seed) * 0.05, scheme)
+    return round_nearest(random(*shape, dtype=dtype, seed=seed) * 0.05, scheme)
 
 
 def packed_module(scheme, shape, dtype, bias=True, cls=QuantLinear, seed=0):

@@ -1,10 +1,9 @@
 """Measuring a model with one unit changed at a time, without running what the change cannot reach.
 
 A unit lies in one block, and the blocks that run before it see no difference. So the blocks are visited in the order in
-which they run; the outputs of the finished ones are carried along, and for each variant the model's own forward runs
-with every finished block replaced by its carried output. Nothing about a block's arguments has to be known, the results
-are those of the full forward, and on average half of the work is left. The variants of one unit go through the blocks
-behind it together, as one larger batch, where batches are small.
+which they run, and the outputs of the finished ones are carried along (`prefix.py`): the results are those of the full
+forward, and on average half of the work is left. The variants of one unit go through the blocks behind it together, as
+one larger batch, where batches are small.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,20 +24,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..calibration import batches_on
-from ..errors import ModelError
-from .metrics import METRICS, Batch, Metric, mean, not_finite
+from .metrics import Batch, Metric, mean, not_finite
+from .prefix import Outputs, Prefix
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 Change = Callable[[], AbstractContextManager[None]]
 Result = TypeVar("Result")
-Outputs = dict[str, Any]  # stack of blocks (the name of their list) → output of its last finished block
 
 STACKED_TOKENS = 2048  # variants of a unit share a batch up to this size; larger ones keep a processor busy anyway
-
-
-class _BlockReached(BaseException):
-    """Ends a forward pass early once the output that was wanted is there."""
 
 
 class SuffixRunner:
@@ -58,10 +52,10 @@ class SuffixRunner:
     """
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], blocks: Sequence[str], metric: Metric) -> None:
-        self.order = running_order(model, batches[0], blocks)
+        self._prefix = Prefix(model, batches[0], blocks)
+        self.order = self._prefix.order
         self._model = model
         self._metric = metric
-        self._blocks = [model.get_submodule(name) for name in self.order]
         self._batches: Sequence[Batch] = tuple(batches)
         self._carried: list[Outputs] = [{} for _ in batches]  # per batch, the outputs before block `_position`
         self._position = 0
@@ -102,7 +96,7 @@ class SuffixRunner:
             self._restart()
         if position > self._position:
             for index, (batch, before) in enumerate(self._loaded()):
-                self._carried[index] = self._outputs(batch, before, self._position, position)
+                self._carried[index] = self._prefix.outputs(batch, before, self._position, position)
             self._position = position
 
     def _values(self, position: int, changes: Sequence[Change]) -> list[list[float]]:
@@ -123,60 +117,20 @@ class SuffixRunner:
         for change in changes:
             with change():
                 changed.append(
-                    [self._outputs(batch, before, position, position + 1) for batch, before in self._loaded()]
+                    [self._prefix.outputs(batch, before, position, position + 1) for batch, before in self._loaded()]
                 )
         columns = []
         for (batch, _), *variants in zip(self._loaded(), *changed, strict=True):
             size, count = len(batch["input_ids"]), len(changes)
             repeated = {name: tensor.repeat(count, *(1,) * (tensor.dim() - 1)) for name, tensor in batch.items()}
-            final = self._outputs(repeated, _stack(variants, size), position + 1, len(self.order))
+            final = self._prefix.outputs(repeated, _stack(variants, size), position + 1, len(self.order))
             parts = (_part(final, index, size, count) for index in range(count))
             columns.append([self._measured(batch, part, len(self.order)) for part in parts])
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _measured(self, batch: Batch, outputs: Outputs, position: int) -> float:
-        with self._replayed(outputs, position):
+        with self._prefix.replayed(outputs, position):
             return self._metric.of_batch(self._model, batch)
-
-    @torch.no_grad()
-    def _outputs(self, batch: Batch, before: Outputs, done: int, until: int) -> Outputs:
-        """The outputs before block `until`, given those before block `done`."""
-        outputs = dict(before)
-        if done == until:
-            return outputs
-        last_of_stack = {_stack_of(name): index for index, name in enumerate(self.order[:until]) if index >= done}
-
-        def keep(index: int, _module: nn.Module, _args: Any, output: Any) -> None:
-            outputs[_stack_of(self.order[index])] = output
-            if index == until - 1:
-                raise _BlockReached
-
-        with ExitStack() as hooks:
-            for index in last_of_stack.values():
-                hooks.enter_context(self._blocks[index].register_forward_hook(partial(keep, index)))
-            hooks.enter_context(self._replayed(before, done))
-            with suppress(_BlockReached):
-                METRICS["loss"].of_batch(self._model, batch)
-        return outputs
-
-    @contextmanager
-    def _replayed(self, outputs: Outputs, position: int) -> Iterator[None]:
-        """Let every block before a position return the last output of its stack instead of running.
-
-        Only the last finished block's output reaches anything that still runs, so one output a stack is enough.
-        """
-        finished = self._blocks[:position]
-        own = [block.__dict__.get("forward") for block in finished]
-        for name, block in zip(self.order, finished, strict=False):
-            block.forward = _returning(outputs[_stack_of(name)])
-        try:
-            yield
-        finally:
-            for block, forward in zip(finished, own, strict=True):
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
 
     def _figure(self, values: Sequence[float], block: str | None) -> float:
         average = mean(values, [len(batch["input_ids"]) for batch in self._batches])
@@ -186,27 +140,6 @@ class SuffixRunner:
             what = f"{where} gives a {self._metric.name} of {figure} on the calibration data"
             raise not_finite(self._model, self._batches[0], what)
         return figure
-
-
-def running_order(model: PreTrainedModel, batch: Batch, blocks: Sequence[str]) -> list[str]:
-    """Names of the blocks in the order in which a forward pass calls them.
-
-    Raises:
-        ModelError: a block runs never or more than once, so that its output cannot be carried.
-    """
-    calls: list[str] = []
-    first = {name: tensor[:1] for name, tensor in batch.items()}
-    with ExitStack() as hooks:
-        for name in blocks:
-            block = model.get_submodule(name)
-            hooks.enter_context(block.register_forward_hook(lambda *_, name=name: calls.append(name)))
-        METRICS["loss"].of_batch(model, next(batches_on([first], model.device)))
-    odd = [name for name in blocks if calls.count(name) != 1]
-    if odd:
-        raise ModelError(
-            f"{odd[0]} runs {calls.count(odd[0])} times in one forward pass; blocks that run once are supported"
-        )
-    return calls
 
 
 def backing_off(work: Callable[[Sequence[Batch]], Result], batches: Sequence[Batch]) -> Result:
@@ -276,14 +209,6 @@ def _other_forward(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Iterat
         yield
     finally:
         module.forward = own
-
-
-def _stack_of(block: str) -> str:
-    return block.rpartition(".")[0]
-
-
-def _returning(output: Any) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: output
 
 
 def _stack(variants: Sequence[Outputs], size: int) -> Outputs:

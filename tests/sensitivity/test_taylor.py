@@ -16,7 +16,7 @@ from hf_cptquant.grid import dequantize
 from hf_cptquant.model_view import task_of, view_model
 from hf_cptquant.plan import scheme_for
 from hf_cptquant.recipe import Recipe
-from hf_cptquant.rounding import ROUNDINGS
+from hf_cptquant.rounding import round_nearest
 from hf_cptquant.sensitivity import METHODS, taylor
 from hf_cptquant.sensitivity.taylor import draw, gradient_of_drawn
 from sensitivity.test_tdmpq import calibration_for, recipe_for
@@ -43,7 +43,7 @@ def flat(costs) -> dict[tuple[str, int], float]:
 def rounding_error(module, scheme) -> torch.Tensor:
     """W' − W of rounding to nearest in float64, in the layout of the module's weight."""
     matrix = module.weight.detach().t().contiguous() if isinstance(module, Conv1D) else module.weight.detach()
-    rounded = ROUNDINGS["nearest"](matrix, scheme)
+    rounded = round_nearest(matrix, scheme)
     change = dequantize(rounded.integers, rounded.scale, rounded.zero_point).double() - matrix.double()
     return change.t() if isinstance(module, Conv1D) else change
 

@@ -1,0 +1,182 @@
+"""Rounding with compensation by second-order information (GPTQ, arXiv 2210.17323).
+
+The error of a layer on its inputs X is ‖(W − Ŵ)X‖², with the Hessian H = XXᵀ. Columns are rounded one after the other,
+those with the largest diagonal of H first, and what a column loses is made up for by those that are still open: with U
+the upper Cholesky factor of H⁻¹, the error e = (w − ŵ)/U_ii moves the later columns by −e·U_i. Grids are fixed before
+(the groups are those of the stored order), so the order costs nothing at run time. A hundred columns at a time are
+finished before the rest of the matrix is touched, and layers that share their inputs are rounded as one tall matrix.
+The walk is greedy; a row that it leaves with a larger error than rounding to nearest would, is rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..errors import ModelError, in_module
+from ..grid import QuantizedWeight, fit_grid, integer_range
+from ..plan import LayerScheme
+from ..sensitivity.prefix import Call
+
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
+
+COLUMNS = 128  # finished before the rest of the matrix is touched
+DAMPING = 0.01  # added to the diagonal, as a share of its mean; ten times as much after each failure
+MOST_DAMPING = 1e3
+
+
+def round_block(
+    block: nn.Module, schemes: Mapping[str, LayerScheme], calls: Sequence[Call]
+) -> dict[str, QuantizedWeight]:
+    """Round the layers of a block, each for its own outputs.
+
+    Args:
+        block: dense.
+        schemes: name of a layer within the block → its packed scheme.
+        calls: arguments of the block.
+
+    Returns:
+        Layer → its integers. A layer that no call reaches is rounded to nearest, which is logged.
+
+    Raises:
+        ModelError: an input holds NaN or infinity.
+    """
+    layers = {name: block.get_submodule(name) for name in schemes}
+    rounded: dict[str, QuantizedWeight] = {}
+    for names, hessian in hessians(block, layers, calls):
+        matrices = [_matrix(layers[name]) for name in names]
+        found = round_together(matrices, [schemes[name] for name in names], hessian)
+        rounded |= dict(zip(names, found, strict=True))
+        if not bool(hessian.any()):
+            logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")
+    return {name: rounded[name] for name in schemes}
+
+
+@torch.no_grad()
+def hessians(
+    block: nn.Module, layers: Mapping[str, nn.Module], calls: Sequence[Call]
+) -> list[tuple[tuple[str, ...], Tensor]]:
+    """XXᵀ of the inputs of layers, float32 `[in_features, in_features]`, once for layers that share them."""
+    sums: dict[tuple[str, ...], Tensor] = {}
+    for args, kwargs in calls:
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, Tensor] = seen) -> None:
+            seen[name] = inputs[0]
+
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
+            block(*args, **kwargs)
+        by_input: dict[int, list[str]] = {}
+        for name, inputs in seen.items():
+            by_input.setdefault(id(inputs), []).append(name)
+        for names in by_input.values():
+            rows = seen[names[0]].flatten(0, -2).float()
+            with in_module(names[0]):
+                if not bool(torch.isfinite(rows).all()):
+                    raise ModelError("its inputs hold NaN or infinity; try dtype=torch.float32")
+            key = tuple(names)
+            product = rows.t() @ rows
+            sums[key] = sums[key] + product if key in sums else product
+    reached = {name for names in sums for name in names}
+    for name in layers:
+        if name not in reached:
+            size = _matrix(layers[name]).shape[1]
+            sums[name,] = torch.zeros(size, size, device=layers[name].weight.device)
+    return list(sums.items())
+
+
+def round_together(
+    matrices: Sequence[Tensor], schemes: Sequence[LayerScheme], hessian: Tensor
+) -> list[QuantizedWeight]:
+    """Round weights that share their inputs.
+
+    Args:
+        matrices: `[out_features, in_features]`, of one dtype.
+        schemes: packed schemes of theirs.
+        hessian: float32 `[in_features, in_features]`; where an input is always 0, its column is rounded to nearest.
+
+    Returns:
+        The integers, on the grids of rounding to nearest.
+    """
+    grids = [fit_grid(matrix, scheme) for matrix, scheme in zip(matrices, schemes, strict=True)]
+    columns = hessian.shape[0]
+    # per row and column: scale, zero point, ends of the grid
+    scale = torch.cat([_spread(scale, columns) for scale, _ in grids]).float()
+    zero = torch.cat([_spread(torch.zeros_like(s) if z is None else z, columns).float() for s, z in grids])
+    ends = torch.tensor(
+        [integer_range(scheme.bits) for matrix, scheme in zip(matrices, schemes, strict=True) for _ in matrix],
+        dtype=torch.float32,
+        device=hessian.device,
+    )
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    work = torch.cat([matrix.float() for matrix in matrices])[:, order]
+    scale, zero = scale[:, order], zero[:, order]
+    factor = inverse_factor(hessian[order][:, order])
+    integers = torch.empty_like(work)
+    for start in range(0, columns, COLUMNS):
+        stop = min(start + COLUMNS, columns)
+        errors = torch.empty(len(work), stop - start, device=work.device)
+        for column in range(start, stop):
+            weight = work[:, column]
+            level = torch.round(weight / scale[:, column]) + zero[:, column]
+            level = torch.minimum(torch.maximum(level, ends[:, 0]), ends[:, 1])
+            integers[:, column] = level
+            error = (weight - (level - zero[:, column]) * scale[:, column]) / factor[column, column]
+            work[:, column:stop] -= error.unsqueeze(1) * factor[column, column:stop]
+            errors[:, column - start] = error
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    restored = order.argsort()
+    levels, weights = integers[:, restored], torch.cat([matrix.float() for matrix in matrices])
+    scale, zero = scale[:, restored], zero[:, restored]
+    plain = torch.round(weights / scale) + zero
+    plain = torch.minimum(torch.maximum(plain, ends[:, :1]), ends[:, 1:])
+    worse = _errors(weights - (levels - zero) * scale, hessian) > _errors(weights - (plain - zero) * scale, hessian)
+    integers = torch.where(worse.unsqueeze(1), plain, levels).to(torch.int8)
+    parts = integers.split([len(matrix) for matrix in matrices])
+    return [
+        QuantizedWeight(part.contiguous(), scale, zero_point, scheme)
+        for part, (scale, zero_point), scheme in zip(parts, grids, schemes, strict=True)
+    ]
+
+
+def _errors(change: Tensor, hessian: Tensor) -> Tensor:
+    """‖ΔW X‖² of every row."""
+    return ((change @ hessian) * change).sum(1)
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """U with UᵀU = (H + damping)⁻¹, upper triangular. Inputs that are always 0 count as independent of all others.
+
+    The damping grows until the decomposition succeeds.
+    """
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean()) or 1.0
+    damping = DAMPING
+    while True:
+        damped = hessian + torch.diag(torch.where(diagonal == 0, mean, 0.0) + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return factor
+        if damping > MOST_DAMPING:
+            raise ModelError("the inputs of a layer are so large that their products cannot be decomposed")
+        damping *= 10
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    weight = layer.weight.detach()
+    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight
+
+
+def _spread(of_groups: Tensor, columns: int) -> Tensor:
+    """`[out_features, groups]` → `[out_features, columns]`."""
+    return of_groups.repeat_interleave(columns // of_groups.shape[1], 1)

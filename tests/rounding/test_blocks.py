@@ -1,0 +1,145 @@
+"""Rounding block by block: the very calls and targets of a literal walk, and what a user gets of it."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TINY_CONFIGS, tiny_model
+from sensitivity.test_tdmpq import calibration_for, recipe_for
+from transformers import AutoModelForCausalLM
+
+from hf_cptquant import CPTQuantConfig
+from hf_cptquant.errors import CalibrationError, ModelError
+from hf_cptquant.evaluate import perplexity
+from hf_cptquant.model_view import view_model
+from hf_cptquant.modules import PACKED_CLASSES, packed_modules
+from hf_cptquant.quantize import apply_plan_by_blocks, replace_module
+from hf_cptquant.recipe import Recipe
+from hf_cptquant.rounding import BLOCK_ROUNDINGS
+from hf_cptquant.sensitivity.prefix import running_order
+
+
+def decided(model):
+    """Mixed widths, some modules untouched."""
+    undecided = view_model(model).plan("module")
+    widths = (3, 4, 16, 8)
+    return undecided.with_bits({m.unit: widths[index % 4] for index, m in enumerate(undecided.modules)}, 32)
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def literal(model, plan, batches, recipe):
+    """Every call by a full forward pass of the model rounded so far, every target by one of the original."""
+    original = copy.deepcopy(model)
+    for name in running_order(model, batches[0], list(plan.by_block())):
+        block = model.get_submodule(name)
+        calls, targets = [], []
+
+        def keep(_, args, kwargs, calls=calls) -> None:
+            calls.append((args, kwargs))
+
+        def aim(_, args, output, targets=targets) -> None:
+            targets.append(first(output))
+
+        hooks = [
+            block.register_forward_pre_hook(keep, with_kwargs=True),
+            original.get_submodule(name).register_forward_hook(aim),
+        ]
+        for batch in batches:
+            model(**batch)
+            original(**batch)
+        for hook in hooks:
+            hook.remove()
+        schemes = {m.name.removeprefix(name + "."): m.scheme for m in plan.packed if m.block == name}
+        for layer, quantized in BLOCK_ROUNDINGS[recipe.rounding](block, schemes, calls, targets, recipe).items():
+            dense = block.get_submodule(layer)
+            packed = PACKED_CLASSES[type(dense)].from_quantized(quantized, dense.bias)
+            replace_module(model, f"{name}.{layer}", packed)
+
+
+@pytest.mark.parametrize("kind", TINY_CONFIGS)
+@pytest.mark.parametrize("rounding", BLOCK_ROUNDINGS)
+def test_blocks_are_rounded_behind_the_rounded_ones(rounding, kind, tokens, minilm):
+    recipe = recipe_for(kind, tokens, rounding=rounding, iters=6)
+    model, expected = tiny_model(kind), tiny_model(kind)
+    plan = decided(model)
+    batches = calibration_for(model, recipe, minilm).batches
+    apply_plan_by_blocks(model, plan, batches, recipe)
+    literal(expected, plan, batches, recipe)
+    found, wanted = packed_modules(model), packed_modules(expected)
+    assert list(found) == [module.name for module in plan.packed]
+    for name, module in found.items():
+        assert module.scheme == wanted[name].scheme
+        assert torch.equal(module.weight_packed, wanted[name].weight_packed), name
+        assert torch.equal(module.weight_scale, wanted[name].weight_scale), name
+
+
+@pytest.fixture(scope="module")
+def windows(texts, smollm2):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return tokenizer("\n\n".join(texts[-15:]), return_tensors="pt", verbose=False)["input_ids"][0, :2048].view(8, 256)
+
+
+def test_on_a_real_model_they_beat_rounding_to_nearest(smollm2, texts, windows, tmp_path):
+    """At 3 bits, on text that they have not seen; and what is saved is what was measured."""
+    found = {}
+    for rounding in ("nearest", "gptq", "signround"):
+        data = {"dataset": texts[:-15], "num_samples": 16, "sequence_length": 128}
+        config = CPTQuantConfig(bits=(3,), group_size=64, rounding=rounding, iters=10, num_samples=16, **{
+            name: value for name, value in data.items() if name != "num_samples"
+        })  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config)
+        found[rounding] = perplexity(model, windows, desc=None)
+        assert model.hf_quantizer.record.settings["rounding"] == rounding
+    assert found["signround"] < 0.8 * found["nearest"]
+    assert found["gptq"] < 0.9 * found["nearest"]
+    model.save_pretrained(tmp_path / "saved")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert perplexity(reloaded, windows, desc=None) == found["signround"]
+
+
+@pytest.mark.parametrize("rounding", BLOCK_ROUNDINGS)
+def test_same_seed_same_bytes_whatever_the_batch_size(rounding, tiny_folder, tokens, tmp_path):
+    folder = tiny_folder("llama", torch.bfloat16)
+    bytes_of = []
+    for size in (1, 3, 8):
+        config = CPTQuantConfig(
+            bits=(3, 4), group_size=32, rounding=rounding, iters=4, dataset=tokens, sequence_length=32, batch_size=size
+        )
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        model.save_pretrained(tmp_path / str(size))
+        bytes_of.append((tmp_path / str(size) / "model.safetensors").read_bytes())
+    assert bytes_of[0] == bytes_of[1] == bytes_of[2]
+
+
+def test_a_given_plan_is_rounded_with_the_data(tiny_folder, tokens):
+    folder = tiny_folder("llama", torch.bfloat16)
+    data = {"dataset": tokens, "sequence_length": 32}
+    at_once = CPTQuantConfig(target_bits=5, bits=(3, 4, 8), group_size=32, rounding="gptq", **data)
+    first_model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=at_once)
+    plan = first_model.hf_quantizer.record.plan
+    by_plan = CPTQuantConfig(plan=plan, rounding="gptq", **data)
+    second = AutoModelForCausalLM.from_pretrained(folder, quantization_config=by_plan)
+    for name, module in packed_modules(first_model).items():
+        assert torch.equal(module.weight_packed, second.get_submodule(name).weight_packed)
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=CPTQuantConfig(plan=plan, rounding="gptq"))
+
+
+def test_an_offloaded_model_is_refused(tokens, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map["model.rotary_emb"] = "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "llama", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    plan = view_model(model).plan("block")
+    plan = plan.with_bits({module.unit: 4 for module in plan.modules}, 32)
+    with pytest.raises(ModelError, match=r"q_proj is offloaded, and rounding='gptq' needs the model in memory"):
+        apply_plan_by_blocks(model, plan, [{"input_ids": tokens[:2]}], Recipe(rounding="gptq"))
+    assert not packed_modules(model)

@@ -1,0 +1,167 @@
+"""Tuned rounding: the grid's arithmetic, its gradients, what is kept, and that it helps."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+from hf_cptquant.grid import dequantize, integer_range
+from hf_cptquant.plan import LayerScheme
+from hf_cptquant.rounding import round_nearest, signround
+from hf_cptquant.rounding.signround import TunableGrid
+
+SCHEMES = [LayerScheme(4, 16), LayerScheme(3, 32, False), LayerScheme(2, 16), LayerScheme(8), LayerScheme(6, 16, False)]
+
+
+def matrix(dtype=torch.bfloat16, seed=0) -> torch.Tensor:
+    return torch.randn(24, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tuned(scheme, dtype=torch.bfloat16) -> TunableGrid:
+    """A grid at some point on the way."""
+    grid = TunableGrid(matrix(dtype), scheme)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        grid.offset.copy_(torch.rand(grid.offset.shape, generator=draw) - 0.5)
+        grid.shrinkage.copy_(0.5 + torch.rand(grid.shrinkage.shape, generator=draw) / 2)
+    return grid
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_untouched_it_is_rounding_to_nearest(scheme, dtype):
+    found, nearest = TunableGrid(matrix(dtype), scheme).quantized(), round_nearest(matrix(dtype), scheme)
+    assert torch.equal(found.integers, nearest.integers)
+    assert torch.equal(found.scale, nearest.scale)
+    assert (found.zero_point is None) == (nearest.zero_point is None)
+    if nearest.zero_point is not None:
+        assert torch.equal(found.zero_point, nearest.zero_point)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_tuned_is_what_is_stored(scheme, dtype):
+    grid = tuned(scheme, dtype)
+    stored = grid.quantized()
+    assert torch.equal(grid(), dequantize(stored.integers, stored.scale, stored.zero_point))
+    smallest, largest = integer_range(scheme.bits)
+    assert smallest <= int(stored.integers.min()) <= int(stored.integers.max()) <= largest
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_gradients_are_those_of_the_grid_with_rounding_as_the_identity(scheme):
+    """By hand: ∂ŵ/∂V = s inside the range and 0 outside; ∂ŵ/∂s = q − z − (w/s inside, 0 outside)."""
+    grid = tuned(scheme, torch.float32)
+    upstream = torch.randn(24, 64, generator=torch.Generator().manual_seed(2))
+    (grid() * upstream).sum().backward()
+    stored = grid.quantized()
+    scale = stored.scale.unsqueeze(-1)
+    zero = 0 if stored.zero_point is None else stored.zero_point.unsqueeze(-1)
+    weight = matrix(torch.float32).view_as(grid.offset)
+    free = torch.round(weight / scale + grid.offset) + zero
+    smallest, largest = integer_range(scheme.bits)
+    inside = (free >= smallest) & (free <= largest)
+    of_values = upstream.view_as(grid.offset)
+    expected = torch.where(inside, of_values * scale, 0.0)
+    assert torch.allclose(grid.offset.grad, expected, rtol=1e-4, atol=1e-6)
+    steps = stored.integers.view_as(free) - zero
+    by_scale = (of_values * (steps - torch.where(inside, weight / scale, 0.0))).sum(-1)
+    low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+    if scheme.symmetric:
+        span = torch.where(high > -low, -high, -low) / -smallest
+        expected = (by_scale * span).unsqueeze(-1)
+    else:
+        expected = torch.stack((-low, high), -1) / (largest - smallest) * by_scale.unsqueeze(-1)
+    assert torch.allclose(grid.shrinkage.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+class Block(nn.Module):
+    """Two layers and a residual, called with a tuple as transformers' blocks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.fixture
+def problem():
+    block = Block()
+    draw = torch.Generator().manual_seed(3)
+    calls = [((torch.randn(4, 8, 64, generator=draw),), {}) for _ in range(3)]
+    with torch.no_grad():
+        targets = [block(*args) for args, _ in calls]
+    return block, {"up": LayerScheme(3, 32), "down": LayerScheme(4, 32, False)}, calls, targets
+
+
+@torch.no_grad()
+def error_of(block, rounded, calls, targets) -> float:
+    """Squared error of the block with rounded weights."""
+    weights = {f"{name}.weight": dequantize(q.integers, q.scale, q.zero_point) for name, q in rounded.items()}
+    outputs = [torch.func.functional_call(block, weights, args) for args, _ in calls]
+    return sum((output - target).square().mean().item() for output, target in zip(outputs, targets, strict=True))
+
+
+def nearest_of(block, schemes):
+    return {name: round_nearest(block.get_submodule(name).weight.detach(), scheme) for name, scheme in schemes.items()}
+
+
+def test_tuning_lowers_the_error_of_the_block_and_more_steps_lower_it_further(problem):
+    block, schemes, calls, targets = problem
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    errors = [error_of(block, nearest_of(block, schemes), calls, targets)]
+    for iterations in (20, 200):
+        rounded = signround.round_block(block, schemes, calls, targets, iterations, 0)
+        assert {name: q.scheme for name, q in rounded.items()} == schemes
+        errors.append(error_of(block, rounded, calls, targets))
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[2] < 0.8 * errors[1]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_it_is_never_worse_than_rounding_to_nearest(problem, iterations, monkeypatch):
+    block, schemes, calls, targets = problem
+    monkeypatch.setattr(signround, "_descend", ascend)
+    rounded = signround.round_block(block, schemes, calls, targets, iterations, 0)
+    nearest = nearest_of(block, schemes)
+    assert all(torch.equal(rounded[name].integers, nearest[name].integers) for name in schemes)
+
+
+@torch.no_grad()
+def ascend(grids, gradients, step) -> None:
+    """A step in the wrong direction."""
+    for parameter, gradient in zip(grids.parameters(), gradients, strict=True):
+        parameter.add_(gradient.sign(), alpha=step).clamp_(-0.5, 1)
+
+
+def test_same_seed_same_integers(problem):
+    block, schemes, calls, targets = problem
+    first, again, other = (signround.round_block(block, schemes, calls, targets, 10, seed) for seed in (5, 5, 6))
+    assert all(torch.equal(first[name].integers, again[name].integers) for name in schemes)
+    assert any(not torch.equal(first[name].integers, other[name].integers) for name in schemes)
+
+
+def test_a_layer_that_no_call_reaches_is_rounded_to_nearest(problem):
+    block, schemes, calls, targets = problem
+    block.unused = nn.Linear(64, 32)
+    rounded = signround.round_block(block, {**schemes, "unused": LayerScheme(4, 32)}, calls, targets, 5, 0)
+    nearest = round_nearest(block.unused.weight.detach(), LayerScheme(4, 32))
+    assert torch.equal(rounded["unused"].integers, nearest.integers)
+
+
+def test_conv1d_is_transposed():
+    block = tiny_model("gpt2").transformer.h[0]
+    hidden = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = block(hidden)
+    target = output[0] if isinstance(output, tuple) else output
+    schemes = {"mlp.c_fc": LayerScheme(3, 32), "attn.c_proj": LayerScheme(4, 32)}
+    rounded = signround.round_block(block, schemes, [((hidden,), {})], [target], 10, 0)
+    assert rounded["mlp.c_fc"].integers.shape == (256, 64)
+    nearest = round_nearest(block.mlp.c_fc.weight.detach().t().contiguous(), schemes["mlp.c_fc"])
+    assert (rounded["mlp.c_fc"].integers != nearest.integers).any()
+    assert (rounded["mlp.c_fc"].integers - nearest.integers).abs().max() <= 2

@@ -50,10 +50,12 @@ class TunableGrid(nn.Module):
         low, high = self._low * self.shrinkage[..., 0], self._high * self.shrinkage[..., -1]
         scale, zero_point = grid_between(low, high, self._scheme, self._matrix.dtype)
         exact = self._matrix.float().view_as(self.offset) / scale.float().unsqueeze(-1) + self.offset
-        integers = exact + (exact.round() - exact).detach()
+        integers = exact.detach().round() + (exact - exact.detach())  # whole numbers, with the gradient of the identity
         if zero_point is not None:
             integers = integers + zero_point.unsqueeze(-1)
-        return integers.clamp(*integer_range(self._scheme.bits)), scale, zero_point
+        clamped = integers.detach().clamp(*integer_range(self._scheme.bits))
+        # by hand, because torch.clamp has no gradient at its very limits, where many weights lie
+        return torch.where(integers == clamped, integers, clamped), scale, zero_point
 
     def forward(self) -> Tensor:
         """The weight as it will be dequantized, `[out_features, in_features]` in the model's dtype."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..calibration import batches_on
 from ..errors import ModelError
-from .metrics import METRICS, Batch
+from .metrics import Batch, forward
 
 Outputs = dict[str, Any]  # stack of blocks (the name of their list) → output of its last finished block
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block
@@ -65,7 +65,7 @@ class Prefix:
                 hooks.enter_context(self._blocks[index].register_forward_hook(partial(keep, index)))
             hooks.enter_context(self.replayed(before, done))
             with suppress(_BlockReached):
-                METRICS["loss"].of_batch(self._model, batch)
+                forward(self._model, batch)
         return outputs
 
     @contextmanager
@@ -100,10 +100,11 @@ class Prefix:
             hooks.enter_context(self._blocks[position].register_forward_pre_hook(keep, with_kwargs=True))
             hooks.enter_context(self.replayed(before, position))
             with suppress(_BlockReached):
-                METRICS["loss"].of_batch(self._model, batch)
+                forward(self._model, batch)
         return calls[0]
 
 
+@torch.no_grad()
 def running_order(model: PreTrainedModel, batch: Batch, blocks: Sequence[str]) -> list[str]:
     """Names of the blocks in the order in which a forward pass calls them.
 
@@ -116,7 +117,7 @@ def running_order(model: PreTrainedModel, batch: Batch, blocks: Sequence[str]) -
         for name in blocks:
             block = model.get_submodule(name)
             hooks.enter_context(block.register_forward_hook(lambda *_, name=name: calls.append(name)))
-        METRICS["loss"].of_batch(model, next(batches_on([first], model.device)))
+        forward(model, next(batches_on([first], model.device)))
     odd = [name for name in blocks if calls.count(name) != 1]
     if odd:
         raise ModelError(

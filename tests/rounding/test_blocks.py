@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY_CONFIGS, tiny_model
 from sensitivity.test_tdmpq import calibration_for, recipe_for
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.errors import CalibrationError, ModelError
@@ -16,6 +16,7 @@ from hf_cptquant.modules import PACKED_CLASSES, packed_modules
 from hf_cptquant.quantize import apply_plan_by_blocks, replace_module
 from hf_cptquant.recipe import Recipe
 from hf_cptquant.rounding import BLOCK_ROUNDINGS
+from hf_cptquant.sensitivity.metrics import forward
 from hf_cptquant.sensitivity.prefix import running_order
 
 
@@ -49,8 +50,8 @@ def literal(model, plan, batches, recipe):
             original.get_submodule(name).register_forward_hook(aim),
         ]
         for batch in batches:
-            model(**batch)
-            original(**batch)
+            forward(model, batch)  # without a cache, which would grow from call to call
+            forward(original, batch)
         for hook in hooks:
             hook.remove()
         schemes = {m.name.removeprefix(name + "."): m.scheme for m in plan.packed if m.block == name}
@@ -79,23 +80,21 @@ def test_blocks_are_rounded_behind_the_rounded_ones(rounding, kind, tokens, mini
 
 @pytest.fixture(scope="module")
 def windows(texts, smollm2):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     return tokenizer("\n\n".join(texts[-15:]), return_tensors="pt", verbose=False)["input_ids"][0, :2048].view(8, 256)
 
 
 def test_on_a_real_model_they_beat_rounding_to_nearest(smollm2, texts, windows, tmp_path):
     """At 3 bits, on text that they have not seen; and what is saved is what was measured."""
+    undecided = view_model(AutoModelForCausalLM.from_pretrained(smollm2)).plan("group")
+    plan = undecided.with_bits({module.unit: 3 for module in undecided.modules}, 64)
+    data = {"dataset": texts[:-15], "num_samples": 16, "sequence_length": 128}
     found = {}
     for rounding in ("nearest", "gptq", "signround"):
-        data = {"dataset": texts[:-15], "num_samples": 16, "sequence_length": 128}
-        config = CPTQuantConfig(bits=(3,), group_size=64, rounding=rounding, iters=10, num_samples=16, **{
-            name: value for name, value in data.items() if name != "num_samples"
-        })  # fmt: skip
+        config = CPTQuantConfig(plan=plan, rounding=rounding, iters=10, **data)
         model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config)
-        found[rounding] = perplexity(model, windows, desc=None)
         assert model.hf_quantizer.record.settings["rounding"] == rounding
+        found[rounding] = perplexity(model, windows, desc=None)
     assert found["signround"] < 0.8 * found["nearest"]
     assert found["gptq"] < 0.9 * found["nearest"]
     model.save_pretrained(tmp_path / "saved")

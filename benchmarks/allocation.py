@@ -96,6 +96,13 @@ def plans_of(tables: Mapping[str, SensitivityTable]) -> dict[str, BitPlan]:
     return plans
 
 
+def plans_without_budget(table: SensitivityTable, undecided: BitPlan) -> dict[str, BitPlan]:
+    """The default without a budget (clusters of blocks), and plans of its size that need no scores."""
+    found = solve(table, config())
+    others = controls(undecided, found.bits_per_weight + 1e-9)
+    return {"no budget | default": found, **{f"no budget | {name}": plan for name, plan in others.items()}}
+
+
 def perplexities(
     model: PreTrainedModel, plans: Mapping[str, BitPlan], windows: Tensor, known: Path
 ) -> dict[str, float]:
@@ -156,7 +163,9 @@ def summarize(plans: Mapping[str, BitPlan], found: Mapping[str, float]) -> dict[
         name: {"bits_per_weight": round(plans[name].bits_per_weight, 3), "perplexity": round(found[name], 3)}
         for name in ("unrounded", "uniform 4", "uniform 8")
     }
-    return {"uniform": uniform, "budgets": budgets, "clusters": clusters}
+    without = {name.partition(" | ")[2]: round(found[name], 3) for name in plans if name.startswith("no budget")}
+    without["bits_per_weight"] = round(plans["no budget | default"].bits_per_weight, 3)
+    return {"uniform": uniform, "budgets": budgets, "clusters": clusters, "without_budget": without}
 
 
 def main() -> None:
@@ -176,7 +185,9 @@ def main() -> None:
         tables = {name: measure_sensitivity(model, config(**data, **settings)) for name, settings in METHODS.items()}
         ids = tokenizer(arguments.evaluation.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)
         windows = ids["input_ids"][0, : WINDOWS * LENGTH].view(WINDOWS, LENGTH)
+        by_block = measure_sensitivity(model, config(**{**data, "granularity": "block", "work_dir": work / "block"}))
         plans = plans_of(tables)
+        plans |= plans_without_budget(by_block, plans["unrounded"])
         found = perplexities(model, plans, windows, work / "perplexities.json")
     names = f"--calibration {arguments.calibration.name} --evaluation {arguments.evaluation.name}"
     result = {

@@ -91,10 +91,10 @@ def allocation_table(result: dict[str, Any]) -> str:
     draws = [value for name, value in without.items() if name.startswith("random")]
     lines += [
         "",
-        f"Without a budget (the paper's own way: clusters of whole blocks) the plan has {without['bits_per_weight']:.2f}"
-        f" bits per weight and perplexity {without['default']:.2f}; random plans of that size have"
-        f" {sum(draws) / len(draws):.2f} on average, `down_proj` high {without['down_proj high']:.2f}. Clusters spend 16"
-        " bits where 8 would do, so give a budget.",
+        "Without a budget (the paper's own way: clusters of whole blocks) the plan has"
+        f" {without['bits_per_weight']:.2f} bits per weight and perplexity {without['default']:.2f}; random plans of"
+        f" that size have {sum(draws) / len(draws):.2f} on average, `down_proj` high {without['down_proj high']:.2f}."
+        " Clusters spend 16 bits where 8 would do, so give a budget.",
     ]
     return "\n".join(lines)
 

@@ -55,7 +55,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         rounding: `"nearest"` (equation 1); `"gptq"`: errors compensated by second-order information of each layer's
             inputs (arXiv 2210.17323); `"signround"`: offsets and ranges tuned by signed gradients for the outputs of
             each block (arXiv 2309.05516). The last two take the calibration data and a model in memory.
-        iters: steps of `"signround"` for each block: 20 is fast, 200 is best, 0 is rounding to nearest.
+        iters: steps of `"signround"` for each block; 0 is rounding to nearest.
         metric: what a disturbed or pruned model is measured by: `"loss"`, `"perplexity"`, or `"accuracy"` (classes by
             `label_column`, masked or next tokens), over sequences, so that a ragged last batch counts by its size.
         estimator: of `"tdmpq"`. `"taylor"`: first- and second-order terms of the loss for the rounding errors of every

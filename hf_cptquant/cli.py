@@ -39,7 +39,7 @@ from .options import (
     takes_settings,
 )
 from .pipeline import decide, make_plan, measure_frontier, measure_record, measure_sensitivity
-from .plan import PLAN_FILE
+from .plan import PLAN_FILE, BitPlan, read_json
 from .plots import plot_frontier, plot_plan, plot_sensitivity
 from .record import QuantizationRecord
 from .table import SensitivityTable
@@ -186,15 +186,16 @@ def frontier(
             raise CPTQuantError("--measure needs the model in the place of the table")
         table = SensitivityTable.load(source)
         config.group_size, config.symmetric = table.group_size, table.symmetric
-        found = frontier_of(table, config.recipe(), points)
+        priced, found = bool(table.costs), frontier_of(table, config.recipe(), points)
     elif measure:
         found = measure_frontier(load_model(source, dtype, device_map), config, points)
+        priced = config.recipe().uses_taylor
     else:
         table = measure_sensitivity(load_model(source, dtype, device_map), config)
-        found = frontier_of(table, config.recipe(), points)
+        priced, found = bool(table.costs), frontier_of(table, config.recipe(), points)
     if ranks.rank() > 0:
         return
-    unit = "nats" if config.recipe().uses_taylor else "score × error"
+    unit = "nats" if priced else "score × error"
     rows = [
         {
             "bits_per_weight": point.plan.bits_per_weight,
@@ -218,7 +219,9 @@ def inspect(
 ) -> None:
     """Show a plan: its bits as a map, and the totals."""
     check_files(plot)
-    record = QuantizationRecord.load(source)
+    data = read_json(source)
+    bare = "settings" not in data  # as `BitPlan.save` writes it
+    record = QuantizationRecord(BitPlan.from_dict(data), None, {}, {}) if bare else QuantizationRecord.from_dict(data)
     show_plan(record)
     if units:
         show_units(record)

@@ -439,3 +439,20 @@ def test_the_map_of_a_plan_fits_the_terminal(width, scored, tmp_path, capsys, mo
         expected = [bits[f"model.layers.{index}.{row}"] for index in range(30)]
         assert re.findall("16|[0-9]", shown[row.rpartition(".")[2]]) == expected
     assert re.findall("[0-9]+", shown["model.layers"]) == ["0", "5", "10", "15", "20", "25"]
+
+
+def test_a_plan_without_its_record_can_be_inspected(scored, tmp_path, capsys):
+    plan = QuantizationRecord.load(scored / "table.json").plan
+    plan.with_bits(dict.fromkeys((module.unit for module in plan.modules), 4), 64).save(tmp_path / "plan.json")
+    assert run("inspect", tmp_path / "plan.json", "--units", "--plot", tmp_path / "plan.png") == 0
+    assert "4.250 bits per weight" in capsys.readouterr().out
+
+
+def test_a_frontier_of_scores_is_not_said_to_be_of_nats(scored, tmp_path):
+    record = QuantizationRecord.load(scored / "table.json")
+    dataclasses.replace(record, table=dataclasses.replace(record.table, costs={})).save(tmp_path / "scores.json")
+    assert (
+        run("frontier", tmp_path / "scores.json", "-o", tmp_path / "frontier.json", "--bits", "3,4,8", "--points", 3)
+        == 0
+    )
+    assert json.loads((tmp_path / "frontier.json").read_text())["unit"] == "score × error"

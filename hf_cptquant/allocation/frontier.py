@@ -2,7 +2,7 @@
 
 The greedy walk. Of each unit the lower convex hull of (bytes, cost) is kept, and its edges, sorted by what a byte more
 gains, are taken one after the other. Each plan on the way is the cheapest of its size; sizes between two steps are for
-the integer program, whose costs lie at most one edge above.
+the integer program, whose costs lie between theirs.
 """
 
 from __future__ import annotations

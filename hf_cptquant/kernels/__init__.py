@@ -159,7 +159,7 @@ def _backward(ctx, gradient: Tensor):
     weight, scale, zero_point = ctx.saved_tensors
     tensors = PackedTensors(weight, scale, zero_point, ctx.layout)
     dense = dense_weight(tensors, ctx.bits, ctx.in_features)
-    return gradient @ dense.to(gradient.dtype), None, None, None, None, None, None, None
+    return reference.linear(gradient, dense.t(), None), None, None, None, None, None, None, None
 
 
 linear.register_autograd(_backward, setup_context=_save_for_backward)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arithmetic import working_dtype
 from ..grid import dequantize
 from ..packing import unpack
 
@@ -27,6 +28,8 @@ def dense_weight(words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: 
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` with a dequantized weight, computed in the dtype of the input, under autocast too."""
+    """`F.linear` with a dequantized weight in the dtype of the input, under autocast too; computed in float32 where the
+    processor only imitates that dtype."""
+    dtype = working_dtype(x.dtype, x.device)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)

@@ -136,6 +136,16 @@ def hold_out(calibration: CalibrationSet) -> tuple[CalibrationSet, CalibrationSe
     return measured, judged
 
 
+def spread_evenly(calibration: CalibrationSet, tokens: int) -> tuple[dict[str, Tensor], ...]:
+    """So many sequences that they hold about so many tokens (at least one sequence, at most all), evenly chosen."""
+    fields = _joined(calibration.batches)
+    sequences, width = fields["input_ids"].shape
+    count = min(sequences, max(1, round(tokens / width)))
+    rows = torch.arange(count) * sequences // count
+    chosen = {name: tensor[rows] for name, tensor in fields.items()}
+    return in_batches([chosen], len(calibration.batches[0]["input_ids"]))
+
+
 def in_batches(batches: Sequence[Mapping[str, Tensor]], size: int) -> tuple[dict[str, Tensor], ...]:
     """The same sequences in batches of another size."""
     fields = _joined(batches)

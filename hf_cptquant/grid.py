@@ -43,12 +43,13 @@ def integer_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def fit_grid(weight: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor | None]:
+def fit_grid(weight: Tensor, scheme: LayerScheme, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points from the minimum and maximum of each group.
 
     Args:
-        weight: `[out_features, in_features]`, any float dtype; the scales get its dtype.
+        weight: `[out_features, in_features]`, any float dtype.
         scheme: a packed scheme.
+        dtype: of the scales; by default the weight's.
 
     Returns:
         As `grid_between`.
@@ -57,7 +58,7 @@ def fit_grid(weight: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor | None
         ModelError: the weight holds NaN or infinity.
         PlanError: the group size does not divide `in_features`.
     """
-    return grid_between(*extremes(weight, scheme), scheme, weight.dtype)
+    return grid_between(*extremes(weight, scheme), scheme, dtype or weight.dtype)
 
 
 def extremes(weight: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor]:

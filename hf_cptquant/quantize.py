@@ -7,24 +7,31 @@ are carried through the model side by side.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .arithmetic import working_dtype
 from .calibration import batches_on
 from .errors import ModelError, PlanError, in_module
-from .grid import QuantizedWeight
+from .grid import QuantizedWeight, dequantize
 from .modules import PACKED_CLASSES, packed_modules
 from .plan import BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
-from .rounding import BLOCK_ROUNDINGS, round_nearest
+from .rounding import BLOCK_ROUNDINGS, Tuning, round_nearest
+from .rounding.curvature import curvature_of_outputs
 from .sensitivity.metrics import Batch
-from .sensitivity.prefix import Outputs, Prefix
+from .sensitivity.prefix import Call, Outputs, Prefix
+
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 
 @torch.no_grad()
@@ -43,13 +50,14 @@ def apply_plan(model: nn.Module, plan: BitPlan) -> None:
                 _pack(model, decision.name, round_nearest(_matrix(module).detach().contiguous(), decision.scheme))
 
 
+@torch.no_grad()
 def apply_plan_by_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch], recipe: Recipe) -> None:
     """Round the modules of a plan block by block, each behind the rounded ones before it, and pack them, in place.
 
     Args:
         model: dense, in evaluation mode, in memory.
         plan: the decisions.
-        batches: calibration data; labels are not read.
+        batches: calibration data; a step of tuning takes one of them.
         recipe: `rounding`, `iters`, `seed`.
 
     Raises:
@@ -57,38 +65,101 @@ def apply_plan_by_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequenc
         ModelError: a weight or an input holds NaN or infinity.
     """
     check_fits(model, plan)
-    _refuse_offloaded(model, plan, recipe)
+    check_in_memory(model, plan)
+    if not plan.packed:
+        return
     of_block: dict[str, dict[str, LayerScheme]] = {module.block: {} for module in plan.modules}
     for module in plan.packed:
         of_block[module.block][module.name.removeprefix(module.block + ".")] = module.scheme
+    _warn_of_few_tokens(plan, batches)
     prefix = Prefix(model, batches[0], list(of_block))
+    by_curvature = recipe.rounding == "signround"
+    curvatures = curvature_of_outputs(model, prefix.order, batches, recipe.seed) if by_curvature else {}
     original: list[Outputs] = [{} for _ in batches]
     rounded: list[Outputs] = [{} for _ in batches]
-
-    def advanced(carried: list[Outputs], position: int) -> list[Outputs]:
-        loaded = zip(batches_on(batches, model.device), carried, strict=True)
-        return [prefix.outputs(batch, before, position, position + 1) for batch, before in loaded]
-
     for position, name in enumerate(logging.tqdm(prefix.order, desc="Rounding", unit="block")):
         block, stack = model.get_submodule(name), name.rpartition(".")[0]
-        loaded = zip(batches_on(batches, model.device), rounded, strict=True)
-        calls = [prefix.call(batch, before, position) for batch, before in loaded]
-        original = advanced(original, position)
-        targets = [output[stack][0] if isinstance(output[stack], tuple) else output[stack] for output in original]
+        work = _WorkingCopy(block)
+        loaded = zip(batches_on(batches, model.device), original, rounded, strict=True)
+        pairs = [tuple(work.call(prefix.call(batch, one, position)) for one in both) for batch, *both in loaded]
+        outputs = [work(call) for call, _ in pairs]
+        calls = [call for _, call in pairs]
         if of_block[name]:
+            targets = [output[0] if isinstance(output, tuple) else output for output in outputs]
+            tuning = Tuning(work.dtype, recipe.iters, recipe.seed, curvatures.get(name))
             with in_module(name):
-                found = BLOCK_ROUNDINGS[recipe.rounding](block, of_block[name], calls, targets, recipe)
+                _check_finite(targets)
+                found = BLOCK_ROUNDINGS[recipe.rounding](work.block, of_block[name], calls, targets, tuning)
             for layer, quantized in found.items():
+                dense = dequantize(quantized.integers, quantized.scale, quantized.zero_point)
+                _matrix(work.block.get_submodule(layer)).copy_(dense)
                 _pack(model, f"{name}.{layer}", quantized)
-        rounded = advanced(rounded, position)
+        for before, output in zip(original, outputs, strict=True):
+            before[stack] = work.as_the_model(output)
+        for before, call in zip(rounded, calls, strict=True):
+            before[stack] = work.as_the_model(work(call))
 
 
-def _refuse_offloaded(model: nn.Module, plan: BitPlan, recipe: Recipe) -> None:
+class _WorkingCopy:
+    """A block in the format that its device computes fast in, called with what the model calls the block with.
+
+    Attributes:
+        block: the copy.
+        dtype: of the model's block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        weight = next(parameter for parameter in block.parameters() if parameter.dim() > 1)
+        self.dtype = weight.dtype
+        self._working = working_dtype(weight.dtype, weight.device)
+        self.block = copy.deepcopy(block).requires_grad_(False)
+        if self._working != self.dtype:
+            self.block.to(self._working)
+
+    def call(self, call: Call) -> Call:
+        """The arguments in the copy's format."""
+        return _recast(call, self.dtype, self._working)
+
+    def __call__(self, call: Call) -> Any:
+        args, kwargs = call
+        return self.block(*args, **kwargs)
+
+    def as_the_model(self, output: Any) -> Any:
+        """An output of the copy as the model's block gives it."""
+        return _recast(output, self._working, self.dtype)
+
+
+def _recast(tree: Any, before: torch.dtype, after: torch.dtype) -> Any:
+    """All tensors of one dtype in another."""
+
+    def cast(value: Any) -> Any:
+        return value.to(after) if isinstance(value, torch.Tensor) and value.dtype == before else value
+
+    return pytree.tree_map(cast, tree)
+
+
+def _warn_of_few_tokens(plan: BitPlan, batches: Sequence[Batch]) -> None:
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    widest = max(plan.packed, key=lambda module: module.in_features)
+    if tokens < widest.in_features:
+        logger.warning(
+            f"{tokens} calibration tokens are fewer than the {widest.in_features} inputs of {widest.name}: rounding is"
+            " tuned to these very tokens. Raise num_samples or sequence_length."
+        )
+
+
+def _check_finite(outputs: Sequence[torch.Tensor]) -> None:
+    if not all(bool(torch.isfinite(output).all()) for output in outputs):
+        raise ModelError("its outputs hold NaN or infinity on the calibration data; try dtype=torch.float32")
+
+
+def check_in_memory(model: nn.Module, plan: BitPlan) -> None:
+    """Raise `ModelError` before any work is done if a weight is offloaded, which block by block cannot be rounded."""
     for module in plan.modules:
         if has_offloaded_params(model.get_submodule(module.name)):
             raise ModelError(
-                f"{module.name} is offloaded, and rounding={recipe.rounding!r} needs the model in memory; use"
-                " rounding='nearest'"
+                f"{module.name} is offloaded, and only rounding to nearest takes offloaded weights; use"
+                " quality='fast', or a device_map with enough memory"
             )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_cptquant.calibration import ModelFacts, load_calibration
+from hf_cptquant.calibration import ModelFacts, load_calibration, spread_evenly
 from hf_cptquant.errors import CalibrationError
 from hf_cptquant.recipe import Recipe
 
@@ -69,6 +69,14 @@ def test_seed_decides_the_windows_and_batch_size_does_not(load, texts):
     split = load(dataset=texts, batch_size=3)
     assert [len(batch["input_ids"]) for batch in split.batches] == [3, 3, 2]
     assert torch.equal(all_ids(split), all_ids(first))
+
+
+@pytest.mark.parametrize(("wanted", "rows"), [(1, [0]), (128, [0, 2, 4, 6]), (96, [0, 2, 5]), (10**9, range(8))])
+def test_some_sequences_are_chosen_evenly(load, texts, wanted, rows):
+    calibration = load(dataset=texts, batch_size=3)
+    chosen = spread_evenly(calibration, wanted)
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in chosen]), all_ids(calibration)[list(rows)])
+    assert max(len(batch["input_ids"]) for batch in chosen) <= 3
 
 
 def test_causal_labels_are_the_inputs(load, texts):

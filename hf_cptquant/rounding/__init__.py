@@ -2,22 +2,43 @@
 
 Those of a block are called with the block, the packed scheme of each of its layers (by name within the block), the
 block's calls behind the rounded blocks before it, the outputs that the original block gave in the original model, and
-the recipe; they give the integers of each layer.
+a `Tuning`; they give the integers of each layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from ..grid import QuantizedWeight
 from . import gptq, signround
 from .nearest import round_nearest
 
-__all__ = ["BLOCK_ROUNDINGS", "round_nearest"]
+__all__ = ["BLOCK_ROUNDINGS", "Tuning", "round_nearest"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the rounding of one block is told beside its calls.
+
+    Attributes:
+        dtype: of the scales.
+        iterations, seed: of tuning.
+        curvature: of the loss by the block's outputs, float32 `[features, features]`, if it is known.
+    """
+
+    dtype: torch.dtype
+    iterations: int
+    seed: int
+    curvature: Tensor | None = None
+
 
 BLOCK_ROUNDINGS: dict[str, Callable[..., dict[str, QuantizedWeight]]] = {
-    "gptq": lambda block, schemes, calls, _targets, _recipe: gptq.round_block(block, schemes, calls),
-    "signround": lambda block, schemes, calls, targets, recipe: signround.round_block(
-        block, schemes, calls, targets, recipe.iters, recipe.seed
+    "gptq": lambda block, schemes, calls, _targets, tuning: gptq.round_block(block, schemes, calls, tuning.dtype),
+    "signround": lambda block, schemes, calls, targets, tuning: signround.round_block(
+        block, schemes, calls, targets, tuning.iterations, tuning.seed, tuning.curvature, tuning.dtype
     ),
 }

@@ -32,7 +32,7 @@ MOST_DAMPING = 1e3
 
 
 def round_block(
-    block: nn.Module, schemes: Mapping[str, LayerScheme], calls: Sequence[Call]
+    block: nn.Module, schemes: Mapping[str, LayerScheme], calls: Sequence[Call], dtype: torch.dtype | None = None
 ) -> dict[str, QuantizedWeight]:
     """Round the layers of a block, each for its own outputs.
 
@@ -40,6 +40,7 @@ def round_block(
         block: dense.
         schemes: name of a layer within the block → its packed scheme.
         calls: arguments of the block.
+        dtype: of the scales; by default the block's.
 
     Returns:
         Layer → its integers. A layer that no call reaches is rounded to nearest, which is logged.
@@ -51,7 +52,7 @@ def round_block(
     rounded: dict[str, QuantizedWeight] = {}
     for names, hessian in hessians(block, layers, calls):
         matrices = [_matrix(layers[name]) for name in names]
-        found = round_together(matrices, [schemes[name] for name in names], hessian)
+        found = round_together(matrices, [schemes[name] for name in names], hessian, dtype)
         rounded |= dict(zip(names, found, strict=True))
         if not bool(hessian.any()):
             logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")
@@ -94,7 +95,7 @@ def hessians(
 
 
 def round_together(
-    matrices: Sequence[Tensor], schemes: Sequence[LayerScheme], hessian: Tensor
+    matrices: Sequence[Tensor], schemes: Sequence[LayerScheme], hessian: Tensor, dtype: torch.dtype | None = None
 ) -> list[QuantizedWeight]:
     """Round weights that share their inputs.
 
@@ -102,11 +103,12 @@ def round_together(
         matrices: `[out_features, in_features]`, of one dtype.
         schemes: packed schemes of theirs.
         hessian: float32 `[in_features, in_features]`; where an input is always 0, its column is rounded to nearest.
+        dtype: of the scales; by default the weights'.
 
     Returns:
         The integers, on the grids of rounding to nearest.
     """
-    grids = [fit_grid(matrix, scheme) for matrix, scheme in zip(matrices, schemes, strict=True)]
+    grids = [fit_grid(matrix, scheme, dtype) for matrix, scheme in zip(matrices, schemes, strict=True)]
     columns = hessian.shape[0]
     # per row and column: scale, zero point, ends of the grid
     scale = torch.cat([_spread(scale, columns) for scale, _ in grids]).float()

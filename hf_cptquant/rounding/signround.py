@@ -6,6 +6,10 @@ tuned so that the block, called with what the rounded blocks before it give, giv
 original model. Rounding counts as the identity in the backward pass. Steps have one size, for which the sign of the
 gradient is enough; it falls linearly to 0 and allows an offset to cross its whole interval once.
 
+Errors count by how much the loss minds them (`curvature.py`), and relative to the size of the output for their token:
+the first token of a text, on which attention rests, is in many models a hundred times as large as the others, and
+would otherwise decide alone.
+
 The iterate with the least loss is kept. As calls differ in how hard they are, a loss counts relative to that of
 rounding to nearest on the same call, and the best and the last iterate are in the end compared with rounding to nearest
 on all calls: the result is never worse on the calibration data.
@@ -15,9 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
@@ -26,48 +30,85 @@ from ..grid import QuantizedWeight, extremes, grid_between, integer_range
 from ..plan import LayerScheme
 from ..sensitivity.prefix import Call
 
+SMALLEST = torch.finfo(torch.float32).tiny
 LEAST_RANGE = 0.5  # share of a group's range that it may be shrunk to
 
 
 class TunableGrid(nn.Module):
     """A weight on its grid, as a function of what is tuned.
 
+    Args:
+        matrix: `[out_features, in_features]`.
+        scheme: a packed scheme.
+        dtype: of the scales, and of the weight when it is dequantized; by default the matrix's.
+
     Attributes:
         offset: V, float32 `[out_features, groups, group size]`.
         shrinkage: factors of the ranges' ends, float32 `[out_features, groups, 2]`; symmetric grids have one end.
     """
 
-    def __init__(self, matrix: Tensor, scheme: LayerScheme) -> None:
+    def __init__(self, matrix: Tensor, scheme: LayerScheme, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self._matrix, self._scheme = matrix, scheme
+        self._matrix, self._scheme, self._dtype = matrix, scheme, dtype or matrix.dtype
         self._low, self._high = extremes(matrix, scheme)
-        grouped = matrix.float().view(*self._low.shape, -1)
-        self.offset = nn.Parameter(torch.zeros_like(grouped))
+        self._grouped = matrix.float().view(*self._low.shape, -1)
+        self.offset = nn.Parameter(torch.zeros_like(self._grouped))
         self.shrinkage = nn.Parameter(torch.ones(*self._low.shape, 1 if scheme.symmetric else 2, device=matrix.device))
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Integers (as float32, with gradients), scale, zero point."""
+    def _grid(self) -> tuple[Tensor, Tensor | None]:
         low, high = self._low * self.shrinkage[..., 0], self._high * self.shrinkage[..., -1]
-        scale, zero_point = grid_between(low, high, self._scheme, self._matrix.dtype)
-        exact = self._matrix.float().view_as(self.offset) / scale.float().unsqueeze(-1) + self.offset
-        integers = exact.detach().round() + (exact - exact.detach())  # whole numbers, with the gradient of the identity
-        if zero_point is not None:
-            integers = integers + zero_point.unsqueeze(-1)
-        clamped = integers.detach().clamp(*integer_range(self._scheme.bits))
-        # by hand, because torch.clamp has no gradient at its very limits, where many weights lie
-        return torch.where(integers == clamped, integers, clamped), scale, zero_point
+        return grid_between(low, high, self._scheme, self._dtype)
 
     def forward(self) -> Tensor:
-        """The weight as it will be dequantized, `[out_features, in_features]` in the model's dtype."""
-        integers, scale, zero_point = self._parts()
-        steps = integers if zero_point is None else integers - zero_point.unsqueeze(-1)
-        return (steps * scale.float().unsqueeze(-1)).view_as(self._matrix).to(self._matrix.dtype)
+        """The weight as it will be dequantized, `[out_features, in_features]` in the matrix's dtype."""
+        scale, zero_point = self._grid()
+        weight = _Rounded.apply(self._grouped, self.offset, scale.float().unsqueeze(-1), zero_point, self._scheme.bits)
+        return weight.view_as(self._matrix).to(self._dtype).to(self._matrix.dtype)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """The integers."""
-        integers, scale, zero_point = self._parts()
+        scale, zero_point = self._grid()
+        wide = scale.float().unsqueeze(-1)
+        integers, _ = _rounded(self._grouped, self.offset, wide, zero_point, self._scheme.bits)
         return QuantizedWeight(integers.to(torch.int8).view_as(self._matrix), scale, zero_point, self._scheme)
+
+
+def _rounded(
+    grouped: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Integers (as float32), and whether each is within the grid's range before it is clamped."""
+    free = torch.addcdiv(offset, grouped, scale).round_()
+    if zero_point is not None:
+        free += zero_point.unsqueeze(-1)
+    integers = free.clamp(*integer_range(bits))
+    return integers, integers == free
+
+
+class _Rounded(torch.autograd.Function):
+    """(clamp(round(w/s + V) + z) − z)·s, with the gradient of the identity for the rounding.
+
+    A function of its own, because it runs at every step for every weight, and autograd would go over them three times
+    as often: ∂ŵ/∂V = s within the range and 0 outside, ∂ŵ/∂s = q − z − (w/s within the range, 0 outside).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, grouped: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+    ) -> Tensor:
+        steps, inside = _rounded(grouped, offset, scale, zero_point, bits)
+        if zero_point is not None:
+            steps -= zero_point.unsqueeze(-1)
+        ctx.save_for_backward(grouped, scale, steps, inside)
+        return steps * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+        grouped, scale, steps, inside = ctx.saved_tensors
+        of_scale = (gradient * steps).sum(-1, keepdim=True)
+        of_offset = (gradient * scale).mul_(inside)
+        of_scale -= (of_offset * grouped).sum(-1, keepdim=True) / scale.square()
+        return None, of_offset, of_scale, None, None
 
 
 def round_block(
@@ -77,6 +118,8 @@ def round_block(
     targets: Sequence[Tensor],
     iterations: int,
     seed: int,
+    curvature: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Round the layers of a block together.
 
@@ -87,6 +130,9 @@ def round_block(
         targets: the output that each call should give.
         iterations: steps; 0 is rounding to nearest.
         seed: of the order of the calls.
+        curvature: C, float32 `[features, features]` of the outputs: an output that is off by Δ counts Δᵀ C Δ; by
+            default ‖Δ‖².
+        dtype: of the scales; by default the block's.
 
     Returns:
         Layer → its integers.
@@ -97,19 +143,25 @@ def round_block(
     for name, layer in layers.items():
         weight = layer.weight.detach()
         matrix = (weight.t() if name in transposed else weight).contiguous()
-        grids[name.replace(".", "/")] = TunableGrid(matrix, schemes[name])
+        grids[name.replace(".", "/")] = TunableGrid(matrix, schemes[name], dtype)
 
-    def loss_of(index: int) -> Tensor:
+    def rounded() -> dict[str, Tensor]:
         weights = {name: grids[name.replace(".", "/")]() for name in layers}
-        overridden = {f"{name}.weight": w.t() if name in transposed else w for name, w in weights.items()}
+        return {f"{name}.weight": w.t() if name in transposed else w for name, w in weights.items()}
+
+    def loss_of(index: int, weights: Mapping[str, Tensor]) -> Tensor:
         args, kwargs = calls[index]
-        output = functional_call(block, overridden, args, kwargs)
+        output = functional_call(block, weights, args, kwargs)
         first = output[0] if isinstance(output, tuple) else output
-        return F.mse_loss(first.float(), targets[index].float())
+        target = targets[index].float()
+        off = first.float() - target
+        squares = (off if curvature is None else off @ curvature).mul(off).sum(-1)
+        return (squares / target.square().mean(-1).clamp(min=SMALLEST)).mean()
 
     @torch.no_grad()
     def losses() -> list[float]:
-        return [loss_of(index).item() for index in range(len(calls))]
+        weights = rounded()
+        return [loss_of(index, weights).item() for index in range(len(calls))]
 
     def state() -> list[Tensor]:
         return [parameter.detach().clone() for parameter in grids.parameters()]
@@ -119,10 +171,11 @@ def round_block(
     least, best = math.inf, candidates[0][1]
     generator = torch.Generator().manual_seed(seed)
     parameters = list(grids.parameters())
-    for iteration in range(iterations):
-        index = int(torch.randint(len(calls), (), generator=generator))
+    epochs = range(math.ceil(iterations / len(calls)))
+    order = [index for _ in epochs for index in torch.randperm(len(calls), generator=generator).tolist()]
+    for iteration, index in enumerate(order[:iterations]):
         with torch.enable_grad():
-            loss = loss_of(index)
+            loss = loss_of(index, rounded())
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         relative = loss.item() / of_nearest[index] if of_nearest[index] else 1.0
         if relative < least:

@@ -2,8 +2,11 @@
 
 Rounding changes a weight by ΔW, and the loss by ⟨g, ΔW⟩ + ½ ΔWᵀ H ΔW + …. The first-order term is measured on the
 labels of the data, with its sign: a model is seldom at the minimum of the calibration text, and some rounding errors
-help. For H stands the Fisher information, which for a cross-entropy is the Gauss–Newton matrix: the expectation of g gᵀ
-under labels *drawn from the model*. Gradients of drawn labels are uncorrelated, so the square of their sum has the
+help. Rounding that is tuned (GPTQ, SignRound) makes other errors than those that are priced here, about as large after
+allowing for a common factor, but without their first-order term; then the second-order term is the price.
+
+For H stands the Fisher information, which for a cross-entropy is the Gauss–Newton matrix: the expectation of g gᵀ under
+labels *drawn from the model*. Gradients of drawn labels are uncorrelated, so the square of their sum has the
 expectation of the sum of their squares, which is what one backward pass per sequence can give. With the labels of the
 data (the "empirical Fisher") that does not hold: on SmolLM2-135M the term comes out about twice too large and ranks
 units worse. Rounding errors of different weights are nearly independent, so H's diagonal is enough.
@@ -19,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -32,7 +35,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .. import ranks
-from ..calibration import CalibrationSet, batches_on
+from ..arithmetic import working_dtype
+from ..calibration import CalibrationSet, batches_on, spread_evenly
 from ..errors import CalibrationError, ModelError
 from ..model_view import task_of
 from ..plan import BitPlan, LayerScheme, ModulePlan, scheme_for
@@ -52,25 +56,28 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         model: dense, in evaluation mode; no weight is changed, and which of them require gradients is restored.
         plan: the units; its bits are not read.
         calibration: what the loss is measured on.
-        recipe: `bits`, `bits_override`, `group_size`, `symmetric`, `seed` (of the drawn labels), `work_dir`.
+        recipe: `bits`, `bits_override`, `group_size`, `symmetric`, `rounding`, `taylor_samples`, `seed` (of the drawn
+            labels), `work_dir`.
 
     Returns:
-        Per unit and bit width the predicted rise of the mean loss (nats), which may be negative; 16 bits cost nothing.
+        Per unit and bit width the predicted rise of the mean loss (nats), which the first-order term may make negative;
+        16 bits cost nothing.
         The raw measurement of a unit is the cost of the fewest bits.
 
     Raises:
         CalibrationError, ModelError: a loss or a gradient is not finite; the model predicts no classes.
     """
     widths = list(recipe.packed_bits)
-    named = {name: getattr(recipe, name) for name in ("group_size", "symmetric", "seed")}
-    settings = {"estimator": "taylor", **named, "bits": widths}
+    named = {name: getattr(recipe, name) for name in ("group_size", "symmetric", "taylor_samples", "seed")}
+    tuned = not recipe.rounds_to_nearest
+    settings = {"estimator": "taylor", **named, "bits": widths, "orders": [2] if tuned else [1, 2]}
     facts = facts_of(model, plan, calibration, {"method": "tdmpq", **settings})
     journal = open_journal(recipe, facts)
     schemes = {
         module.name: [scheme_for(bits, module.in_features, recipe.group_size, recipe.symmetric) for bits in widths]
         for module in plan.modules
     }
-    batches = with_labels(model, calibration.batches)
+    batches = with_labels(model, spread_evenly(calibration, recipe.taylor_samples))
     ends = itertools.accumulate(len(batch["input_ids"]) for batch in batches)
     spans = [
         (f"sequences {end - len(batch['input_ids'])} to {end - 1}", end - len(batch["input_ids"]), batch)
@@ -87,7 +94,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     sequences = sum(part["sequences"] for part in results)
     costs = {
         unit: {
-            bits: math.fsum(itertools.chain.from_iterable(part["terms"][unit][index] for part in results)) / sequences
+            bits: math.fsum(term for part in results for term in part["terms"][unit][index][tuned:]) / sequences
             for index, bits in enumerate(widths)
         }
         for unit in dict.fromkeys(module.unit for module in plan.modules)
@@ -127,7 +134,7 @@ def _measured(
         number = start
         for part in batches_on(parts, model.device):
             numbers = range(number, number := number + len(part["input_ids"]))
-            uniform = torch.stack([_uniform(part["labels"], seed, index) for index in numbers])
+            uniform = uniform_numbers(part["labels"], seed, numbers)
             loss, terms = _expanded(model, plan, schemes, part, uniform)
             found = {unit: sums.tolist() for unit, sums in terms.items()}
             results.append({"sequences": len(numbers), "loss": loss, "terms": found})
@@ -175,7 +182,7 @@ def _expanded(
             sums = [(fisher * change.square_()).sum() / 2 for change in changes]
         terms[module.unit][:, order] += torch.stack(sums).cpu()
 
-    with tapped(model, plan, observe), torch.enable_grad():
+    with tapped(model, plan, observe):
         outputs = forward(model, batch)
         if not bool(torch.isfinite(outputs.loss)):
             raise not_finite(model, batch, f"the loss is {outputs.loss.item()}")
@@ -192,7 +199,7 @@ def _expanded(
 def gradient_of_weight(inputs: Tensor, gradient: Tensor) -> Tensor:
     """δᵀx in float32. Operands in bfloat16 are good enough, because their rounding errors cancel in the sums; float16
     would underflow."""
-    if inputs.dtype == torch.bfloat16:
+    if working_dtype(inputs.dtype, inputs.device) == torch.bfloat16:
         return (gradient.t() @ inputs).float()
     return gradient.float().t() @ inputs.float()
 
@@ -246,11 +253,16 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return drawn.clamp(max=probabilities.shape[-1] - 1)
 
 
-def _uniform(labels: Tensor, seed: int, index: int) -> Tensor:
-    """Numbers for `gradient_of_drawn` in the shape of one sequence's labels: the same whatever its batch and device."""
-    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.rand(labels.shape[1:], generator=generator)
+def uniform_numbers(labels: Tensor, seed: int, numbers: Iterable[int]) -> Tensor:
+    """For `gradient_of_drawn`, in the shape of the labels of the sequences with these numbers: for each sequence the
+    same whatever its batch and device."""
+
+    def of_sequence(number: int) -> Tensor:
+        digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return torch.rand(labels.shape[1:], generator=generator)
+
+    return torch.stack([of_sequence(number) for number in numbers])
 
 
 class _Tap(torch.autograd.Function):
@@ -276,22 +288,31 @@ class _Tap(torch.autograd.Function):
 def tapped(
     model: PreTrainedModel, plan: BitPlan, observe: Callable[[ModulePlan, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Let gradients flow from the embeddings on, through checkpointed blocks, past taps; no parameter gets one."""
+    """Let gradients flow past taps behind the modules of a plan, as `differentiable` does."""
+    with ExitStack() as hooks:
+        for module in plan.modules:
+            tap = partial(_tap, partial(observe, module))
+            hooks.enter_context(model.get_submodule(module.name).register_forward_hook(tap))
+        hooks.enter_context(differentiable(model, dict.fromkeys(module.block for module in plan.modules)))
+        yield
+
+
+@contextmanager
+def differentiable(model: PreTrainedModel, names: Iterable[str]) -> Iterator[None]:
+    """Let gradients flow from the embeddings on, through checkpointed blocks; no parameter gets one."""
     wanted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    blocks = {name: model.get_submodule(name) for name in dict.fromkeys(module.block for module in plan.modules)}
+    blocks = {name: model.get_submodule(name) for name in names}
     own = {name: block.__dict__.get("forward") for name, block in blocks.items()}
     with ExitStack() as hooks:
         for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
             hooks.enter_context(embedding.register_forward_hook(lambda *seen: seen[2].requires_grad_()))
-        for module in plan.modules:
-            tap = partial(_tap, partial(observe, module))
-            hooks.enter_context(model.get_submodule(module.name).register_forward_hook(tap))
         try:
             for name in wanted:
                 model.get_parameter(name).requires_grad_(False)
             for block in blocks.values():
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            yield
+            with torch.enable_grad():
+                yield
         finally:
             for name in wanted:  # by name: accelerate makes new parameters of offloaded ones
                 model.get_parameter(name).requires_grad_(True)

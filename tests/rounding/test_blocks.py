@@ -1,6 +1,7 @@
 """Rounding block by block: the very calls and targets of a literal walk, and what a user gets of it."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from hf_cptquant.errors import CalibrationError, ModelError
 from hf_cptquant.evaluate import perplexity
 from hf_cptquant.model_view import view_model
 from hf_cptquant.modules import PACKED_CLASSES, packed_modules
-from hf_cptquant.quantize import apply_plan_by_blocks, replace_module
+from hf_cptquant.quantize import apply_plan, apply_plan_by_blocks, replace_module
 from hf_cptquant.recipe import Recipe
-from hf_cptquant.rounding import BLOCK_ROUNDINGS
+from hf_cptquant.rounding import BLOCK_ROUNDINGS, Tuning
+from hf_cptquant.rounding.curvature import curvature_of_outputs
 from hf_cptquant.sensitivity.metrics import forward
 from hf_cptquant.sensitivity.prefix import running_order
 
@@ -35,7 +37,9 @@ def first(output):
 def literal(model, plan, batches, recipe):
     """Every call by a full forward pass of the model rounded so far, every target by one of the original."""
     original = copy.deepcopy(model)
-    for name in running_order(model, batches[0], list(plan.by_block())):
+    order = running_order(model, batches[0], list(plan.by_block()))
+    curvatures = curvature_of_outputs(original, order, batches, recipe.seed)
+    for name in order:
         block = model.get_submodule(name)
         calls, targets = [], []
 
@@ -55,7 +59,8 @@ def literal(model, plan, batches, recipe):
         for hook in hooks:
             hook.remove()
         schemes = {m.name.removeprefix(name + "."): m.scheme for m in plan.packed if m.block == name}
-        for layer, quantized in BLOCK_ROUNDINGS[recipe.rounding](block, schemes, calls, targets, recipe).items():
+        tuning = Tuning(model.dtype, recipe.iters, recipe.seed, curvatures[name])
+        for layer, quantized in BLOCK_ROUNDINGS[recipe.rounding](block, schemes, calls, targets, tuning).items():
             dense = block.get_submodule(layer)
             packed = PACKED_CLASSES[type(dense)].from_quantized(quantized, dense.bias)
             replace_module(model, f"{name}.{layer}", packed)
@@ -138,6 +143,44 @@ def test_an_offloaded_model_is_refused(tokens, tmp_path):
     )
     plan = view_model(model).plan("block")
     plan = plan.with_bits({module.unit: 4 for module in plan.modules}, 32)
-    with pytest.raises(ModelError, match=r"q_proj is offloaded, and rounding='gptq' needs the model in memory"):
+    with pytest.raises(ModelError, match=r"q_proj is offloaded, .* use quality='fast'"):
         apply_plan_by_blocks(model, plan, [{"input_ids": tokens[:2]}], Recipe(rounding="gptq"))
+    assert not packed_modules(model)
+
+
+@pytest.mark.parametrize("rounding", BLOCK_ROUNDINGS)
+def test_on_a_cpu_without_bfloat16_the_model_keeps_its_dtype(rounding, tokens, monkeypatch):
+    """And comes out better than rounded to nearest, as everywhere."""
+    monkeypatch.setattr("hf_cptquant.quantize.working_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr("hf_cptquant.arithmetic.working_dtype", lambda *_: torch.float32)
+    batches = [{"input_ids": rows, "labels": rows} for rows in tokens.split(4)]
+    wanted = tiny_model("llama").bfloat16()(tokens).logits.detach()
+    errors = {}
+    for chosen in ("nearest", rounding):
+        model = tiny_model("llama").bfloat16()
+        plan = view_model(model).plan("module")
+        plan = plan.with_bits({module.unit: 3 for module in plan.modules}, 32)
+        if chosen == "nearest":
+            apply_plan(model, plan)
+        else:
+            apply_plan_by_blocks(model, plan, batches, Recipe(rounding=chosen, iters=20))
+        assert {module.weight_scale.dtype for module in packed_modules(model).values()} == {torch.bfloat16}
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        errors[chosen] = (model(tokens).logits.detach() - wanted).float().square().mean().item()
+    assert errors[rounding] < errors["nearest"]
+
+
+def test_few_tokens_and_outputs_that_are_not_finite_are_told(tokens, logged):
+    model = tiny_model("llama")
+    plan = view_model(model).plan("block")
+    plan = plan.with_bits({module.unit: 4 for module in plan.modules}, 32)
+    model.model.layers[1].post_attention_layernorm.weight.data[3] = torch.inf
+    with pytest.raises(ModelError, match=r"model\.layers\.1: its outputs hold NaN or infinity"):
+        apply_plan_by_blocks(model, plan, [{"input_ids": tokens[:1]}], Recipe(rounding="gptq"))
+    assert re.search("32 calibration tokens are fewer than the 128 inputs of .*down_proj", logged.text)
+
+
+def test_a_plan_of_16_bits_changes_nothing(tokens):
+    model = tiny_model("llama")
+    apply_plan_by_blocks(model, view_model(model).plan("block"), [{"input_ids": tokens}], Recipe(rounding="signround"))
     assert not packed_modules(model)

@@ -24,7 +24,14 @@ METHODS = {
     "taylor": {"method": "tdmpq", "estimator": "taylor"},
     "cmpq": {"method": "cmpq"},
 }
-SETTINGS = {"sequence_length": 16, "batch_size": 3, "num_samples": 8, "group_size": 32, "granularity": "group"}
+SETTINGS = {
+    "sequence_length": 16,
+    "batch_size": 3,
+    "num_samples": 8,
+    "group_size": 32,
+    "granularity": "group",
+    "quality": "fast",
+}
 UNITS = [
     f"model.layers.{block}.{unit}"
     for block in range(3)

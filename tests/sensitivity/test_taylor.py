@@ -95,7 +95,7 @@ def literal_costs(kind, plan, batches, recipe) -> tuple[float, dict, dict]:
         assert loss.item() == pytest.approx(outputs.loss.item(), rel=1e-6)  # it is the model's own loss
         losses.append(loss.item())
         of_data = torch.autograd.grad(loss, weights, retain_graph=True)
-        uniform = taylor._uniform(labels, recipe.seed, index)
+        uniform = taylor.uniform_numbers(labels, recipe.seed, [index])[0]
         drawn = sampled(outputs.logits, labels, uniform, task)
         of_drawn = torch.autograd.grad(literal_loss(outputs.logits, drawn, task), weights)
         count = int(((labels[:, 1:] if task == "causal-lm" else labels) != -100).sum())
@@ -137,6 +137,27 @@ def test_costs_are_those_of_the_scheme_that_is_asked_for(settings, tokens, minil
     _, first, second = literal_costs("llama", plan, calibration.batches, recipe)
     assert costs == pytest.approx({key: first[key] + second[key] for key in first}, rel=1e-3, abs=1e-7)
     assert costs != pytest.approx(flat(table_of(model, "llama", tokens, minilm, bits=(3,)).costs), rel=1e-2)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "signround"])
+def test_tuned_rounding_costs_the_second_order_term(rounding, tokens, minilm):
+    model = tiny_model("llama")
+    recipe = taylor_recipe("llama", tokens, rounding=rounding)
+    plan = view_model(model).plan("block")
+    calibration = calibration_for(model, recipe, minilm)
+    costs = flat(METHODS["tdmpq"](model, plan, calibration, recipe).costs)
+    _, _, second = literal_costs("llama", plan, calibration.batches, recipe)
+    assert costs == pytest.approx(second, rel=1e-3, abs=1e-7)
+
+
+def test_as_many_tokens_are_measured_as_are_asked_for(tokens, minilm):
+    model = tiny_model("llama")
+    plan = view_model(model).plan("block")
+    recipe = taylor_recipe("llama", tokens, taylor_samples=48)  # of 8 × 16
+    calibration = calibration_for(model, recipe, minilm)
+    base = METHODS["tdmpq"](model, plan, calibration, recipe).base
+    chosen = torch.cat([batch["input_ids"] for batch in calibration.batches])[[0, 2, 5]]
+    assert base == pytest.approx(model(chosen, labels=chosen).loss.item(), rel=1e-5)
 
 
 # Drawn labels
@@ -190,6 +211,7 @@ def test_costs_rank_the_blocks_of_a_real_model_as_rounding_them_does(smollm2, te
         dataset=texts,
         tokenizer=smollm2,
         estimator="taylor",
+        rounding="nearest",
         bits=(3, 4),
         num_samples=4,
         sequence_length=64,

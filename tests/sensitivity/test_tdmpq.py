@@ -25,6 +25,7 @@ def recipe_for(kind, tokens, **settings) -> Recipe:
     return Recipe(
         **{
             "estimator": "perturbation",
+            "rounding": "nearest",
             "dataset": dataset,
             "sequence_length": 16,
             "batch_size": 3,

@@ -29,6 +29,6 @@ for target in (3.5, 4.5, 6.0):
     plot_plan(plan, table, folder / f"{target}.png")
     print(f"target {target}: {plan.summary}")
 
-config = CPTQuantConfig(plan=folder / "4.5.json")
+config = CPTQuantConfig(plan=folder / "4.5.json", quality="fast")
 AutoModelForCausalLM.from_pretrained(folder / "original", quantization_config=config).save_pretrained(folder / "4.5")
 print(f"Written to {folder / '4.5'}")

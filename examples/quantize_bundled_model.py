@@ -16,9 +16,9 @@ from hf_cptquant.demo import python_help_texts, write_bundled_model
 with tempfile.TemporaryDirectory() as folder:
     write_bundled_model(Path(folder))
     config = CPTQuantConfig(
-        granularity="group",
-        bits=(4, 8),
+        target_bits=5,
         group_size=64,
+        iters=20,
         dataset=python_help_texts(),
         num_samples=4,
         sequence_length=128,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .bitmap import cell_text
+from .config import CPTQuantConfig
 from .recipe import Recipe
 from .record import QuantizationRecord
 
@@ -93,7 +94,12 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
 
 
 def _code(settings: Mapping[str, Any]) -> str:
-    """The settings that are not defaults, as the call that takes them."""
-    defaults = Recipe().to_dict()  # in whose order they are told: JSON files come back sorted
-    own = {name: settings.get(name) for name, value in defaults.items() if settings.get(name) not in (value, None)}
+    """The shortest call that gives these settings."""
+    # in the order of the recipe: JSON files come back sorted
+    own = {field.name: settings[field.name] for field in fields(Recipe) if settings.get(field.name) is not None}
+    recipe = CPTQuantConfig(**own).recipe()
+    for name in tuple(own):
+        shorter = {other: value for other, value in own.items() if other != name}
+        if CPTQuantConfig(**shorter).recipe() == recipe:
+            own = shorter
     return f"CPTQuantConfig({', '.join(f'{name}={value!r}' for name, value in own.items())})"

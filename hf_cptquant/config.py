@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import ConfigError
 from .plan import BitPlan
-from .recipe import BUDGETS, Recipe, nearest_name
+from .recipe import QUALITIES, Recipe, nearest_name
 from .record import QuantizationRecord
 
 
@@ -33,16 +33,17 @@ class CPTQuantConfig(QuantizationConfigMixin):
             that were kept from the methods (the last quarter) is taken.
         bits: the bit widths to choose from: 2, 3, 4, 5, 6, 8, 16 (16 leaves a weight as it came).
         allocation: `"kmeans"` or `"k-harmonic-means"`: as many clusters of the scores as there are bit widths, most
-            sensitive → most bits (§3.2); `"integer"`: the least predicted rise of the loss in a budget, by an exact
-            integer program (equations 4 and 5). By default the integer program with a budget, k-means without.
+            sensitive → most bits (§3.2), which takes no budget; `"integer"`, the default: the least predicted rise of
+            the loss in a budget, by an exact integer program (equations 4 and 5).
         granularity: what gets one decision: `"block"` (a transformer layer, the paper), `"group"` (projections that
             inference engines fuse, such as q/k/v, and each other projection alone) or `"module"`. By default `"group"`
-            with a budget, `"block"` without.
-        target_bits: budget in bits per quantizable weight, scales and zero points included.
+            for the integer program, `"block"` for clusters.
+        target_bits: budget in bits per quantizable weight, scales and zero points included. Without any
+            budget a quarter of a bit more than the smallest plan takes: 4.5 bits for 4 bits in groups of 64.
         target_size: budget in bytes of the whole checkpoint, embeddings included: a number, `"300MB"`, `"3GiB"`.
         target_compression: budget as a compression ratio of the whole checkpoint.
-        max_loss_increase: instead of a budget in bytes, the largest predicted rise of the loss (nats); the smallest
-            model within it is chosen. Needs `estimator="taylor"`.
+        max_loss_increase: instead of a budget in bytes, the largest rise of the loss (nats) that is predicted for
+            rounding to nearest; the smallest model within it is chosen. Needs `estimator="taylor"`.
         bits_override: pattern of module names (`"*.down_proj"`, `"model.layers.0.*"`) → bits, decided beforehand.
         regularization: λ of equations 4 and 5, the weight of the relative squared rounding error beside the predicted
             rise of the loss.
@@ -52,15 +53,20 @@ class CPTQuantConfig(QuantizationConfigMixin):
             Where it does not divide a layer, the largest of 128, 64, 32 below it that does. 8 bits are per channel.
         symmetric: without zero points. The scale is then signed, which uses all levels. `False` stores zero points,
             which plain transformers cannot load with compressed-tensors 0.18 to 0.20 (they load with this package).
+        quality: `"fast"`: rounding to nearest; `"balanced"`: rounding tuned by 80 steps for each block; `"best"`: by
+            300.
         rounding: `"nearest"` (equation 1); `"gptq"`: errors compensated by second-order information of each layer's
             inputs (arXiv 2210.17323); `"signround"`: offsets and ranges tuned by signed gradients for the outputs of
-            each block (arXiv 2309.05516). The last two take the calibration data and a model in memory.
-        iters: steps of `"signround"` for each block; 0 is rounding to nearest.
+            each block (arXiv 2309.05516). The last two take the calibration data and a model in memory. By default
+            what the quality says.
+        iters: steps of `"signround"` for each block, each on about 1,024 tokens; 0 is rounding to nearest. By default
+            what the quality says.
         metric: what a disturbed or pruned model is measured by: `"loss"`, `"perplexity"`, or `"accuracy"` (classes by
             `label_column`, masked or next tokens), over sequences, so that a ragged last batch counts by its size.
         estimator: of `"tdmpq"`. `"taylor"`: first- and second-order terms of the loss for the rounding errors of every
             bit width, from two backward passes; `"perturbation"`: the paper's algorithm 3, noise on the weights. By
-            default Taylor with a budget (for the loss), and the perturbation without.
+            default Taylor for the integer program (and the loss), and the perturbation for clusters.
+        taylor_samples: tokens that the Taylor estimator measures, in sequences spread evenly over the calibration data.
         perturb: disturb `"all"` quantizable weights of a unit or, as the paper says, the `"first"`.
         perturbation_scale: standard deviation of the disturbance relative to the root mean square of the weight; 0.1 is
             about the error of 4-bit rounding.
@@ -103,10 +109,12 @@ class CPTQuantConfig(QuantizationConfigMixin):
         plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None,
         group_size: int = 128,
         symmetric: bool = True,
-        rounding: str = "nearest",
-        iters: int = 20,
+        quality: str = "balanced",
+        rounding: str | None = None,
+        iters: int | None = None,
         metric: str = "loss",
         estimator: str | None = None,
+        taylor_samples: int = 4096,
         perturb: str = "all",
         perturbation_scale: float = 0.1,
         sparsity_levels: tuple[float, ...] | list[float] = (0.3, 0.5, 0.7),
@@ -145,10 +153,12 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.plan = plan
         self.group_size = group_size
         self.symmetric = symmetric
+        self.quality = quality
         self.rounding = rounding
         self.iters = iters
         self.metric = metric
         self.estimator = estimator
+        self.taylor_samples = taylor_samples
         self.perturb = perturb
         self.perturbation_scale = perturbation_scale
         self.sparsity_levels = sparsity_levels
@@ -167,6 +177,24 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.seed = seed
         self.recipe()
 
+    @classmethod
+    def paper(cls, method: str, **settings: Any) -> CPTQuantConfig:
+        """The paper's own pipeline (arXiv 2412.03599, algorithms 1 to 3 and equation 1): scores of blocks, three
+        clusters of their scores for 16, 8 and 4 bits, rounding to nearest on asymmetric grids.
+
+        Args:
+            method: `"cmpq"`, `"pmpq"` or `"tdmpq"`.
+            settings: others, such as `dataset`; they take precedence.
+        """
+        literal = {
+            "allocation": "kmeans",
+            "estimator": "perturbation",
+            "perturb": "first",
+            "symmetric": False,
+            "rounding": "nearest",
+        }
+        return cls(**{"method": method, **literal, **settings})
+
     def recipe(self) -> Recipe:
         """The settings, checked and frozen, with the defaults filled in."""
         settings = {field.name: getattr(self, field.name) for field in fields(Recipe)}
@@ -174,11 +202,15 @@ class CPTQuantConfig(QuantizationConfigMixin):
             if not isinstance(settings[name], (list, tuple, type(None))):
                 raise ConfigError(f"{name}={settings[name]!r} must be a list")
             settings[name] = settings[name] and tuple(settings[name])
-        budget = any(settings[name] is not None for name in BUDGETS)
-        settings["allocation"] = ("integer" if budget else "kmeans") if self.allocation is None else self.allocation
-        settings["granularity"] = ("group" if budget else "block") if self.granularity is None else self.granularity
-        default = "taylor" if budget and self.metric == "loss" else "perturbation"
+        if self.allocation is None:
+            settings["allocation"] = "integer"
+        integer = settings["allocation"] == "integer"
+        settings["granularity"] = ("group" if integer else "block") if self.granularity is None else self.granularity
+        default = "taylor" if integer and self.metric == "loss" else "perturbation"
         settings["estimator"] = default if self.estimator is None else self.estimator
+        rounding, iters = QUALITIES.get(str(self.quality), QUALITIES["balanced"])  # a wrong one is found by the recipe
+        settings["rounding"] = rounding if self.rounding is None else self.rounding
+        settings["iters"] = iters if self.iters is None else self.iters
         settings["target_size"] = _bytes(self.target_size)
         if not isinstance(self.bits_override, (Mapping, type(None))):
             raise ConfigError(f"bits_override={self.bits_override!r} must map patterns of module names to bits")
@@ -194,6 +226,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
             "allocation": self.allocation,
             "granularity": self.granularity,
             "estimator": self.estimator,
+            "rounding": self.rounding,
+            "iters": self.iters,
         }
 
     def __iter__(self):

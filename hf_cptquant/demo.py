@@ -78,10 +78,10 @@ def write_bundled_model(folder: Path) -> None:
 
 
 def demo_config() -> CPTQuantConfig:
-    """Settings that take about two minutes on two cores. The bundled weights come from a 4-bit grid of groups of 32, so
+    """Settings that take a few minutes on two cores. The bundled weights come from a 4-bit grid of groups of 32, so
     64 is used."""
     texts = python_help_texts()[:-HELD_OUT_TOPICS]
-    return CPTQuantConfig(method="tdmpq", dataset=texts, num_samples=16, sequence_length=256, group_size=64)
+    return CPTQuantConfig(target_bits=4.5, group_size=64, iters=20, dataset=texts, num_samples=8, sequence_length=256)
 
 
 def run_demo(output: Path) -> DemoResult:

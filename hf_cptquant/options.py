@@ -43,8 +43,11 @@ def read_settings(
     plan: Annotated[
         Path | None, typer.Option(help="File of `cptquant plan` or `solve`, instead of measuring and allocating.")
     ] = None,
-    rounding: Annotated[str, typer.Option(help="nearest, gptq or signround: how weights become integers.")] = "nearest",
-    iters: Annotated[int, typer.Option(help="Steps of signround for each block.")] = 20,
+    quality: Annotated[str, typer.Option(help="fast, balanced or best: how long rounding may take.")] = "balanced",
+    rounding: Annotated[
+        str | None, typer.Option(help="nearest, gptq or signround: how weights become integers.")
+    ] = None,
+    iters: Annotated[int | None, typer.Option(help="Steps of signround for each block.")] = None,
     group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
     dataset: Annotated[
@@ -57,6 +60,7 @@ def read_settings(
     sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 2048,
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.")] = None,
     estimator: Annotated[str | None, typer.Option(help="taylor or perturbation: how tdmpq measures.")] = None,
+    taylor_samples: Annotated[int, typer.Option(help="Tokens that taylor measures.")] = 4096,
     perturb: Annotated[str, typer.Option(help="all or first: which weights of a unit are disturbed.")] = "all",
     perturbation_scale: Annotated[float, typer.Option(help="Size of the disturbance relative to the weights.")] = 0.1,
     sparsity_levels: Annotated[str, typer.Option(help="Shares of the weights that pmpq prunes.")] = "0.3,0.5,0.7",
@@ -89,9 +93,11 @@ def read_settings(
         granularity=granularity,
         group_size=group_size,
         symmetric=symmetric,
+        quality=quality,
         rounding=rounding,
         iters=iters,
         estimator=estimator,
+        taylor_samples=taylor_samples,
         perturb=perturb,
         perturbation_scale=perturbation_scale,
         sparsity_levels=parse_numbers("--sparsity-levels", sparsity_levels, float),

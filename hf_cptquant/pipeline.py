@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .allocation import FrontierPoint, allocate, check_budget, frontier
+from .arithmetic import linears_in_working_dtype
 from .calibration import CalibrationSet, ModelFacts, hold_out, in_batches, load_calibration
 from .config import CPTQuantConfig
 from .errors import ConfigError, ModelError, PlanError
 from .evaluate import losses_of_plans
 from .model_view import TASKS, hub_name_of, max_length_of, task_of, view_model
 from .plan import BitPlan, LeftAlone, read_json
-from .quantize import apply_plan, apply_plan_by_blocks, check_fits
+from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
 from .recipe import BUDGETS, Recipe
 from .record import QuantizationRecord
 from .sensitivity import METHODS, score_by_all
@@ -38,7 +39,7 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 
 DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "regularization")
 PREDICTED = "predicted_loss_increase"
-ROUNDING_BATCH = 8  # sequences in a step of rounding, as published
+TOKENS_IN_A_STEP = 1024  # of tuning: many small steps are better than few large ones
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
         )
     if recipe.plan is not None:
         given = given_record(model, recipe)
-        needed = recipe.rounding != "nearest"
-        return Preparation(given.plan.undecided, _calibration_for(model, recipe) if needed else None, given)
+        calibration = None if recipe.rounds_to_nearest else _calibration_for(model, recipe)
+        return Preparation(given.plan.undecided, calibration, given)
     plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
     check_budget(plan, recipe)
     calibration = _calibration_for(model, recipe)
@@ -113,7 +114,7 @@ def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
     assert given is not None, "there is a plan"
     if not given.plan.packed:
         raise PlanError("the plan leaves everything at 16 bits; make one from its scores with `cptquant solve`")
-    settings = {**given.settings, "rounding": recipe.rounding, "iters": recipe.iters}
+    settings = {**given.settings, **{name: getattr(recipe, name) for name in ("quality", "rounding", "iters")}}
     try:
         view = view_model(model, settings["modules_to_not_convert"], settings["allow_skipped"])
         undecided = view.plan(settings["granularity"])
@@ -217,10 +218,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 def score(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> SensitivityTable:
     """The table of the recipe's method, with the rounding errors."""
-    if recipe.method == "auto":
-        return _best_of_all(model, preparation, recipe)
-    table = METHODS[recipe.method](model, preparation.plan, preparation.data, recipe)
-    return replace(table, **_rounding(model, preparation.plan, recipe))
+    with linears_in_working_dtype(model):
+        if recipe.method == "auto":
+            return _best_of_all(model, preparation, recipe)
+        table = METHODS[recipe.method](model, preparation.plan, preparation.data, recipe)
+        return replace(table, **_rounding(model, preparation.plan, recipe))
 
 
 def _best_of_all(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> SensitivityTable:
@@ -281,13 +283,16 @@ def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
         CalibrationError: the loss is not finite.
     """
     check_fits(model, preparation.plan)
+    if not recipe.rounds_to_nearest:
+        check_in_memory(model, preparation.plan)
     start = time.perf_counter()
     record = preparation.given or decide(_scored(model, preparation, recipe), recipe)
     scored = time.perf_counter()
-    if recipe.rounding == "nearest":
+    if recipe.rounds_to_nearest:
         apply_plan(model, record.plan)
     else:
-        batches = in_batches(preparation.data.batches, ROUNDING_BATCH)
+        length = preparation.data.description["sequence_length"]
+        batches = in_batches(preparation.data.batches, max(1, TOKENS_IN_A_STEP // length))
         apply_plan_by_blocks(model, record.plan, batches, recipe)
     seconds = {"seconds_scoring": scored - start, "seconds_rounding": time.perf_counter() - scored}
     measured = {**record.measured, **{name: round(value, 2) for name, value in seconds.items()}}

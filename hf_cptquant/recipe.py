@@ -24,12 +24,21 @@ ALLOCATION_NAMES = ("kmeans", "k-harmonic-means", "integer")
 BUDGETS = ("target_bits", "target_size", "target_compression", "max_loss_increase")
 GRANULARITY_NAMES = ("block", "group", "module")
 ROUNDING_NAMES = ("nearest", "gptq", "signround")
+QUALITIES = {"fast": ("nearest", 0), "balanced": ("signround", 80), "best": ("signround", 300)}  # rounding, iters
 PERTURB_NAMES = ("all", "first")
 _WITHOUT_METRIC = {
     "cmpq": ", which measures correlations; use metric='loss'",
     "auto": ", whose plans are compared by their loss; use metric='loss'",
 }
-_LEAST = {"iters": 0, "num_samples": 1, "sequence_length": 8, "cca_components": 1, "cca_samples": 2, "seed": 0}
+_LEAST = {
+    "iters": 0,
+    "num_samples": 1,
+    "sequence_length": 8,
+    "taylor_samples": 1,
+    "cca_components": 1,
+    "cca_samples": 2,
+    "seed": 0,
+}
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 HUB_DATASETS = ("wikitext2", "c4", "imdb")
@@ -49,8 +58,8 @@ class Recipe:
 
     method: str = "tdmpq"
     bits: tuple[int, ...] = (4, 8, 16)
-    allocation: str = "kmeans"
-    granularity: str = "block"
+    allocation: str = "integer"
+    granularity: str = "group"
     target_bits: float | None = None
     target_size: int | None = None
     target_compression: float | None = None
@@ -60,10 +69,12 @@ class Recipe:
     plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None
     group_size: int = 128
     symmetric: bool = True
-    rounding: str = "nearest"
-    iters: int = 20
+    quality: str = "balanced"
+    rounding: str = "signround"
+    iters: int = 80
     metric: str = "loss"
-    estimator: str = "perturbation"
+    estimator: str = "taylor"
+    taylor_samples: int = 4096
     perturb: str = "all"
     perturbation_scale: float = 0.1
     sparsity_levels: tuple[float, ...] = (0.3, 0.5, 0.7)
@@ -85,6 +96,7 @@ class Recipe:
         _check_choice("method", self.method, METHOD_NAMES)
         _check_choice("allocation", self.allocation, ALLOCATION_NAMES)
         _check_choice("granularity", self.granularity, GRANULARITY_NAMES)
+        _check_choice("quality", self.quality, tuple(QUALITIES))
         _check_choice("rounding", self.rounding, ROUNDING_NAMES)
         _check_choice("metric", self.metric, METRIC_NAMES)
         _check_choice("estimator", self.estimator, ESTIMATOR_NAMES)
@@ -140,12 +152,10 @@ class Recipe:
                 raise ConfigError(f"{name}={value!r} must be a {'' if least == 0 else 'positive '}number")
         if len(given) > 1:
             raise ConfigError(f"{given[0]} and {given[1]} are two budgets; give one")
-        if self.method == "auto" and (not given or self.max_loss_increase is not None):
+        if self.method == "auto" and (self.allocation != "integer" or self.max_loss_increase is not None):
             raise ConfigError(
                 "method='auto' compares plans of equal size: give target_bits, target_size or target_compression"
             )
-        if self.allocation == "integer" and not given:
-            raise ConfigError(f"allocation='integer' needs a budget: {', '.join(BUDGETS)}")
         if self.allocation != "integer" and given:
             raise ConfigError(f"{given[0]} is for allocation='integer'; allocation={self.allocation!r} takes no budget")
         if self.max_loss_increase is not None and not self.uses_taylor:
@@ -164,6 +174,11 @@ class Recipe:
     def uses_taylor(self) -> bool:
         """Whether the method prices bit widths in nats."""
         return (self.method, self.estimator) == ("tdmpq", "taylor")
+
+    @property
+    def rounds_to_nearest(self) -> bool:
+        """Whether weights are rounded one by one, without data."""
+        return self.rounding == "nearest" or (self.rounding == "signround" and self.iters == 0)
 
     @property
     def packed_bits(self) -> tuple[int, ...]:

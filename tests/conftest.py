@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import python_help_texts, write_bundled_model
 from hf_cptquant.plan import UNTOUCHED, BitPlan, ModulePlan
+from hf_cptquant.recipe import BUDGETS
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
@@ -67,12 +68,12 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def small_config(texts: list[str]) -> Callable[..., CPTQuantConfig]:
-    """Settings whose calibration takes seconds on SmolLM2."""
+    """Settings that take seconds on SmolLM2: clusters, and rounding to nearest."""
 
     def build(**settings) -> CPTQuantConfig:
-        return CPTQuantConfig(
-            **{"dataset": texts, "num_samples": 2, "sequence_length": 64, "group_size": 64, **settings}
-        )
+        data = {"dataset": texts, "num_samples": 2, "sequence_length": 64, "group_size": 64}
+        clusters = {} if settings.keys() & set(BUDGETS) else {"allocation": "kmeans"}
+        return CPTQuantConfig(**{"quality": "fast", **data, **clusters, **settings})
 
     return build
 

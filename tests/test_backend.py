@@ -139,7 +139,9 @@ def test_same_seed_same_bytes(smollm2, small_config, tmp_path):
 def test_real_encoder_as_masked_lm_and_classifier(minilm, texts):
     for auto_class in (AutoModelForMaskedLM, AutoModelForSequenceClassification):
         torch.manual_seed(0)  # of the head, which the checkpoint does not have
-        config = CPTQuantConfig(dataset=texts[:10], num_samples=4, sequence_length=64, group_size=64, bits=(4, 8))
+        config = CPTQuantConfig(
+            dataset=texts[:10], num_samples=4, sequence_length=64, group_size=64, bits=(4, 8), allocation="kmeans"
+        )
         model = auto_class.from_pretrained(minilm, quantization_config=config)
         assert len(packed_modules(model)) == 6 * 6
         assert model.config.quantization_config.to_dict()["cptquant"]["calibration"]["sequences"] == 4
@@ -157,7 +159,7 @@ def test_real_encoder_as_masked_lm_and_classifier(minilm, texts):
 def test_every_architecture(kind, dtype, tiny_folder, tokens, texts):
     folder = tiny_folder(kind, dtype)
     dataset = texts[:2] if kind.startswith("bert") else tokens
-    config = CPTQuantConfig(dataset=dataset, sequence_length=32, num_samples=4, group_size=32, granularity="group")
+    config = CPTQuantConfig(dataset=dataset, sequence_length=32, num_samples=4, group_size=32, quality="fast")
     dense = AUTO_CLASSES[kind].from_pretrained(folder, dtype=dtype)
     model = AUTO_CLASSES[kind].from_pretrained(folder, dtype=dtype, quantization_config=config)
     plan = model.hf_quantizer.record.plan
@@ -203,7 +205,9 @@ def test_modules_to_not_convert(tiny_folder, tokens):
     [((2, 3, 6), 16, True), ((5,), -1, True), ((4, 8), 32, False), ((3, 16), 64, False)],
 )
 def test_other_bits_and_schemes(bits, group_size, symmetric, tiny_folder, tokens):
-    config = CPTQuantConfig(bits=bits, group_size=group_size, symmetric=symmetric, dataset=tokens, sequence_length=32)
+    config = CPTQuantConfig(
+        bits=bits, group_size=group_size, symmetric=symmetric, dataset=tokens, sequence_length=32, allocation="kmeans"
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"), quantization_config=config)
     schemes = {module.scheme for module in model.hf_quantizer.record.plan.modules}
     assert {scheme.bits for scheme in schemes} == set(bits)

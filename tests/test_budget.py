@@ -57,6 +57,18 @@ def test_target_bits_counts_scales_and_is_the_best_plan(plan, target):
     assert sum(COSTS[unit].get(width, 0.0) for unit, width in bits.items()) == pytest.approx(best, abs=1e-12)
 
 
+@pytest.mark.parametrize("widths", [(4, 8, 16), (3, 4), (8, 16), (5,)])
+def test_without_a_budget_there_is_a_quarter_of_a_bit_above_the_smallest_plan(widths):
+    plan = view_model(tiny_model("llama")).plan("module")
+    units = [module.unit for module in plan.modules]
+    errors = {unit: {width: 4.0**-width for width in range(2, 9)} for unit in units}
+    default, smallest = recipe_for(bits=widths), plan.with_bits(dict.fromkeys(units, min(widths)), 32)
+    decided = allocate(table_for(plan, errors=errors), default)
+    spelt_out = recipe_for(bits=widths, target_bits=smallest.bits_per_weight + 0.25)
+    assert decided == allocate(table_for(plan, errors=errors), spelt_out)
+    assert smallest.bits_per_weight <= decided.bits_per_weight <= smallest.bits_per_weight + 0.25
+
+
 def test_target_size_and_compression_are_of_the_whole_checkpoint(plan):
     for cost, decided, chosen in sorted(all_plans(plan), key=lambda found: found[0])[::9]:
         for settings in (

@@ -22,7 +22,7 @@ LOSSES = {"unrounded": 2.0, "tdmpq, taylor": 2.125, "pmpq": 2.25}
 @pytest.fixture(scope="module")
 def settings(tokens):
     data = {"dataset": tokens, "sequence_length": 32, "num_samples": 4}
-    return {**data, "bits": (3, 4, 16), "group_size": 32, "target_bits": 5.0}
+    return {**data, "bits": (3, 4, 16), "group_size": 32, "target_bits": 5.0, "quality": "fast"}
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,27 @@ def test_figures_are_those_of_the_record(record):
 def test_the_code_gives_the_settings_again(record, settings):
     (call,) = re.findall(r"^CPTQuantConfig\(.*\)$", render_card(record, FACTS), re.MULTILINE)
     again = eval(call, {"CPTQuantConfig": CPTQuantConfig})
-    assert again.to_dict() == {**CPTQuantConfig(**settings).to_dict(), "dataset": None} | {
-        name: record.settings[name] for name in ("allocation", "granularity", "estimator")
-    }
+    assert again.recipe() == CPTQuantConfig(**{**settings, "dataset": None}).recipe()
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ({}, "CPTQuantConfig()"),
+        ({"allocation": "kmeans", "granularity": "group"}, "CPTQuantConfig(allocation='kmeans', granularity='group')"),
+        ({"allocation": "kmeans", "granularity": "block"}, "CPTQuantConfig(allocation='kmeans')"),
+        ({"quality": "fast"}, "CPTQuantConfig(quality='fast')"),
+        ({"quality": "fast", "iters": 5}, "CPTQuantConfig(quality='fast', iters=5)"),
+        ({"rounding": "gptq", "iters": 80}, "CPTQuantConfig(rounding='gptq')"),
+        ({"bits": [3, 8], "seed": 3}, "CPTQuantConfig(bits=[3, 8], seed=3)"),
+    ],
+    ids=str,
+)
+def test_the_code_says_no_more_than_is_needed(given, code, record):
+    settings = CPTQuantConfig(**given).recipe().to_dict()
+    text = render_card(dataclasses.replace(record, settings=settings), FACTS)
+    (call,) = re.findall(r"^CPTQuantConfig\(.*\)$", text, re.MULTILINE)
+    assert call == code
 
 
 def test_losses_of_all_methods_are_told(record):

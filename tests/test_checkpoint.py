@@ -81,7 +81,9 @@ def tiny(tiny_folder, tokens):
 
     def build(kind="llama", auto_class=AutoModelForCausalLM, **settings) -> tuple[PreTrainedModel, Path]:
         source = tiny_folder(kind)
-        config = CPTQuantConfig(**{"dataset": tokens, "sequence_length": 32, "group_size": 32, **settings})
+        config = CPTQuantConfig(
+            **{"dataset": tokens, "sequence_length": 32, "group_size": 32, "allocation": "kmeans", **settings}
+        )
         model = auto_class.from_pretrained(source, quantization_config=config)
         folder = source.with_name("quantized")
         model.save_pretrained(folder)

@@ -44,8 +44,8 @@ def test_quantize_and_inspect(smollm2, data, tmp_path, capsys, logged):
         64,
         "--bits",
         "4,8",
-        "--granularity",
-        "group",
+        "--quality",
+        "fast",
     ]
     assert run("quantize", smollm2, "--output", output, "--dataset", data, *options) == 0
     total = 49152 * 576 + 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)  # tied embeddings once, blocks
@@ -200,7 +200,7 @@ def test_sensitivity_writes_prints_and_draws(method, measure, tmp_path, capsys, 
 
 def test_sensitivity_without_a_plot_writes_only_the_table(measure, tmp_path):
     before = set(tmp_path.iterdir())
-    assert measure("-o", tmp_path / "table.json") == 0
+    assert measure("-o", tmp_path / "table.json", "--granularity", "block") == 0
     assert {path.name for path in set(tmp_path.iterdir()) - before} == {"table.json", "bert-mlm"}
     assert len(SensitivityTable.load(tmp_path / "table.json").raw) == 3
 
@@ -217,7 +217,7 @@ def test_a_missing_folder_is_told_before_the_model_is_loaded(option, data, tmp_p
 def test_sensitivity_goes_on_from_its_work_folder(measure, tmp_path, logged):
     work = tmp_path / "work"
     for name in ("first", "second"):
-        assert measure("-o", tmp_path / f"{name}.json", "--work-dir", work) == 0
+        assert measure("-o", tmp_path / f"{name}.json", "--work-dir", work, "--estimator", "perturbation") == 0
     assert "Resuming from" in logged.text
     assert (tmp_path / "first.json").read_text() == (tmp_path / "second.json").read_text()
     lines = (work / "tdmpq-perturbation" / "results-0.jsonl").read_text().splitlines()
@@ -225,10 +225,10 @@ def test_sensitivity_goes_on_from_its_work_folder(measure, tmp_path, logged):
 
 
 def test_another_run_in_the_work_folder_is_one_error(measure, tmp_path, capsys):
-    assert measure("-o", tmp_path / "table.json", "--work-dir", tmp_path / "work") == 0
+    options = ["--work-dir", tmp_path / "work", "--estimator", "perturbation"]
+    assert measure("-o", tmp_path / "table.json", *options) == 0
     (tmp_path / "table.json").unlink()
-    options = ["--work-dir", tmp_path / "work", "--perturbation-scale", 0.5]
-    assert measure("-o", tmp_path / "table.json", *options) == 1
+    assert measure("-o", tmp_path / "table.json", *options, "--perturbation-scale", 0.5) == 1
     error = capsys.readouterr().err
     assert "perturbation_scale 0.1 there, 0.5 here" in error
     assert "Traceback" not in error
@@ -289,6 +289,7 @@ def test_every_option_reaches_its_setting():
         "bits_override": ["*.down_proj=8", "a.*=16"],
         "regularization": 0.5,
         "plan": None,
+        "quality": "best",
         "rounding": "signround",
         "iters": 11,
         "group_size": 16,
@@ -301,6 +302,7 @@ def test_every_option_reaches_its_setting():
         "sequence_length": 9,
         "batch_size": 5,
         "estimator": "taylor",
+        "taylor_samples": 99,
         "perturb": "first",
         "perturbation_scale": 0.25,
         "sparsity_levels": "0.125,0.5",
@@ -360,7 +362,7 @@ def test_solve_writes_a_plan_that_quantize_takes(scored, smollm2, tmp_path, caps
     assert f"cptquant quantize MODEL --plan {plan_file}" in shown
 
     monkeypatch.undo()
-    assert run("quantize", smollm2, "--plan", plan_file, "-o", tmp_path / "quantized") == 0
+    assert run("quantize", smollm2, "--plan", plan_file, "-o", tmp_path / "quantized", "--quality", "fast") == 0
     assert QuantizationRecord.load(tmp_path / "quantized").plan == plan
     assert run("inspect", tmp_path / "quantized") == 0
     assert plan.summary in capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.config import CPTQuantCheckpointConfig
 from hf_cptquant.errors import ConfigError, CPTQuantError
-from hf_cptquant.recipe import Recipe
+from hf_cptquant.recipe import QUALITIES, Recipe
 
 MANY = {
     "method": "tdmpq",
@@ -28,10 +28,12 @@ MANY = {
     "plan": None,
     "group_size": 64,
     "symmetric": False,
+    "quality": "best",
     "rounding": "nearest",
     "iters": 7,
     "metric": "accuracy",
     "estimator": "perturbation",
+    "taylor_samples": 256,
     "perturb": "first",
     "perturbation_scale": 0.05,
     "sparsity_levels": [0.2, 0.4],
@@ -64,11 +66,50 @@ def test_defaults_are_filled_in_by_the_recipe():
     config = CPTQuantConfig()
     assert (config.allocation, config.granularity) == (None, None)
     recipe = config.recipe()
-    assert (recipe.method, recipe.allocation, recipe.granularity) == ("tdmpq", "kmeans", "block")
-    assert recipe.bits == (4, 8, 16)
-    assert (recipe.group_size, recipe.symmetric, recipe.rounding) == (128, True, "nearest")
+    assert (recipe.method, recipe.estimator, recipe.allocation, recipe.granularity) == (
+        "tdmpq",
+        "taylor",
+        "integer",
+        "group",
+    )
+    assert (recipe.bits, recipe.target_bits) == ((4, 8, 16), None)
+    assert (recipe.group_size, recipe.symmetric, recipe.rounding, recipe.iters) == (128, True, "signround", 80)
     assert (recipe.perturb, recipe.num_samples, recipe.sequence_length, recipe.seed) == ("all", 128, 2048, 0)
     assert recipe == Recipe()
+
+
+def test_clusters_take_no_budget_and_decide_on_blocks():
+    recipe = CPTQuantConfig(allocation="kmeans").recipe()
+    assert (recipe.target_bits, recipe.granularity, recipe.estimator) == (None, "block", "perturbation")
+    assert recipe == Recipe(allocation="kmeans", granularity="block", estimator="perturbation")
+
+
+@pytest.mark.parametrize(("quality", "expected"), QUALITIES.items())
+def test_quality_names_a_rounding_which_may_be_given_instead(quality, expected):
+    recipe = CPTQuantConfig(quality=quality).recipe()
+    assert (recipe.rounding, recipe.iters) == expected
+    recipe = CPTQuantConfig(quality=quality, rounding="signround", iters=3).recipe()
+    assert (recipe.rounding, recipe.iters) == ("signround", 3)
+    again = CPTQuantConfig.from_dict(CPTQuantConfig(quality=quality).to_dict())
+    assert (again.quality, again.rounding, again.recipe().rounding) == (quality, None, expected[0])
+
+
+@pytest.mark.parametrize("method", ["cmpq", "pmpq", "tdmpq"])
+def test_the_pipeline_of_the_paper_is_one_call(method):
+    recipe = CPTQuantConfig.paper(method, dataset=["text"]).recipe()
+    assert (recipe.method, recipe.allocation, recipe.granularity, recipe.bits) == (
+        method,
+        "kmeans",
+        "block",
+        (4, 8, 16),
+    )
+    assert (recipe.rounding, recipe.symmetric, recipe.estimator, recipe.perturb) == (
+        "nearest",
+        False,
+        "perturbation",
+        "first",
+    )
+    assert recipe.dataset == ["text"]
 
 
 def test_recipe_has_the_settings_given():
@@ -129,7 +170,9 @@ def test_unknown_setting_like_no_other_is_named_alone():
         *(("method", value) for value in ("tdmq", None, 3)),
         *(("allocation", value) for value in ("k-means", 3, "", False)),
         *(("granularity", value) for value in ("layer", 3, "", False)),
-        *(("rounding", value) for value in ("up", None, True)),
+        *(("quality", value) for value in ("good", None, 2)),
+        *(("rounding", value) for value in ("up", 2, True)),
+        *(("iters", value) for value in (-1, 2.5, "20", True)),
         *(("perturb", value) for value in ("last", None)),
         *(("group_size", value) for value in (0, 100, -2, 128.0, "128", None, True)),
         *(("symmetric", value) for value in (None, 1, 0, "yes")),
@@ -144,6 +187,7 @@ def test_unknown_setting_like_no_other_is_named_alone():
         *(("seed", value) for value in (-1, 0.5, "0", None, False)),
         *(("metric", value) for value in ("los", None, 1)),
         *(("estimator", value) for value in ("tailor", 1, True)),
+        *(("taylor_samples", value) for value in (0, -1, 1.5, None, True)),
         *(("cca_components", value) for value in (0, -1, 1.5, None, True)),
         *(("cca_samples", value) for value in (1, 0, 1.5, None, True)),
         *(("work_dir", value) for value in (3, ["a"], True)),
@@ -322,7 +366,7 @@ def test_config_errors_are_value_errors_of_the_package():
 @pytest.mark.parametrize(
     ("settings", "allocation", "granularity"),
     [
-        ({}, "kmeans", "block"),
+        ({}, "integer", "group"),
         ({"target_bits": 4.5}, "integer", "group"),
         ({"target_size": "300MB"}, "integer", "group"),
         ({"target_compression": 2, "granularity": "block"}, "integer", "block"),
@@ -331,7 +375,7 @@ def test_config_errors_are_value_errors_of_the_package():
     ],
     ids=str,
 )
-def test_a_budget_decides_allocation_and_granularity(settings, allocation, granularity):
+def test_the_allocation_decides_the_granularity(settings, allocation, granularity):
     recipe = CPTQuantConfig(**settings).recipe()
     assert (recipe.allocation, recipe.granularity) == (allocation, granularity)
     assert recipe.estimator == ("taylor" if allocation == "integer" else "perturbation")
@@ -348,11 +392,13 @@ def test_a_size_is_read_with_its_unit(text, size):
     ("settings", "message"),
     [
         ({"target_bits": 4.5, "target_size": "1GB"}, "target_bits and target_size are two budgets; give one"),
-        ({"allocation": "integer"}, "allocation='integer' needs a budget: target_bits, target_size"),
         ({"allocation": "kmeans", "target_bits": 4.5}, "allocation='kmeans' takes no budget"),
         ({"max_loss_increase": 0.1, "method": "pmpq"}, "costs in nats, which only .* estimator='taylor' gives"),
         ({"bits_override": {"*.fc2": 7}}, r"bits_override\['\*.fc2'\]=7 is not one of 2, 3, 4"),
-        ({"method": "auto"}, "method='auto' compares plans of equal size: give target_bits, target_size"),
+        (
+            {"method": "auto", "allocation": "kmeans"},
+            "method='auto' compares plans of equal size: give target_bits, target_size",
+        ),
         ({"method": "auto", "max_loss_increase": 0.1}, "method='auto' compares plans of equal size"),
         ({"method": "auto", "target_bits": 5, "metric": "accuracy"}, "with method='auto', whose plans are compared"),
         ({"plan": "plan.json", "target_bits": 5}, "with plan= every module is decided; leave out target_bits"),

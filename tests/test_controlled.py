@@ -34,6 +34,7 @@ def config(texts):
                 **data,
                 "bits": BITS,
                 "group_size": 64,
+                "quality": "fast",
                 "modules_to_not_convert": [others],
                 **METHODS[method],
                 **settings,
@@ -90,7 +91,7 @@ def test_a_quiet_block_scores_lower_and_gets_fewer_bits(method, config, load):
         assert after.raw[UNIT] == pytest.approx(after.raw["model.layers.13"], rel=0.02)
     else:
         assert abs(after.raw[UNIT]) < 0.2 * max(map(abs, after.raw.values()))
-    by_clusters = bits_of(solve(after, CPTQuantConfig(bits=BITS, group_size=64)))
+    by_clusters = bits_of(solve(after, CPTQuantConfig(bits=BITS, group_size=64, allocation="kmeans")))
     assert by_clusters[UNIT] < max(by_clusters.values())
     if method != "cmpq":  # whose scores differ too little for different bits in this budget
         plan = bits_of(solve(after, CPTQuantConfig(bits=BITS, group_size=64, target_bits=TARGET)))
@@ -117,7 +118,7 @@ def test_a_block_that_matters_more_scores_higher_and_gets_more_bits(method, conf
     after = measure_sensitivity(model, settings)
     assert after.raw[unit] > 1.1 * before.raw[unit]
     assert after.scores[unit] == 1
-    by_clusters = CPTQuantConfig(bits=BITS, group_size=64)
+    by_clusters = CPTQuantConfig(bits=BITS, group_size=64, allocation="kmeans")
     assert bits_of(solve(after, by_clusters))[unit] == 8
     if method != "cmpq":  # whose scores differ by less than the rounding errors that they are multiplied by
         plan = bits_of(solve(after, CPTQuantConfig(bits=BITS, group_size=64, target_bits=TARGET)))

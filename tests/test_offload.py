@@ -44,6 +44,7 @@ def config_for(method, tokens, **settings):
             "num_samples": 8,
             "group_size": 32,
             "granularity": "group",
+            "quality": "fast",
             **METHODS[method],
             **settings,
         }

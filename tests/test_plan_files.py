@@ -21,7 +21,7 @@ SHARED = {"bits": (3, 4, 8, 16), "group_size": 32}
 
 def config_for(tokens, **settings) -> CPTQuantConfig:
     data = {"dataset": tokens, "sequence_length": 32, "num_samples": 8}
-    return CPTQuantConfig(**{**data, **SHARED, "target_bits": 5.0, **settings})
+    return CPTQuantConfig(**{**data, **SHARED, "target_bits": 5.0, "quality": "fast", **settings})
 
 
 def bits_of(plan) -> dict[str, int]:
@@ -52,7 +52,7 @@ def plan_file(record, tmp_path):
 
 
 def test_quantizing_by_a_plan_is_quantizing_at_once(folder, tokens, plan_file, tmp_path):
-    at_once, by_plan = load(folder, config_for(tokens)), load(folder, CPTQuantConfig(plan=plan_file))
+    at_once, by_plan = load(folder, config_for(tokens)), load(folder, CPTQuantConfig(quality="fast", plan=plan_file))
     for name, model in (("at once", at_once), ("by plan", by_plan)):
         model.save_pretrained(tmp_path / name)
     assert (tmp_path / "at once" / "model.safetensors").read_bytes() == (
@@ -69,9 +69,9 @@ def test_quantizing_by_a_plan_is_quantizing_at_once(folder, tokens, plan_file, t
 def test_a_plan_may_be_a_file_or_a_value(given, folder, record, plan_file, tmp_path):
     values = {"path": plan_file, "text": str(plan_file), "record": record, "plan": record.plan}
     if given.startswith("folder"):
-        load(folder, CPTQuantConfig(plan=record)).save_pretrained(tmp_path / "quantized")
+        load(folder, CPTQuantConfig(quality="fast", plan=record)).save_pretrained(tmp_path / "quantized")
         values[given] = tmp_path / "quantized"
-    model = load(folder, CPTQuantConfig(plan=values[given]))
+    model = load(folder, CPTQuantConfig(quality="fast", plan=values[given]))
     made = model.hf_quantizer.record
     assert made.plan == record.plan
     assert made.table == (None if given == "plan" else record.table)
@@ -86,7 +86,7 @@ def test_a_bare_plan_keeps_its_units(granularity, folder, tmp_path):
     undecided = view_model(tiny_model("llama").to(torch.bfloat16)).plan(granularity)
     units = list(dict.fromkeys(module.unit for module in undecided.modules))
     undecided.with_bits({unit: (4, 8)[index % 2] for index, unit in enumerate(units)}, 32).save(tmp_path / "plan.json")
-    record = load(folder, CPTQuantConfig(plan=tmp_path / "plan.json")).hf_quantizer.record
+    record = load(folder, CPTQuantConfig(quality="fast", plan=tmp_path / "plan.json")).hf_quantizer.record
     assert record.plan == BitPlan.load(tmp_path / "plan.json")
     assert record.settings["granularity"] == granularity
 
@@ -94,9 +94,9 @@ def test_a_bare_plan_keeps_its_units(granularity, folder, tmp_path):
 def test_a_plan_needs_no_data_and_measures_nothing(folder, plan_file, monkeypatch):
     monkeypatch.setattr("hf_cptquant.pipeline.load_calibration", lambda *_: pytest.fail("data were loaded"))
     monkeypatch.setattr("hf_cptquant.pipeline.score", lambda *_: pytest.fail("scores were measured"))
-    load(folder, CPTQuantConfig(plan=plan_file))
+    load(folder, CPTQuantConfig(quality="fast", plan=plan_file))
     with pytest.raises(ConfigError, match="plan= is for quantizing"):
-        measure_sensitivity(load(folder), CPTQuantConfig(plan=plan_file))
+        measure_sensitivity(load(folder), CPTQuantConfig(quality="fast", plan=plan_file))
 
 
 def test_a_plan_of_one_fine_tune_is_for_another(record, plan_file, tmp_path):
@@ -104,7 +104,7 @@ def test_a_plan_of_one_fine_tune_is_for_another(record, plan_file, tmp_path):
     for parameter in other.parameters():
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
     other.save_pretrained(tmp_path / "other")
-    model = load(tmp_path / "other", CPTQuantConfig(plan=plan_file))
+    model = load(tmp_path / "other", CPTQuantConfig(quality="fast", plan=plan_file))
     plan = model.hf_quantizer.record.plan
     assert bits_of(plan) == bits_of(record.plan)
     assert {module.element_size for module in plan.modules} == {4}
@@ -115,7 +115,7 @@ def test_a_plan_can_be_edited(folder, plan_file):
     data = json.loads(plan_file.read_text())
     data["modules"]["model.layers.1.mlp.down_proj"] |= {"bits": 6, "group_size": 16, "symmetric": False}
     plan_file.write_text(json.dumps(data))
-    model = load(folder, CPTQuantConfig(plan=plan_file))
+    model = load(folder, CPTQuantConfig(quality="fast", plan=plan_file))
     assert model.get_submodule("model.layers.1.mlp.down_proj").scheme == LayerScheme(6, 16, False)
 
 
@@ -147,7 +147,7 @@ Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"
 )
 def test_a_plan_that_does_not_fit_says_how(change, message, folder, record):
     with pytest.raises(PlanError, match=message):
-        load(folder, CPTQuantConfig(plan=change(record)))
+        load(folder, CPTQuantConfig(quality="fast", plan=change(record)))
 
 
 def test_modules_of_a_unit_keep_equal_bits(folder, record):
@@ -156,7 +156,7 @@ def test_modules_of_a_unit_keep_equal_bits(folder, record):
     with pytest.raises(
         PlanError, match=r"k_proj: the plan has \d+ bits, and \d+ for .*q_proj, which share the unit .*qkv"
     ):
-        load(folder, CPTQuantConfig(plan=changed))
+        load(folder, CPTQuantConfig(quality="fast", plan=changed))
 
 
 def test_what_is_no_plan_is_told_before_the_weights_are_loaded(folder, record, tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_what_is_no_plan_is_told_before_the_weights_are_loaded(folder, record, t
         ("incomplete.json", "the settings in the record of the plan lack 'granularity'"),
     ):
         with pytest.raises(PlanError, match=message):
-            load(folder, CPTQuantConfig(plan=tmp_path / name))
+            load(folder, CPTQuantConfig(quality="fast", plan=tmp_path / name))
 
 
 def test_solving_again_gives_the_same_plan(record, tokens, tmp_path):
@@ -272,7 +272,7 @@ def _batches(model, tokens):
 
 def test_figures_of_auto_are_in_the_plan_and_the_config(chosen, folder, tmp_path):
     chosen.save(tmp_path / "plan.json")
-    model = load(folder, CPTQuantConfig(plan=tmp_path / "plan.json"))
+    model = load(folder, CPTQuantConfig(quality="fast", plan=tmp_path / "plan.json"))
     model.save_pretrained(tmp_path / "saved")
     losses = chosen.table.settings["held_out_losses"]
     assert losses.keys() == {"unrounded", *CANDIDATES}
@@ -315,7 +315,7 @@ def test_a_measured_frontier_tells_the_loss_of_each_plan(folder, tokens):
     judged = dataset[6:]
     base = model(input_ids=judged, labels=judged).loss.item()
     for point in (points[0], points[-1]):
-        dense = load(folder, CPTQuantConfig(plan=point.plan)).dequantize()
+        dense = load(folder, CPTQuantConfig(quality="fast", plan=point.plan)).dequantize()
         assert point.measured == pytest.approx(dense(input_ids=judged, labels=judged).loss.item() - base, abs=2e-3)
     assert points[0].measured != points[-1].measured
     assert [point.plan for point in points] == sorted((p.plan for p in points), key=lambda plan: plan.nbytes)

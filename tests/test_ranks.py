@@ -24,7 +24,14 @@ METHODS = {
     "taylor": {"method": "tdmpq", "estimator": "taylor"},
     "cmpq": {"method": "cmpq"},
 }
-SETTINGS = {"sequence_length": 16, "batch_size": 3, "num_samples": 8, "group_size": 32, "granularity": "group"}
+SETTINGS = {
+    "sequence_length": 16,
+    "batch_size": 3,
+    "num_samples": 8,
+    "group_size": 32,
+    "granularity": "group",
+    "quality": "fast",
+}
 OPTIONS = ["--num-samples", "4", "--sequence-length", "32", "--group-size", "32", "--granularity", "group"]
 FIXED = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # one graphics card is too few
 UNCHANGED = "the unchanged model"

@@ -29,7 +29,13 @@ def offline_hub(monkeypatch, smollm2, texts):
         if quantization_config is not None and name.startswith("facebook/"):
             name = smollm2
             quantization_config = CPTQuantConfig(
-                **{**quantization_config.recipe().to_dict(), "dataset": texts, "num_samples": 2, "sequence_length": 64}
+                **{
+                    **quantization_config.recipe().to_dict(),
+                    "dataset": texts,
+                    "num_samples": 2,
+                    "sequence_length": 64,
+                    "iters": 2,
+                }
             )
         extra = {} if quantization_config is None else {"quantization_config": quantization_config}
         return original(name, *args, **extra, **kwargs)

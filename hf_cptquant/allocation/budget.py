@@ -15,6 +15,8 @@ from ..recipe import Recipe
 from ..table import SensitivityTable
 from .integer import Option, cheapest, smallest
 
+SPARE = 0.25  # bits per weight above the smallest plan, where no budget is given
+
 
 def integer_program(table: SensitivityTable, recipe: Recipe) -> dict[str, int]:
     """Unit → bits with the least predicted rise of the loss in the recipe's budget, or, for `max_loss_increase`, the
@@ -131,14 +133,15 @@ def fixed_bits(plan: BitPlan, recipe: Recipe) -> dict[str, int]:
 
 
 def largest_bytes(plan: BitPlan, recipe: Recipe) -> int:
-    """Bytes that the plan's modules may take. Embeddings, norms and all else count for `target_size` and
-    `target_compression`, and not for `target_bits`."""
+    """Bytes that the plan's modules may take: without a budget, a quarter of a bit per weight more than the smallest
+    plan. Embeddings, norms and all else count for `target_size` and `target_compression`, and not for `target_bits`."""
     if recipe.target_bits is not None:
         return int(recipe.target_bits * plan.weights / 8)
     if recipe.target_size is not None:
         return recipe.target_size - plan.other_bytes
-    assert recipe.target_compression is not None
-    return int(plan.original_bytes / recipe.target_compression) - plan.other_bytes
+    if recipe.target_compression is not None:
+        return int(plan.original_bytes / recipe.target_compression) - plan.other_bytes
+    return sum(min(of_unit.values()) for of_unit in unit_sizes(plan, recipe).values()) + int(SPARE * plan.weights / 8)
 
 
 def _infeasible(least: int, most: int, plan: BitPlan, recipe: Recipe) -> str:

@@ -43,13 +43,16 @@ METHODS = {
     "cmpq": {"method": "cmpq"},
 }
 CLUSTERS = ("kmeans", "k-harmonic-means")
+OF_BLOCKS = {"granularity": "block", "allocation": "kmeans", "estimator": "perturbation"}
 SOLVER_UNITS, SOLVER_WIDTHS = 10_000, (2, 3, 4, 8, 16)
 RESULTS = Path(__file__).parent / "results" / "allocation.json"
 
 
 def config(**settings: object) -> CPTQuantConfig:
     """The settings that all plans share, and some more."""
-    return CPTQuantConfig(**{"bits": BITS, "group_size": GROUP_SIZE, "granularity": "group", **settings})
+    return CPTQuantConfig(
+        **{"quality": "fast", "bits": BITS, "group_size": GROUP_SIZE, "granularity": "group", **settings}
+    )
 
 
 def filled(plan: BitPlan, order: Sequence[str], target: float) -> BitPlan:
@@ -96,11 +99,11 @@ def plans_of(tables: Mapping[str, SensitivityTable]) -> dict[str, BitPlan]:
     return plans
 
 
-def plans_without_budget(table: SensitivityTable, undecided: BitPlan) -> dict[str, BitPlan]:
-    """The default without a budget (clusters of blocks), and plans of its size that need no scores."""
-    found = solve(table, config())
+def plans_of_blocks(table: SensitivityTable, undecided: BitPlan) -> dict[str, BitPlan]:
+    """The paper's own way (clusters of blocks), and plans of its size that need no scores."""
+    found = solve(table, config(**OF_BLOCKS))
     others = controls(undecided, found.bits_per_weight + 1e-9)
-    return {"no budget | default": found, **{f"no budget | {name}": plan for name, plan in others.items()}}
+    return {"blocks | clusters": found, **{f"blocks | {name}": plan for name, plan in others.items()}}
 
 
 def perplexities(
@@ -163,9 +166,9 @@ def summarize(plans: Mapping[str, BitPlan], found: Mapping[str, float]) -> dict[
         name: {"bits_per_weight": round(plans[name].bits_per_weight, 3), "perplexity": round(found[name], 3)}
         for name in ("unrounded", "uniform 4", "uniform 8")
     }
-    without = {name.partition(" | ")[2]: round(found[name], 3) for name in plans if name.startswith("no budget")}
-    without["bits_per_weight"] = round(plans["no budget | default"].bits_per_weight, 3)
-    return {"uniform": uniform, "budgets": budgets, "clusters": clusters, "without_budget": without}
+    blocks = {name.partition(" | ")[2]: round(found[name], 3) for name in plans if name.startswith("blocks")}
+    blocks["bits_per_weight"] = round(plans["blocks | clusters"].bits_per_weight, 3)
+    return {"uniform": uniform, "budgets": budgets, "clusters": clusters, "blocks": blocks}
 
 
 def main() -> None:
@@ -185,9 +188,9 @@ def main() -> None:
         tables = {name: measure_sensitivity(model, config(**data, **settings)) for name, settings in METHODS.items()}
         ids = tokenizer(arguments.evaluation.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)
         windows = ids["input_ids"][0, : WINDOWS * LENGTH].view(WINDOWS, LENGTH)
-        by_block = measure_sensitivity(model, config(**{**data, "granularity": "block", "work_dir": work / "block"}))
+        by_block = measure_sensitivity(model, config(**{**data, **OF_BLOCKS, "work_dir": work / "block"}))
         plans = plans_of(tables)
-        plans |= plans_without_budget(by_block, plans["unrounded"])
+        plans |= plans_of_blocks(by_block, plans["unrounded"])
         found = perplexities(model, plans, windows, work / "perplexities.json")
     names = f"--calibration {arguments.calibration.name} --evaluation {arguments.evaluation.name}"
     result = {

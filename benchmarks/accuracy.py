@@ -1,0 +1,208 @@
+"""What quantizing costs at equal size: ours beside its peers, on SmolLM2-135M, one process each.
+
+All rows have the same calibration tokens (the first 32 × 512 of a text) and are evaluated on the same windows of
+another (the first 64 × 1,024 tokens), and on text of another kind, so that nobody wins by learning the calibration.
+Bits per weight include scales and zero points. Every row writes its dequantized weights, and one program measures them
+all in float32. Peers live in environments of their own (`benchmarks/peers/`); those that are absent are skipped.
+
+    uv run python benchmarks/accuracy.py --calibration wikitext2_valid.txt --evaluation wikitext2_test.txt \\
+        --other imdb_test.parquet --peers environments --rows "nearest 4" "ours 4.5" "AutoScheme 4.5"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_cptquant import CPTQuantConfig
+from hf_cptquant.demo import write_bundled_model
+from hf_cptquant.model_view import view_model
+from hf_cptquant.pipeline import prepare, quantize_model
+
+GROUP_SIZE, SAMPLES, LENGTH, SPARE = 64, 32, 512, 32
+WINDOWS, WINDOW, OTHER_WINDOWS = 64, 1024, 16
+KL_WINDOWS = 16  # the logits of two models are compared, which takes twice as long
+BITS = (2, 3, 4, 8, 16)
+NEAREST = {f"nearest {bits}": bits for bits in (3, 4)}
+OURS = {f"ours {target}": {"target_bits": target, "bits": BITS} for target in (3.5, 4.0, 4.5, 5.0)}
+OURS["ours 4.5, 4, 8, 16 bits"] = {"target_bits": 4.5, "bits": (4, 8, 16)}
+OURS["ours 4.5, fast"] = {"target_bits": 4.5, "bits": BITS, "quality": "fast"}
+AUTO_SCHEME = {"AutoScheme 4.5": (4.5, "4,8"), "AutoScheme 3.5": (3.5, "2,3,4,8")}
+PEERS = Path(__file__).parent / "peers"
+RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+
+
+def prepare_data(folder: Path, calibration: Path, evaluation: Path, other: Path) -> None:
+    """The model and the tokens, once for all rows."""
+    if (folder / "evaluation.pt").exists():
+        return
+    write_bundled_model(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+
+    def stream(text: str) -> Tensor:
+        return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+
+    def windows(text: str, count: int, length: int) -> Tensor:
+        return stream(text)[: count * length].view(count, length)
+
+    ids = stream(calibration.read_text(encoding="utf-8"))
+    torch.save(ids[: SAMPLES * LENGTH].view(SAMPLES, LENGTH), folder / "calibration.pt")
+    # peers read text and drop what is too short: a few tokens more for each, which they cut off
+    longer = [ids[start : start + LENGTH + SPARE] for start in range(0, SAMPLES * LENGTH, LENGTH)]
+    texts = ({"text": text} for text in tokenizer.batch_decode(longer))
+    (folder / "calibration.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    reviews = "\n\n".join(pyarrow.parquet.read_table(other)["text"].to_pylist()[:200])
+    both = (windows(evaluation.read_text(encoding="utf-8"), WINDOWS, WINDOW), windows(reviews, OTHER_WINDOWS, WINDOW))
+    torch.save(both, folder / "evaluation.pt")
+
+
+def quantize(row: str, folder: Path, output: Path) -> dict[str, object]:
+    """Ours: one row, with its dequantized weights written to a file."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    start = time.perf_counter()
+    if row in NEAREST:
+        undecided = view_model(model).plan("group")
+        plan = undecided.with_bits({m.unit: NEAREST[row] for m in undecided.modules}, GROUP_SIZE)
+        settings = {"plan": plan, "quality": "fast"}
+    else:
+        settings = {"dataset": torch.load(folder / "calibration.pt"), "group_size": GROUP_SIZE, **OURS[row]}
+    recipe = CPTQuantConfig(sequence_length=LENGTH, num_samples=SAMPLES, **settings).recipe()
+    record = quantize_model(model, recipe, prepare(model, recipe))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    torch.save({f"{m.name}.weight": model.get_submodule(m.name).weight for m in record.plan.packed}, output)
+    return {"seconds": seconds, "peak_mb": peak, "bits": {m.name: m.scheme.bits for m in record.plan.modules}}
+
+
+def run(row: str, folder: Path, arguments: argparse.Namespace) -> dict[str, object] | None:
+    """One row in a process of its own, or None where its peer is not installed."""
+    output = folder / "weights.pt"
+    if row in AUTO_SCHEME:
+        python = (arguments.peers or folder) / "auto_round" / "bin" / "python"
+        if not python.exists():
+            print(f"{row}: skipped, no {python}")
+            return None
+        target, bits = AUTO_SCHEME[row]
+        command = [
+            str(python),
+            str(PEERS / "auto_scheme.py"),
+            str(folder),
+            "--target-bits",
+            str(target),
+            "--bits",
+            bits,
+        ]
+        command += ["--output", str(output)]
+    else:
+        command = [sys.executable, __file__, "--quantize", row, "--work-dir", str(folder)]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(printed.splitlines()[-1])
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
+    """In float32."""
+    losses = []
+    for rows in windows.split(2):
+        logits = model(rows, use_cache=False).logits[:, :-1]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item() * len(rows))
+    return math.exp(math.fsum(losses) / len(windows))
+
+
+@torch.no_grad()
+def divergence(model: PreTrainedModel, original: PreTrainedModel, windows: Tensor) -> float:
+    """Mean KL divergence of the predictions from the original's (nats)."""
+    sums = []
+    for rows in windows.split(1):
+        found, wanted = (each(rows, use_cache=False).logits[0].log_softmax(-1) for each in (model, original))
+        sums.append(F.kl_div(found, wanted, log_target=True, reduction="sum").item() / rows.numel())
+    return math.fsum(sums) / len(windows)
+
+
+def bits_per_weight(model: PreTrainedModel, bits: dict[str, int], zero_points: bool) -> float:
+    """Of the quantizable weights, with a 16-bit scale for each group (each output channel at 8 bits) and, if asked for,
+    zero points below 8 bits."""
+    total = weights = 0
+    for module in view_model(model).modules:
+        size, width = module.out_features * module.in_features, bits.get(module.name, 16)
+        groups = 0 if width == 16 else module.out_features * (1 if width == 8 else module.in_features // GROUP_SIZE)
+        weights += size
+        total += size * width + groups * (16 + (width if zero_points and width < 8 else 0))
+    return total / weights
+
+
+def measured(original: PreTrainedModel, weights: Path | None, folder: Path) -> dict[str, float]:
+    """Perplexities and divergence of the original with some weights replaced."""
+    windows, other = torch.load(folder / "evaluation.pt")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    if weights is not None:
+        found = {name: weight.float() for name, weight in torch.load(weights).items()}
+        model.load_state_dict({name: found[name] for name in found.keys() & model.state_dict().keys()}, strict=False)
+    kl = divergence(model, original, windows[:KL_WINDOWS]) if weights is not None else 0.0
+    return {"perplexity": perplexity(model, windows), "other": perplexity(model, other), "kl": kl}
+
+
+def main() -> None:
+    """Run and measure the rows; write the result file and print it as the last line."""
+    rows = ["unrounded", *NEAREST, *OURS, *AUTO_SCHEME]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", type=Path, help="text file")
+    parser.add_argument("--evaluation", type=Path, help="text file")
+    parser.add_argument("--other", type=Path, help="Parquet file with a column `text`")
+    parser.add_argument("--peers", type=Path, help="folder of virtual environments, one for each peer")
+    parser.add_argument("--rows", nargs="+", default=rows, choices=rows, metavar="ROW", help=", ".join(rows))
+    parser.add_argument("--work-dir", type=Path, required=True, help="model and tokens")
+    parser.add_argument("--quantize", choices=rows, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder = arguments.work_dir
+    if arguments.quantize:
+        print(json.dumps(quantize(arguments.quantize, folder, folder / "weights.pt")))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare_data(folder, arguments.calibration, arguments.evaluation, arguments.other)
+    original = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    for row in arguments.rows:
+        made = {"bits": {}, "seconds": 0.0, "peak_mb": 0.0} if row == "unrounded" else run(row, folder, arguments)
+        if made is None:
+            continue
+        figures = measured(original, None if row == "unrounded" else folder / "weights.pt", folder)
+        size = bits_per_weight(original, made.pop("bits"), zero_points=row in AUTO_SCHEME)
+        figures = {"bits_per_weight": size, **figures, **made}
+        results["rows"][row] = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+        results["rows"] = {name: results["rows"][name] for name in rows if name in results["rows"]}
+        print(row, results["rows"][row], flush=True)
+        results |= {
+            "command": "python benchmarks/accuracy.py --calibration wikitext2_valid.txt --evaluation wikitext2_test.txt"
+            " --other imdb_test.parquet --peers environments --work-dir work",
+            "model": "SmolLM2-135M-Instruct",
+            "group_size": GROUP_SIZE,
+            "calibration_tokens": SAMPLES * LENGTH,
+            "evaluation_tokens": WINDOWS * WINDOW,
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        }
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,7 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 
 DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "regularization")
 PREDICTED = "predicted_loss_increase"
-TOKENS_IN_A_STEP = 1024  # of tuning: many small steps are better than few large ones
+TOKENS_IN_A_STEP = 1024  # of tuning
 
 
 @dataclass(frozen=True)

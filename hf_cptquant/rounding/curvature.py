@@ -4,7 +4,7 @@ To second order an error Δ in an output of a block costs ½ Δᵀ F Δ, with th
 by that output, under labels drawn from the model (as in `sensitivity/taylor.py`; arXiv 2412.03599 §3.4). Averaged over
 tokens it is one matrix for each block. Plain squared errors are governed by the few features that are largest, which
 the norms behind the block divide by, and not by those that the loss hangs on. The matrix knows the calibration text
-only, so as much again of plain squared errors is mixed in: without them text of another kind comes out worse.
+only, so as much again of plain squared errors is mixed in, for the sake of text of another kind.
 """
 
 from __future__ import annotations

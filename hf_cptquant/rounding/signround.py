@@ -7,8 +7,8 @@ original model. Rounding counts as the identity in the backward pass. Steps have
 gradient is enough; it falls linearly to 0 and allows an offset to cross its whole interval once.
 
 Errors count by how much the loss minds them (`curvature.py`), and relative to the size of the output for their token:
-the first token of a text, on which attention rests, is in many models a hundred times as large as the others, and
-would otherwise decide alone.
+the first token of a text, on which attention rests, is a hundred times as large as the others in the middle of
+SmolLM2, and would otherwise decide alone.
 
 The iterate with the least loss is kept. As calls differ in how hard they are, a loss counts relative to that of
 rounding to nearest on the same call, and the best and the last iterate are in the end compared with rounding to nearest

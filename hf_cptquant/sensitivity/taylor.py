@@ -2,8 +2,8 @@
 
 Rounding changes a weight by ΔW, and the loss by ⟨g, ΔW⟩ + ½ ΔWᵀ H ΔW + …. The first-order term is measured on the
 labels of the data, with its sign: a model is seldom at the minimum of the calibration text, and some rounding errors
-help. Rounding that is tuned (GPTQ, SignRound) makes other errors than those that are priced here, about as large after
-allowing for a common factor, but without their first-order term; then the second-order term is the price.
+help. Rounding that is tuned (GPTQ, SignRound) makes other errors than those that are priced here, so the sign of their
+first-order term is not relied on; then the second-order term is the price.
 
 For H stands the Fisher information, which for a cross-entropy is the Gauss–Newton matrix: the expectation of g gᵀ under
 labels *drawn from the model*. Gradients of drawn labels are uncorrelated, so the square of their sum has the

@@ -61,6 +61,9 @@ class CPTQuantConfig(QuantizationConfigMixin):
             what the quality says.
         iters: steps of `"signround"` for each block, each on about 1,024 tokens; 0 is rounding to nearest. By default
             what the quality says.
+        recover: `"scales"`: after rounding, train the scales and the weights of norms, while the integers stay, to
+            predict what the original predicts on the first three quarters of the calibration data; what is best on the
+            rest is taken, which may be what was there before. Takes a model in memory.
         metric: what a disturbed or pruned model is measured by: `"loss"`, `"perplexity"`, or `"accuracy"` (classes by
             `label_column`, masked or next tokens), over sequences, so that a ragged last batch counts by its size.
         estimator: of `"tdmpq"`. `"taylor"`: first- and second-order terms of the loss for the rounding errors of every
@@ -112,6 +115,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         quality: str = "balanced",
         rounding: str | None = None,
         iters: int | None = None,
+        recover: str | None = None,
         metric: str = "loss",
         estimator: str | None = None,
         taylor_samples: int = 4096,
@@ -156,6 +160,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.quality = quality
         self.rounding = rounding
         self.iters = iters
+        self.recover = recover
         self.metric = metric
         self.estimator = estimator
         self.taylor_samples = taylor_samples

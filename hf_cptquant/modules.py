@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import ModelError
 from .grid import QuantizedWeight
 from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, linear, to_layout
-from .packing import pack, packed_length
+from .packing import pack, packed_length, unpack
 from .plan import LayerScheme
 
 
@@ -81,6 +81,12 @@ class QuantLinear(nn.Module):
         if bias is not None:
             module.bias = bias.detach().to(scale.dtype)
         return module.settle()
+
+    def quantized(self) -> QuantizedWeight:
+        """The integers, scales and zero points that were packed: the reverse of `from_quantized`."""
+        wire, bits = to_layout(self.tensors, WIRE, self.in_features), self.scheme.bits
+        zero_point = None if wire.zero_point is None else unpack(wire.zero_point, bits, self.out_features, dim=0)
+        return QuantizedWeight(unpack(wire.weight, bits, self.in_features), wire.scale, zero_point, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:

@@ -48,6 +48,7 @@ def read_settings(
         str | None, typer.Option(help="nearest, gptq or signround: how weights become integers.")
     ] = None,
     iters: Annotated[int | None, typer.Option(help="Steps of signround for each block.")] = None,
+    recover: Annotated[str | None, typer.Option(help="scales: train scales and norms after rounding.")] = None,
     group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
     dataset: Annotated[
@@ -96,6 +97,7 @@ def read_settings(
         quality=quality,
         rounding=rounding,
         iters=iters,
+        recover=recover,
         estimator=estimator,
         taylor_samples=taylor_samples,
         perturb=perturb,

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,8 +29,9 @@ from .plan import BitPlan, LeftAlone, read_json
 from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
 from .recipe import BUDGETS, Recipe
 from .record import QuantizationRecord
+from .recovery import recover, remember
 from .sensitivity import METHODS, score_by_all
-from .sensitivity.metrics import mean_loss
+from .sensitivity.metrics import Batch, mean_loss
 from .sensitivity.rounding_errors import relative_errors
 from .sensitivity.scoring import with_labels
 from .table import SensitivityTable
@@ -38,6 +39,7 @@ from .table import SensitivityTable
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "regularization")
+LEARNING = ("quality", "rounding", "iters", "recover")
 PREDICTED = "predicted_loss_increase"
 TOKENS_IN_A_STEP = 1024  # of tuning
 
@@ -79,14 +81,11 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
         )
     if recipe.plan is not None:
         given = given_record(model, recipe)
-        calibration = None if recipe.rounds_to_nearest else _calibration_for(model, recipe)
+        calibration = _calibration_for(model, recipe) if recipe.learns else None
         return Preparation(given.plan.undecided, calibration, given)
     plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
     check_budget(plan, recipe)
-    calibration = _calibration_for(model, recipe)
-    if recipe.method == "auto":
-        hold_out(calibration)  # enough data to judge by
-    return Preparation(plan, calibration)
+    return Preparation(plan, _calibration_for(model, recipe))
 
 
 def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
@@ -94,13 +93,16 @@ def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
     assert task is not None
     vocabulary = model.get_input_embeddings().num_embeddings
     facts = ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
-    return load_calibration(recipe, facts)
+    calibration = load_calibration(recipe, facts)
+    if recipe.method == "auto" or recipe.recover:
+        hold_out(calibration)  # enough data to judge by
+    return calibration
 
 
 def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
     """The recipe's plan for a model, with where it came from.
 
-    Settings are those the plan was made with; only the rounding is the recipe's.
+    Settings are those the plan was made with; only the rounding and recovery are the recipe's.
 
     Raises:
         PlanError: it is no plan, or one for another model.
@@ -114,7 +116,7 @@ def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
     assert given is not None, "there is a plan"
     if not given.plan.packed:
         raise PlanError("the plan leaves everything at 16 bits; make one from its scores with `cptquant solve`")
-    settings = {**given.settings, **{name: getattr(recipe, name) for name in ("quality", "rounding", "iters")}}
+    settings = {**given.settings, **{name: getattr(recipe, name) for name in LEARNING}}
     try:
         view = view_model(model, settings["modules_to_not_convert"], settings["allow_skipped"])
         undecided = view.plan(settings["granularity"])
@@ -283,21 +285,33 @@ def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
         CalibrationError: the loss is not finite.
     """
     check_fits(model, preparation.plan)
-    if not recipe.rounds_to_nearest:
+    if recipe.learns:
         check_in_memory(model, preparation.plan)
     start = time.perf_counter()
+    parts = hold_out(preparation.data) if recipe.recover else ()
+    examples = [remember(model, _steps_of(part)) for part in parts]
+    remembered = time.perf_counter()
     record = preparation.given or decide(_scored(model, preparation, recipe), recipe)
     scored = time.perf_counter()
     if recipe.rounds_to_nearest:
         apply_plan(model, record.plan)
     else:
-        length = preparation.data.description["sequence_length"]
-        batches = in_batches(preparation.data.batches, max(1, TOKENS_IN_A_STEP // length))
-        apply_plan_by_blocks(model, record.plan, batches, recipe)
-    seconds = {"seconds_scoring": scored - start, "seconds_rounding": time.perf_counter() - scored}
-    measured = {**record.measured, **{name: round(value, 2) for name, value in seconds.items()}}
+        apply_plan_by_blocks(model, record.plan, _steps_of(preparation.data), recipe)
+    rounded = time.perf_counter()
+    seconds = {"seconds_scoring": scored - remembered, "seconds_rounding": rounded - scored}
+    recovered: dict[str, float] = {}
+    if examples:
+        training, judging = examples
+        recovered = recover(model, record.plan, training, judging, recipe.seed)
+        seconds["seconds_recovering"] = time.perf_counter() - rounded + remembered - start
+    measured = {**record.measured, **{name: round(value, 2) for name, value in seconds.items()}, **recovered}
     logger.warning(report(record.plan))  # the default verbosity: nothing is left out silently
     return replace(record, measured=measured, base_model=hub_name_of(model))
+
+
+def _steps_of(calibration: CalibrationSet) -> Sequence[Batch]:
+    """The data in batches for a step of tuning each."""
+    return in_batches(calibration.batches, max(1, TOKENS_IN_A_STEP // calibration.description["sequence_length"]))
 
 
 def report(plan: BitPlan) -> str:

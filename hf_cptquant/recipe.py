@@ -25,6 +25,7 @@ BUDGETS = ("target_bits", "target_size", "target_compression", "max_loss_increas
 GRANULARITY_NAMES = ("block", "group", "module")
 ROUNDING_NAMES = ("nearest", "gptq", "signround")
 QUALITIES = {"fast": ("nearest", 0), "balanced": ("signround", 80), "best": ("signround", 300)}  # rounding, iters
+RECOVER_NAMES = (None, "scales")
 PERTURB_NAMES = ("all", "first")
 _WITHOUT_METRIC = {
     "cmpq": ", which measures correlations; use metric='loss'",
@@ -72,6 +73,7 @@ class Recipe:
     quality: str = "balanced"
     rounding: str = "signround"
     iters: int = 80
+    recover: str | None = None
     metric: str = "loss"
     estimator: str = "taylor"
     taylor_samples: int = 4096
@@ -98,6 +100,7 @@ class Recipe:
         _check_choice("granularity", self.granularity, GRANULARITY_NAMES)
         _check_choice("quality", self.quality, tuple(QUALITIES))
         _check_choice("rounding", self.rounding, ROUNDING_NAMES)
+        _check_choice("recover", self.recover, RECOVER_NAMES)
         _check_choice("metric", self.metric, METRIC_NAMES)
         _check_choice("estimator", self.estimator, ESTIMATOR_NAMES)
         _check_choice("perturb", self.perturb, PERTURB_NAMES)
@@ -179,6 +182,11 @@ class Recipe:
     def rounds_to_nearest(self) -> bool:
         """Whether weights are rounded one by one, without data."""
         return self.rounding == "nearest" or (self.rounding == "signround" and self.iters == 0)
+
+    @property
+    def learns(self) -> bool:
+        """Whether calibration data decide on more than the plan."""
+        return not self.rounds_to_nearest or self.recover is not None
 
     @property
     def packed_bits(self) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 
 MASKED_SHARE = 0.15  # of the tokens of a window, as BERT was trained
 POOL = 8  # windows are drawn from at most this many times the tokens that are needed
-LOGIT_BYTES = 2**30
+LOGIT_BYTES = 2**28  # in float32; passes that derive by them hold a few times as much
 HELD_OUT_SHARE = 0.25
 SMALLEST_VOCABULARY_SHARE = 0.9  # models pad their embeddings, but by little
 

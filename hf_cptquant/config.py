@@ -82,7 +82,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
             predictions.
         num_samples: calibration sequences.
         sequence_length: tokens in each, at most what the model can take.
-        batch_size: sequences at a time; by default as many as keep the logits within 1 GiB. Scores do not depend on it.
+        batch_size: sequences at a time; by default as many as keep the logits within 256 MiB. No score depends on it.
         modules_to_not_convert: names, suffixes or regular expressions of modules to leave alone.
         allow_skipped: accept that most of the weights of the blocks are in modules that cannot be quantized.
         work_dir: folder where every finished measurement is written at once; a run that was killed goes on from it.

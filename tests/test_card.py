@@ -72,6 +72,10 @@ def test_figures_are_those_of_the_record(record):
         leaves = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
         assert [str(index), *(units[f"model.layers.{index}.{leaf}"] for leaf in leaves)] in rows
     assert "judged on calibration data" not in text
+    assert "KL divergence" not in text
+    measured = {**record.measured, "kl_before_recovery": 0.25, "kl_after_recovery": 0.125}
+    recovered = render_card(dataclasses.replace(record, measured=measured), FACTS)
+    assert "its KL divergence went from 0.2500 to 0.1250 nats" in recovered
 
 
 def test_the_code_gives_the_settings_again(record, settings):

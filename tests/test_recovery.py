@@ -138,14 +138,13 @@ def test_what_is_worse_is_not_kept(tokens, minilm, monkeypatch):
 
 def test_a_real_model_comes_nearer_to_the_original(smollm2, texts, tmp_path, monkeypatch):
     """At 3 bits, on text that it has not seen, with the same integers; and what is saved is what was measured."""
-    monkeypatch.setattr("hf_cptquant.recovery.STEPS", 16)
+    for name in ("STEPS", "JUDGE_EVERY"):
+        monkeypatch.setattr(f"hf_cptquant.recovery.{name}", 8)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    windows = tokenizer("\n\n".join(texts[-15:]), return_tensors="pt", verbose=False)["input_ids"][0, :1024].view(
-        4, 256
-    )
+    windows = tokenizer("\n\n".join(texts[-15:]), return_tensors="pt", verbose=False)["input_ids"][0, :512].view(2, 256)
     plan = view_model(AutoModelForCausalLM.from_pretrained(smollm2)).plan("group")
     plan = plan.with_bits({module.unit: 3 for module in plan.modules}, 64)
-    data = {"dataset": texts[:-15], "num_samples": 16, "sequence_length": 64}
+    data = {"dataset": texts[:-15], "num_samples": 8, "sequence_length": 64}
     models = {}
     for recovered in (None, "scales"):
         config = CPTQuantConfig(plan=plan, quality="fast", recover=recovered, **data)

@@ -99,6 +99,23 @@ def allocation_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tuned_plans_table(result: dict[str, Any]) -> str:
+    """What plans are worth when rounding is tuned."""
+    lines = [
+        "| plan, rounded as the default does | bits per weight | perplexity | KL divergence |",
+        "|---|---|---|---|",
+    ]
+    for name, found in result["plans"].items():
+        label = "ours (Taylor, integer program)" if name == "default" else name
+        lines.append(f"| {label} | {found['bits_per_weight']:.2f} | {found['perplexity']:.2f} | {found['kl']:.4f} |")
+    lines += [
+        "",
+        f"{result['model']}, {result['calibration_tokens']:,} calibration tokens, groups of {result['group_size']},"
+        f" {result['evaluation_tokens']:,} tokens of WikiText-2 test.",
+    ]
+    return "\n".join(lines)
+
+
 def accuracy_table(result: dict[str, Any]) -> str:
     """What quantizing costs, ours and others."""
     lines = [
@@ -123,7 +140,12 @@ def accuracy_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"sensitivity": sensitivity_table, "allocation": allocation_table, "accuracy": accuracy_table}
+TABLES = {
+    "sensitivity": sensitivity_table,
+    "allocation": allocation_table,
+    "tuned_plans": tuned_plans_table,
+    "accuracy": accuracy_table,
+}
 
 
 def with_tables(readme: str) -> str:

@@ -292,6 +292,7 @@ def test_every_option_reaches_its_setting():
         "quality": "best",
         "rounding": "signround",
         "iters": 11,
+        "recover": "scales",
         "group_size": 16,
         "symmetric": False,
         "dataset": "some.txt",

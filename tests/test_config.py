@@ -31,6 +31,7 @@ MANY = {
     "quality": "best",
     "rounding": "nearest",
     "iters": 7,
+    "recover": "scales",
     "metric": "accuracy",
     "estimator": "perturbation",
     "taylor_samples": 256,

@@ -139,9 +139,8 @@ def test_same_seed_same_bytes(smollm2, small_config, tmp_path):
 def test_real_encoder_as_masked_lm_and_classifier(minilm, texts):
     for auto_class in (AutoModelForMaskedLM, AutoModelForSequenceClassification):
         torch.manual_seed(0)  # of the head, which the checkpoint does not have
-        config = CPTQuantConfig(
-            dataset=texts[:10], num_samples=4, sequence_length=64, group_size=64, bits=(4, 8), allocation="kmeans"
-        )
+        data = {"dataset": texts[:10], "num_samples": 4, "sequence_length": 64}  # not tuned to what a random head minds
+        config = CPTQuantConfig(quality="fast", group_size=64, bits=(4, 8), allocation="kmeans", **data)
         model = auto_class.from_pretrained(minilm, quantization_config=config)
         assert len(packed_modules(model)) == 6 * 6
         assert model.config.quantization_config.to_dict()["cptquant"]["calibration"]["sequences"] == 4

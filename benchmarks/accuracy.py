@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import resource
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 import pyarrow.parquet
 import torch
 import torch.nn.functional as F
-import transformers
+from environment import environment
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -193,12 +192,7 @@ def main() -> None:
             "group_size": GROUP_SIZE,
             "calibration_tokens": SAMPLES * LENGTH,
             "evaluation_tokens": WINDOWS * WINDOW,
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            **environment(),
         }
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results))

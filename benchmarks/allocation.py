@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import random
 import tempfile
 import time
@@ -22,8 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-import torch
-import transformers
+from environment import environment
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -202,12 +200,7 @@ def main() -> None:
         "evaluation_tokens": WINDOWS * LENGTH,
         "results": summarize(plans, found),
         "solver": {"units": SOLVER_UNITS, "bit_widths": len(SOLVER_WIDTHS), "seconds": seconds},
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        **environment(),
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

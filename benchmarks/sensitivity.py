@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import resource
 import subprocess
@@ -26,10 +25,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
+from environment import environment
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from hf_cptquant import CPTQuantConfig, measure_sensitivity
 from hf_cptquant.demo import write_bundled_model
@@ -177,7 +177,7 @@ PARTS: dict[str, Callable[[PreTrainedModel, Tensor], dict[str, object]]] = {
 
 def run_part(name: str, folder: str) -> None:
     """Run one part in this process and print what it found, its seconds and its memory."""
-    transformers.utils.logging.disable_progress_bar()
+    logging.disable_progress_bar()
     model, tokens = load(folder, "float32" if name == ORACLE else "bfloat16")
     model(input_ids=tokens[:1, :16])  # the first call sets kernels up
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -271,12 +271,7 @@ def main() -> None:
         "units": {"speed": "30 blocks", "rank correlation": "120 fused groups"},
         "group_size": GROUP_SIZE,
         "results": summarize(parts),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        **environment(),
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 from allocation import BITS, GROUP_SIZE, SEEDS, controls
+from environment import environment
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -104,12 +103,7 @@ def write(name: str, figures: dict[str, float], arguments: str) -> None:
         "calibration_tokens": SAMPLES * LENGTH,
         "evaluation_tokens": WINDOWS * LENGTH,
         "plans": {name: known[name] for name in NAMES if name in known},
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        **environment(),
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

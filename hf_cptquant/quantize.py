@@ -158,8 +158,8 @@ def check_in_memory(model: nn.Module, plan: BitPlan) -> None:
     for module in plan.modules:
         if has_offloaded_params(model.get_submodule(module.name)):
             raise ModelError(
-                f"{module.name} is offloaded, and only rounding to nearest takes offloaded weights; use"
-                " quality='fast', or a device_map with enough memory"
+                f"{module.name} is offloaded, and only rounding to nearest without recovery takes offloaded"
+                " weights; use quality='fast' without recover, or a device_map with enough memory"
             )
 
 

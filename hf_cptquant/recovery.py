@@ -177,7 +177,7 @@ class _Student:
         self._model = model
         self._weights = {name: module.quantized() for name, module in packed_modules(model).items()}
         self._norms = {name: module.weight for name, module in model.named_modules() if _is_norm(module)}
-        self._own = {name: weight.detach().clone().float() for name, weight in self._norms.items()}
+        self._own = {name: weight.detach().to(torch.float32, copy=True) for name, weight in self._norms.items()}
         shapes = {name: weight.scale for name, weight in self._weights.items()} | self._own
         self.factors = {name: nn.Parameter(torch.ones_like(one, dtype=torch.float32)) for name, one in shapes.items()}
 

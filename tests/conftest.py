@@ -30,6 +30,15 @@ def plan_of(blocks: Mapping[str, str]) -> BitPlan:
     return BitPlan(tuple(ModulePlan(unit, block, unit, 8, 64, 2, UNTOUCHED) for unit, block in blocks.items()))
 
 
+SMALL_SETTINGS = {
+    "sequence_length": 16,
+    "batch_size": 3,
+    "num_samples": 8,
+    "group_size": 32,
+    "granularity": "group",
+    "quality": "fast",
+}  # for scores of tiny models
+
 TINY_CONFIGS: dict[str, tuple[str, str, dict]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 64}),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import SMALL_SETTINGS, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_cptquant import CPTQuantConfig
@@ -39,12 +39,7 @@ def config_for(method, tokens, **settings):
     return CPTQuantConfig(
         **{
             "dataset": tokens,
-            "sequence_length": 16,
-            "batch_size": 3,
-            "num_samples": 8,
-            "group_size": 32,
-            "granularity": "group",
-            "quality": "fast",
+            **SMALL_SETTINGS,
             **METHODS[method],
             **settings,
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import SMALL_SETTINGS, tiny_model
 from transformers import AutoModelForMaskedLM
 
 from hf_cptquant import BitPlan, CPTQuantConfig, ranks
@@ -23,14 +23,6 @@ METHODS = {
     "tdmpq": {"method": "tdmpq", "estimator": "perturbation"},
     "taylor": {"method": "tdmpq", "estimator": "taylor"},
     "cmpq": {"method": "cmpq"},
-}
-SETTINGS = {
-    "sequence_length": 16,
-    "batch_size": 3,
-    "num_samples": 8,
-    "group_size": 32,
-    "granularity": "group",
-    "quality": "fast",
 }
 OPTIONS = ["--num-samples", "4", "--sequence-length", "32", "--group-size", "32", "--granularity", "group"]
 FIXED = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # one graphics card is too few
@@ -158,7 +150,7 @@ def llama(tmp_path_factory, tokens):
     folder = tmp_path_factory.mktemp("two")
     tiny_model("llama").save_pretrained(folder / "model")
     torch.save(tokens, folder / "tokens.pt")
-    (folder / "settings.json").write_text(json.dumps({name: {**SETTINGS, **METHODS[name]} for name in METHODS}))
+    (folder / "settings.json").write_text(json.dumps({name: {**SMALL_SETTINGS, **METHODS[name]} for name in METHODS}))
     (folder / "script.py").write_text(SCRIPT)
     process = launch(folder / "script.py", folder)
     assert process.returncode == 0, process.stderr
@@ -170,7 +162,9 @@ def llama(tmp_path_factory, tokens):
 def single(tokens):
     """Method → the table of a single process."""
     return {
-        method: measure_sensitivity(tiny_model("llama"), CPTQuantConfig(dataset=tokens, **SETTINGS, **METHODS[method]))
+        method: measure_sensitivity(
+            tiny_model("llama"), CPTQuantConfig(dataset=tokens, **SMALL_SETTINGS, **METHODS[method])
+        )
         for method in METHODS
     }
 
@@ -218,7 +212,7 @@ def test_a_new_run_of_two_processes_is_not_called_resumed(llama):
 @pytest.mark.parametrize("method", ["pmpq", "taylor", "cmpq"])
 def test_a_single_process_reads_the_results_of_two(method, llama, tokens, tmp_path):
     shutil.copytree(llama / "work" / method, tmp_path / "work")
-    config = CPTQuantConfig(dataset=tokens, **SETTINGS, **METHODS[method], work_dir=tmp_path / "work")
+    config = CPTQuantConfig(dataset=tokens, **SMALL_SETTINGS, **METHODS[method], work_dir=tmp_path / "work")
     table = measure_sensitivity(tiny_model("llama"), config)
     assert table == SensitivityTable.load(llama / f"table-{method}-0.json")
     before, after = (

@@ -16,13 +16,14 @@ from hf_cptquant.evaluate import perplexity
 from hf_cptquant.grid import dequantize
 from hf_cptquant.model_view import view_model
 from hf_cptquant.modules import packed_modules
+from hf_cptquant.pipeline import prepare, quantize_model
 from hf_cptquant.quantize import apply_plan
 from hf_cptquant.recovery import CLASSES, Example, _Student, divergence, recover, remember
 
 
-def rounded(kind, **changes):
+def rounded(kind):
     """A tiny model whose modules have 3, 4, 16 and 8 bits, and its plan."""
-    model = tiny_model(kind, **changes)
+    model = tiny_model(kind)
     undecided = view_model(model).plan("module")
     widths = (3, 4, 16, 8)
     plan = undecided.with_bits({m.unit: widths[index % 4] for index, m in enumerate(undecided.modules)}, 32)
@@ -177,3 +178,11 @@ def test_bad_input(tiny_folder, tokens, tmp_path):
     batch = {"input_ids": tokens[:2], "labels": torch.zeros(2)}
     with pytest.raises(ModelError, match=r"predicts \(2, 1\), no classes that recover='scales' could learn from"):
         remember(regression, [batch])
+    device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        folder, device_map={**device_map, "model.rotary_emb": "cpu"}, offload_folder=tmp_path / "offload"
+    )
+    recipe = CPTQuantConfig(dataset=tokens, **settings).recipe()
+    with pytest.raises(ModelError, match=r"q_proj is offloaded, .* use quality='fast' without recover"):
+        quantize_model(offloaded, recipe, prepare(offloaded, recipe))
+    assert not packed_modules(offloaded)

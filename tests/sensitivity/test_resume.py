@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import SMALL_SETTINGS, tiny_model
 
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.errors import ConfigError
@@ -23,14 +23,6 @@ METHODS = {
     "tdmpq": {"method": "tdmpq", "estimator": "perturbation"},
     "taylor": {"method": "tdmpq", "estimator": "taylor"},
     "cmpq": {"method": "cmpq"},
-}
-SETTINGS = {
-    "sequence_length": 16,
-    "batch_size": 3,
-    "num_samples": 8,
-    "group_size": 32,
-    "granularity": "group",
-    "quality": "fast",
 }
 UNITS = [
     f"model.layers.{block}.{unit}"
@@ -46,7 +38,7 @@ KEYS = {
 
 
 def config_for(method, tokens, **settings) -> CPTQuantConfig:
-    return CPTQuantConfig(**{"dataset": tokens, **SETTINGS, **METHODS[method], **settings})
+    return CPTQuantConfig(**{"dataset": tokens, **SMALL_SETTINGS, **METHODS[method], **settings})
 
 
 def journal_keys(folder: Path) -> list[str]:
@@ -220,7 +212,7 @@ def test_a_killed_process_loses_only_what_it_was_at(method, expected, tokens, tm
     table, calls = expected[method]
     tiny_model("llama").save_pretrained(tmp_path / "model")
     torch.save(tokens, tmp_path / "tokens.pt")
-    settings = {**SETTINGS, **METHODS[method], "work_dir": str(tmp_path / "work")}
+    settings = {**SMALL_SETTINGS, **METHODS[method], "work_dir": str(tmp_path / "work")}
     arguments = [tmp_path / "model", tmp_path / "tokens.pt", json.dumps(settings), 1 + calls // 2]
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, *map(str, arguments), str(torch.get_num_threads())],

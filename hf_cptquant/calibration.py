@@ -80,9 +80,10 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
         CalibrationError: no data, too little text, an unreachable dataset, a missing tokenizer or one of another
             vocabulary.
     """
-    if recipe.dataset is None:
+    if recipe.names_no_data:
+        reason = "no calibration data" if recipe.dataset is None else "only causal language models write their own text"
         raise CalibrationError(
-            f"no calibration data: pass dataset=, one of {', '.join(HUB_DATASETS)} from the Hub, or without a network"
+            f"{reason}: pass dataset=, one of {', '.join(HUB_DATASETS)} from the Hub, or without a network"
             f" {WAYS_WITHOUT_NETWORK}"
         )
     length = min(recipe.sequence_length, facts.max_length or recipe.sequence_length)

@@ -52,7 +52,7 @@ def read_settings(
     group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
     dataset: Annotated[
-        str, typer.Option(help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file.")
+        str, typer.Option(help="wikitext2, c4, imdb, a .txt, .jsonl or .parquet file, or self: the model's own text.")
     ] = "wikitext2",
     tokenizer: Annotated[str | None, typer.Option(help="Name or folder; by default the model's own.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,

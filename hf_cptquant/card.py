@@ -121,7 +121,7 @@ def for_repository(card: str, repo_id: str, tags: Sequence[str] = ()) -> str:
     if not tags:
         return named
     tagged = ModelCard(named, ignore_metadata_errors=True)
-    tagged.data.tags = list(dict.fromkeys([*(tagged.data.tags or []), *tags]))
+    tagged.data["tags"] = list(dict.fromkeys([*(tagged.data.get("tags") or []), *tags]))
     return str(tagged)
 
 

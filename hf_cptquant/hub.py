@@ -1,8 +1,8 @@
 """A finished folder → one commit on the Hub; `push_to_hub` and `save_pretrained` of quantized models.
 
-Everything goes in one commit, and large files are uploaded before it: whatever fails, the repository is as it was. Files
-are known by their content, so that the next try does not send again what has arrived. Retries are the client's for
-requests and uploads, and ours for the commit, each from the state that the repository is in by then.
+Everything goes in one commit, and large files are uploaded before it: whatever fails, the repository is as it was.
+Files are known by their content, so that the next try does not send again what has arrived. Retries are the client's
+for requests and uploads, and ours for the commit, each from the state that the repository is in by then.
 
 The card on the Hub is the user's: only our part of it is replaced. (transformers would write its own over it.)
 """

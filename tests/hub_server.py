@@ -2,8 +2,9 @@
 requests, preupload, LFS batch and upload, resolve with ETag, redirect and range.
 
 It keeps all in memory, checks what it gets (tokens, digests, parents, LFS objects that a commit names) and can be told
-to fail: to refuse with a status, to drop the connection before it works, or to work and lose the answer. It offers
-no xet storage, which the client uses wherever `hf_xet` is installed: `HF_HUB_DISABLE_XET` keeps it to LFS.
+to fail: to refuse with a status, to drop the connection before it works, to work and lose the answer, or to send half
+of a file. It offers no xet storage, which the client uses wherever `hf_xet` is installed: `HF_HUB_DISABLE_XET` keeps it
+to LFS.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
-TOKENS = {"hf_writesTheModels": ("me", "write"), "hf_readsTheModels": ("me", "read")}
+WRITING, READING = "hf_writesTheModels", "hf_readsTheModels"
+TOKENS = {WRITING: ("me", "write"), READING: ("me", "read")}
 LFS_SUFFIXES = (".safetensors", ".png", ".bin")
 MODEL = r"(?P<repo>[^/]+/[^/]+)"
-DROP, LOSE = "drop", "lose"  # before the request is worked on; the answer to it
+# the connection before the request is worked on; the answer to it; the second half of a file
+DROP, LOSE, HALVE = "drop", "lose", "halve"
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Failure:
     times: int
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """An answer other than 200."""
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
@@ -62,7 +65,8 @@ class Refusal(Exception):
 
 
 class HubServer(ThreadingHTTPServer):
-    """The server and what it holds; `requests` is what it was asked, in order."""
+    """The server and what it holds; `requests` is what it was asked, in order,
+    with the range."""
 
     daemon_threads = True
 
@@ -72,10 +76,11 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.failures: list[Failure] = []
+        self.waits: list[float] = []  # that the client made between its tries, if a test records them
         self.lock = Lock()
 
     def fail(self, method: str, path: str, how: int | str, times: int = 1) -> None:
-        """Fail the next requests whose path matches: with a status, or by `DROP` or `LOSE`."""
+        """Fail the next requests whose path matches: with a status, or by `DROP`, `LOSE` or `HALVE`."""
         self.failures.append(Failure(method, path, how, times))
 
     def count(self, method: str, path: str) -> int:
@@ -110,9 +115,11 @@ class Handler(BaseHTTPRequestHandler):
     def work(self) -> None:
         url = urlsplit(self.path)
         path, self.query = unquote(url.path), parse_qs(url.query)
+        asked = f"{self.path} {self.headers['Range']}" if "Range" in self.headers else self.path
         with self.server.lock:
-            self.server.requests.append((self.command, self.path))
+            self.server.requests.append((self.command, asked))
             how = self._failure(path)
+        self.halve = how == HALVE
         if how == DROP:
             self.rfile.read(min(1000, int(self.headers.get("Content-Length", 0))))
             self._hang_up()
@@ -120,15 +127,15 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
             if isinstance(how, int):
-                raise Refusal(how, "the server was told to refuse")
+                raise RefusalError(how, "the server was told to refuse")
             for method, pattern, action in ROUTES:
                 if method == self.command.replace("HEAD", "GET") and (found := re.fullmatch(pattern, path)):
                     with self.server.lock:
                         answer = action(self, **found.groupdict())
                     break
             else:
-                raise Refusal(404, f"nothing at {path}", "EntryNotFound" if "/resolve/" in path else "")
-        except Refusal as refusal:
+                raise RefusalError(404, f"nothing at {path}", "EntryNotFound" if "/resolve/" in path else "")
+        except RefusalError as refusal:
             headers = {"X-Error-Code": refusal.code} if refusal.code else {}
             self.answer({"error": refusal.message}, refusal.status, {**headers, "X-Error-Message": refusal.message})
             return
@@ -156,7 +163,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.halve:
+            self.wfile.write(data[: len(data) // 2])
+            self._hang_up()
+        elif self.command != "HEAD":
             self.wfile.write(data)
 
     # Who asks, and for what
@@ -165,13 +175,13 @@ class Handler(BaseHTTPRequestHandler):
         """Name and role of the token; None without one."""
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if given and given not in TOKENS:
-            raise Refusal(401, "Invalid credentials in Authorization header")
+            raise RefusalError(401, "Invalid credentials in Authorization header")
         return TOKENS.get(given)
 
     def repository(self, repo: str, write: bool = False) -> Repository:
         user, found = self.user(), self.server.repositories.get(repo)
         if found is None or (found.private and user is None):
-            raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
+            raise RefusalError(401 if user is None else 404, "Repository not found", "RepoNotFound")
         if write:
             self.check_may_write(repo)
         return found
@@ -179,14 +189,14 @@ class Handler(BaseHTTPRequestHandler):
     def check_may_write(self, repo: str) -> None:
         user = self.user()
         if user is None:
-            raise Refusal(401, "Unauthorized")
+            raise RefusalError(401, "Unauthorized")
         if user != (repo.partition("/")[0], "write"):
-            raise Refusal(403, f"You don't have the rights to write to {repo}")
+            raise RefusalError(403, f"You don't have the rights to write to {repo}")
 
     def revision(self, repository: Repository, revision: str) -> str:
         sha = repository.refs.get(revision, revision)
         if sha not in repository.commits:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return sha
 
     # What it does
@@ -194,14 +204,14 @@ class Handler(BaseHTTPRequestHandler):
     def who(self):
         user = self.user()
         if user is None:
-            raise Refusal(401, "Unauthorized")
+            raise RefusalError(401, "Unauthorized")
         return {"type": "user", "name": user[0], "orgs": [], "auth": {"accessToken": {"role": user[1]}}}
 
     def create(self):
         asked = json.loads(self.body)
         user = self.user()
         if user is None:
-            raise Refusal(401, "Unauthorized")
+            raise RefusalError(401, "Unauthorized")
         repo = f"{asked.get('organization') or user[0]}/{asked['name']}"
         self.check_may_write(repo)
         answer = {"url": f"{self.server.url}/{repo}", "name": repo}
@@ -219,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
     def branch(self, repo: str, branch: str):
         found = self.repository(repo, write=True)
         if branch in found.refs:
-            raise Refusal(409, "Reference already exists")
+            raise RefusalError(409, "Reference already exists")
         found.refs[branch] = found.refs["main"]
         return {}
 
@@ -240,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
             if not folder or path.startswith(folder + "/"):
                 rows.append(row)
         if folder and not rows:
-            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+            raise RefusalError(404, f"{folder} does not exist", "EntryNotFound")
         return rows
 
     def preupload(self, repo: str, revision: str):
@@ -273,14 +283,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs_upload(self, repo: str, oid: str):
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise Refusal(400, "the content is not what was announced")
+            raise RefusalError(400, "the content is not what was announced")
         self.server.repositories[repo].objects[oid] = self.body
         return {}
 
     def lfs_verify(self, repo: str):
         asked = json.loads(self.body)
         if len(self.repository(repo).objects.get(asked["oid"], b"")) != asked["size"]:
-            raise Refusal(404, "no such object")
+            raise RefusalError(404, "no such object")
         return {}
 
     def commit(self, repo: str, revision: str):
@@ -294,17 +304,17 @@ class Handler(BaseHTTPRequestHandler):
             if key == "header":
                 message = value["summary"]
                 if value.get("parentCommit", parent) != parent:
-                    raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+                    raise RefusalError(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = (base64.b64decode(value["content"]), False)
             elif key == "lfsFile":
                 if value["oid"] not in found.objects:
-                    raise Refusal(400, f"{value['path']}: the LFS object was not uploaded")
+                    raise RefusalError(400, f"{value['path']}: the LFS object was not uploaded")
                 files[value["path"]] = (found.objects[value["oid"]], True)
             elif key == "deletedFile":
                 del files[value["path"]]
             else:
-                raise Refusal(400, f"unknown operation {key}")
+                raise RefusalError(400, f"unknown operation {key}")
         number = sum(ref.startswith("refs/pr/") for ref in found.refs) + 1
         ref = f"refs/pr/{number}" if wants_pull_request else revision
         if wants_pull_request:
@@ -332,13 +342,15 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": sha, "ETag": f'"{git_hash(content)}"'}
         if lfs:  # lies elsewhere
             sha256 = hashlib.sha256(content).hexdigest()
-            elsewhere = {"Location": f"{self.server.url}/cdn/{repo}/{sha256}"}
+            elsewhere = {"Location": f"{self.server.url.replace('127.0.0.1', 'localhost')}/cdn/{repo}/{sha256}"}
             linked = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content))}
             self.answer(b"", 302, {**headers, **elsewhere, **linked})
         else:
             self._content(content, headers)
 
     def deliver(self, repo: str, oid: str) -> None:
+        if "Authorization" in self.headers:
+            raise RefusalError(400, "a token for the Hub was sent to another host")
         self._content(self.server.repositories[repo].objects[oid], {"ETag": f'"{oid}"'})
 
     def _content(self, content: bytes, headers: dict[str, str]) -> None:

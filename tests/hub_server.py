@@ -12,8 +12,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -154,8 +156,10 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def _hang_up(self) -> None:
+        """Reset the connection, as one that breaks."""
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())
 
     def answer(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -165,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.halve:
             self.wfile.write(data[: len(data) // 2])
-            self._hang_up()
+            self.close_connection = True
         elif self.command != "HEAD":
             self.wfile.write(data)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -396,6 +397,15 @@ def test_quantize_pushes_what_it_writes(source, hub, tmp_path, capsys):
     del written["README.md"], files["README.md"]
     assert files == written
     assert f"Pushed to {hub.url}/{REPO}/commit/" in capsys.readouterr().out
+
+
+def test_the_example_pushes_and_loads(source, hub, tmp_path, capsys, monkeypatch):
+    (tmp_path / "data.txt").write_text(" ".join(f"w{index}" for index in range(512)))
+    monkeypatch.setattr(sys, "argv", ["", str(source), REPO, str(tmp_path / "data.txt")])
+    runpy.run_path(str(Path(__file__).parent.parent / "examples" / "quantize_and_push.py"))
+    url, sentence = capsys.readouterr().out.splitlines()
+    assert url == f"{hub.url}/{REPO}/commit/{hub.repositories[REPO].refs['main']}"
+    assert sentence.startswith("? w")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ The card on the Hub is the user's: only our part of it is replaced. (transformer
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .calibration import find_tokenizer
@@ -164,7 +165,8 @@ def push_folder(folder: str | os.PathLike, target: Target, tokenizers: Sequence[
     Raises:
         CheckpointError: the folder holds no quantized model.
         PlanError: its plan is damaged.
-        HubError: the Hub refused, or was not reached after some tries. The repository is as it was.
+        HubError: the Hub refused, or was not reached after some tries. The repository is as it was (unless only the
+            answer to the commit was lost, which the error says then).
     """
     folder = Path(folder)
     for name in (PLAN_FILE, "config.json"):
@@ -197,8 +199,8 @@ def push_folder(folder: str | os.PathLike, target: Target, tokenizers: Sequence[
                 # a pull request may be open already although its answer was lost
                 if wait is None or target.create_pr:
                     raise HubError(
-                        f"pushing to {repo_id} failed at the commit: {_one_line(error)} Whether it was made before the"
-                        " answer failed, the repository tells; all files have arrived and are not sent again."
+                        f"pushing to {repo_id} failed at the commit: {_one_line(error)} If only the answer was lost,"
+                        " the repository has the commit; if not, push again: what has arrived is not sent again."
                     ) from error
                 logger.warning(f"The commit to {repo_id} failed ({_one_line(error)}); trying again in {wait:.0f} s.")
                 time.sleep(wait)
@@ -230,15 +232,20 @@ def _operations(
     existing = None
     if CARD in remote:
         path = api.hf_hub_download(target.repo_id, CARD, revision=there.sha, local_dir=scratch / str(there.sha))
-        existing = Path(path).read_bytes().decode()  # with its own ends of lines
+        existing = _text(Path(path))
     added: dict[str, Path | bytes] = {**local}
     if CARD in local:
-        added[CARD] = _card(local[CARD].read_text(encoding="utf-8"), existing, target).encode()
+        added[CARD] = _card(_text(local[CARD]), existing, target).encode()
     stale = [name for name in sorted(remote - local.keys()) if WEIGHTS.fullmatch(name)]
     return [
         *(CommitOperationAdd(name, content) for name, content in added.items()),
         *(CommitOperationDelete(name) for name in stale),
     ]
+
+
+def _text(path: Path) -> str:
+    """A file's text with its own ends of lines."""
+    return path.read_bytes().decode()
 
 
 def _card(ours: str, existing: str | None, target: Target) -> str:
@@ -257,12 +264,13 @@ def _card(ours: str, existing: str | None, target: Target) -> str:
 
 def _tokenizer_files(folder: Path, target: Target, sources: Sequence[Any], scratch: Path) -> dict[str, Path]:
     """The files of the tokenizer of the source model; none, and a warning, if it is nowhere."""
-    vocabulary = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    vocabulary = config.get("text_config", config).get("vocab_size", 0)
     given = [source for source in sources if source is not None and source != ""]
     for source in given:
         try:
             find_tokenizer(source, vocabulary, target.token).save_pretrained(scratch)
-        except CalibrationError as error:
+        except (CalibrationError, ImportError) as error:  # the latter: a library that it needs is not installed
             logger.info(str(error))
         else:
             return {path.relative_to(scratch).as_posix(): path for path in scratch.rglob("*") if path.is_file()}
@@ -286,9 +294,7 @@ def _errors_told(repo_id: str) -> Iterator[None]:
         refused = error if isinstance(error, HfHubHTTPError) else error.__cause__
         status = refused.response.status_code if isinstance(refused, HfHubHTTPError) else None
         way_out = WAYS_OUT.get(status or 0, "Push again: what has arrived is not sent again.")
-        raise HubError(
-            f"pushing to {repo_id} failed, and nothing was committed: {_one_line(error)} {way_out}"
-        ) from error
+        raise HubError(f"pushing to {repo_id} failed: {_one_line(error)} {way_out}") from error
 
 
 def _may_pass(error: HTTPError) -> bool:

@@ -7,20 +7,27 @@ two markers, so that it can be made anew without touching what somebody has writ
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .bitmap import cell_text
 from .config import CPTQuantConfig
+from .plan import PLAN_PICTURE
 from .recipe import Recipe
 from .record import QuantizationRecord
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 BEGIN, END = "<!-- hf-cptquant: begin -->", "<!-- hf-cptquant: end -->"
+OUR_PART = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+GENERIC_DESCRIPTION = (  # of `transformers.utils.hub.create_and_tag_model_card`
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been"
+    " automatically generated."
+)
 PIPELINE_TAGS = {
     "causal-lm": "text-generation",
     "masked-lm": "fill-mask",
@@ -81,16 +88,47 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         plan=record.plan,
         table=record.table,
         maps=record.plan.maps(),
+        picture=PLAN_PICTURE,
         cell_text=cell_text,
         code=_code(record.settings),
         held_out=dict(record.table.settings.get("held_out_losses", {})) if record.table else {},
     )
-    if existing is None:
-        return str(card)
-    ours = str(card)[str(card).index(BEGIN) :].rstrip()
-    if BEGIN in existing and END in existing:
-        return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: ours, existing, count=1, flags=re.DOTALL)
-    return f"{existing.rstrip()}\n\n{ours}\n"
+    return str(card) if existing is None else with_our_part(existing, str(card))
+
+
+def with_our_part(existing: str, card: str) -> str:
+    """A card with our part of another one: in the place of its own, or behind the text if it has none."""
+    ours = OUR_PART.search(card)
+    assert ours is not None, "the card is one of ours"
+    if OUR_PART.search(existing):
+        return OUR_PART.sub(lambda _: ours[0], existing, count=1)
+    return f"{existing.rstrip()}\n\n{ours[0]}\n"
+
+
+def text_around(card: str) -> str:
+    """What somebody wrote around our part of a card, without the metadata."""
+    return OUR_PART.sub("", REGEX_YAML_BLOCK.sub("", card)).strip()
+
+
+def for_repository(card: str, repo_id: str, tags: Sequence[str] = ()) -> str:
+    """A card of ours with the name of a repository in title and code, and more tags in the metadata."""
+
+    def renamed(part: re.Match[str]) -> str:
+        titled = re.sub(r"^# .*$", lambda _: f"# {repo_id}", part[0], count=1, flags=re.MULTILINE)
+        return re.sub(r'from_pretrained\(".*?"\)', lambda _: f'from_pretrained("{repo_id}")', titled, count=1)
+
+    named = OUR_PART.sub(renamed, card, count=1)
+    if not tags:
+        return named
+    tagged = ModelCard(named, ignore_metadata_errors=True)
+    tagged.data["tags"] = list(dict.fromkeys([*(tagged.data.get("tags") or []), *tags]))
+    return str(tagged)
+
+
+def is_generic(card: str) -> bool:
+    """Whether a card is the form that transformers pushes with a tokenizer or a dense model, not filled in."""
+    form = ModelCard.from_template(ModelCardData(), model_description=GENERIC_DESCRIPTION)
+    return REGEX_YAML_BLOCK.sub("", card).strip() == form.text.strip()
 
 
 def _code(settings: Mapping[str, Any]) -> str:

@@ -24,7 +24,8 @@ from .card import CardFacts, render_card
 from .errors import CheckpointError, PlanError
 from .model_view import task_of
 from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
-from .plan import PLAN_FILE, ModulePlan
+from .plan import PLAN_FILE, PLAN_PICTURE, ModulePlan
+from .plots import plot_plan
 from .quantize import replace_module
 from .record import QuantizationRecord
 from .table import SensitivityTable
@@ -133,12 +134,10 @@ def save_checkpoint(
     model: PreTrainedModel,
     record: QuantizationRecord,
     save_directory: str | os.PathLike,
-    *,
-    push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """`save_pretrained` of a quantized model: what transformers writes, `cptquant_plan.json` and a model card, all or
-    nothing.
+    """Write a quantized model: what transformers writes, `cptquant_plan.json` and a model card with a picture of the
+    plan, all or nothing.
 
     Everything is written to a temporary folder beside the target and moved into place when it is complete.
 
@@ -146,14 +145,12 @@ def save_checkpoint(
         model: quantized; its config holds the section that goes into `config.json`.
         record: what `cptquant_plan.json` says.
         save_directory: a new folder, an earlier checkpoint of this package (replaced), or one without a model.
-        push_to_hub: also upload; `repo_id`, `token`, `private`, `create_pr`, `commit_message` as in transformers.
         kwargs: as for `PreTrainedModel.save_pretrained`.
 
     Raises:
         CheckpointError: the folder holds a model that is not ours.
     """
     target = Path(save_directory)
-    hub = {name: kwargs.pop(name) for name in ("repo_id", "private", "create_pr", "commit_message") if name in kwargs}
     if kwargs.get("is_main_process", True):
         refuse_foreign(target)
         limits = limits_of(model)
@@ -164,12 +161,11 @@ def save_checkpoint(
         try:
             type(model).save_pretrained(model, staging, **kwargs)
             record.save(staging / PLAN_FILE)
+            plot_plan(record.plan, record.table, staging / PLAN_PICTURE)
             _write_card(model, record, limits, target, staging)
             _move_into_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    if push_to_hub:
-        model.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
 
 
 def _write_card(

@@ -11,6 +11,7 @@ The walk is greedy; a row that it leaves with a larger error than rounding to ne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ def round_block(
     """
     layers = {name: block.get_submodule(name) for name in schemes}
     rounded: dict[str, QuantizedWeight] = {}
-    for names, hessian in input_products(block, layers, calls):
+    passes = [partial(block, *args, **kwargs) for args, kwargs in calls]
+    for names, hessian in input_products(layers, passes):
         matrices = [_matrix(layers[name]) for name in names]
         found = round_together(matrices, [schemes[name] for name in names], hessian, dtype)
         rounded |= dict(zip(names, found, strict=True))

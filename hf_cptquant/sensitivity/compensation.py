@@ -10,9 +10,10 @@ so that without it a plan gives attention bits that tuning would have saved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ..calibration import batches_on
 from ..errors import ModelError, in_module
 from ..plan import BitPlan
 from .metrics import Batch
-from .prefix import Call, Outputs, Prefix
+from .prefix import Outputs, Prefix
 
 DAMPING = 0.01  # added to the diagonal of XXᵀ, as a share of its mean
 
@@ -55,15 +56,18 @@ def shares_left(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch])
         prefix = Prefix(model, batches[0], list(of_block))
         bar = logging.tqdm(prefix.order, desc="Measuring inputs", unit="block", disable=ranks.rank() > 0)
         for position, name in enumerate(bar):
-            block = model.get_submodule(name)
-            on_device = list(batches_on(batches, model.device))
-            calls = [prefix.call(batch, done, position) for batch, done in zip(on_device, before, strict=True)]
+            layers = {layer: model.get_submodule(f"{name}.{layer}") for layer in of_block[name]}
+            after: list[Outputs] = []
+
+            def advance(batch: Batch, done: Outputs, position: int = position, after: list[Outputs] = after) -> None:
+                after.append(prefix.outputs(batch, done, position, position + 1))
+
+            on_device = batches_on(batches, model.device)
+            passes = [partial(advance, *given) for given in zip(on_device, before, strict=True)]
             with in_module(name):
-                found = input_products(block, {layer: block.get_submodule(layer) for layer in of_block[name]}, calls)
-            for layers, product in found:
-                shares |= dict.fromkeys((f"{name}.{layer}" for layer in layers), share_left(product))
-            parts = zip(on_device, before, strict=True)
-            before = [prefix.outputs(batch, done, position, position + 1) for batch, done in parts]
+                for names, product in input_products(layers, passes):
+                    shares |= dict.fromkeys((f"{name}.{layer}" for layer in names), share_left(product))
+            before = after
     return shares
 
 
@@ -83,20 +87,19 @@ def share_left(product: Tensor) -> float:
 
 @torch.no_grad()
 def input_products(
-    block: nn.Module, layers: Mapping[str, nn.Module], calls: Sequence[Call]
+    layers: Mapping[str, nn.Module], passes: Sequence[Callable[[], Any]]
 ) -> list[tuple[tuple[str, ...], Tensor]]:
     """XXᵀ of the inputs of layers, float32 `[in_features, in_features]`, once for layers that share them.
 
     Args:
-        block: holds the layers.
         layers: by name.
-        calls: arguments of the block.
+        passes: run what the layers belong to, on different data.
 
     Raises:
         ModelError: an input holds NaN or infinity.
     """
     sums: dict[tuple[str, ...], Tensor] = {}
-    for args, kwargs in calls:
+    for run in passes:
         seen: dict[str, Tensor] = {}
 
         def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, Tensor] = seen) -> None:
@@ -105,7 +108,7 @@ def input_products(
         with ExitStack() as hooks:
             for name, layer in layers.items():
                 hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
-            block(*args, **kwargs)
+            run()
         by_input: dict[int, list[str]] = {}
         for name, inputs in seen.items():
             by_input.setdefault(id(inputs), []).append(name)

@@ -102,7 +102,7 @@ def test_products_are_those_of_the_inputs(kind):
         model(input_ids=ids, **({"labels": ids} if kind == "t5" else {}))
     for handle in (*hooks, hook):
         handle.remove()
-    found = input_products(blocks[0], layers, calls)
+    found = input_products(layers, [partial(blocks[0], *args, **kwargs) for args, kwargs in calls])
     assert sorted(name for names, _ in found for name in names) == sorted(layers)
     for names, product in found:
         for name in names:

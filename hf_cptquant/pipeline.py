@@ -10,8 +10,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +19,11 @@ from transformers.utils import logging
 
 from .allocation import FrontierPoint, allocate, check_budget, frontier
 from .arithmetic import linears_in_working_dtype
-from .calibration import CalibrationSet, ModelFacts, hold_out, in_batches, load_calibration
+from .calibration import CalibrationSet, facts_of, hold_out, in_batches, load_calibration
 from .config import CPTQuantConfig
 from .errors import ConfigError, ModelError, PlanError
-from .evaluate import losses_of_plans
-from .model_view import TASKS, hub_name_of, max_length_of, task_of, view_model
+from .evaluate import evaluating, losses_of_plans
+from .model_view import TASKS, hub_name_of, task_of, view_model
 from .plan import BitPlan, LeftAlone, read_json
 from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
 from .recipe import BUDGETS, Recipe
@@ -89,11 +88,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
 
 
 def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
-    task = task_of(model)
-    assert task is not None
-    vocabulary = model.get_input_embeddings().num_embeddings
-    facts = ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
-    calibration = load_calibration(recipe, facts)
+    calibration = load_calibration(recipe, facts_of(model))
     if recipe.method == "auto" or recipe.recover:
         hold_out(calibration)  # enough data to judge by
     return calibration
@@ -159,7 +154,7 @@ def measure_record(model: PreTrainedModel, config: CPTQuantConfig) -> Quantizati
     """The table of `measure_sensitivity` with where it came from; the plan is undecided."""
     recipe = config.recipe()
     preparation = _prepare_to_measure(model, recipe)
-    with _evaluating(model):
+    with evaluating(model):
         return _scored(model, preparation, recipe)
 
 
@@ -190,7 +185,7 @@ def measure_frontier(model: PreTrainedModel, config: CPTQuantConfig, count: int)
     recipe = config.recipe()
     preparation = _prepare_to_measure(model, recipe)
     measured, judged = hold_out(preparation.data)
-    with _evaluating(model):
+    with evaluating(model):
         table = score(model, replace(preparation, calibration=measured), recipe)
         points = frontier(table, recipe, count)
         batches = with_labels(model, judged.batches)
@@ -206,16 +201,6 @@ def _prepare_to_measure(model: PreTrainedModel, recipe: Recipe) -> Preparation:
         raise ConfigError("plan= is for quantizing; without it, there is something to measure")
     check_fits(model, preparation.plan)
     return preparation
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    try:
-        model.eval()
-        yield
-    finally:
-        model.train(training)
 
 
 def score(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> SensitivityTable:

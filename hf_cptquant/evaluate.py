@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +72,28 @@ def evaluate_model(
             with evaluating(against):
                 figures = measure_windows(model, data.batches, predictions(against, data.batches))
     return results_of(figures, model, data, recipe, None if against is None else name_of(against))
+
+
+def figure_of_texts(
+    metric: str, texts: Sequence[str], model: PreTrainedModel, **settings: Any
+) -> dict[str, float | int | None]:
+    """What the modules in `METRIC_MODULES` give for a language model: the metric by its name, `"low"` and `"high"` (its
+    confidence interval), `"windows"` and `"tokens"`.
+
+    Args:
+        metric: `"perplexity"` or `"pseudo_perplexity"`.
+        settings: those that `evaluate_model` reads.
+
+    Raises:
+        EvaluationError: it is not the metric of this kind of model.
+        CalibrationError, ModelError: as `evaluate_model`.
+    """
+    own = LOSS_METRICS.get(str(task_of(model)))
+    if own != metric:
+        raise EvaluationError(f"{metric} is not for {type(model).__name__}; models of this kind have {own or 'none'}")
+    (result,) = evaluate_model(model, CPTQuantConfig(dataset=texts, **settings))
+    limits = {"low": result.low, "high": result.high}
+    return {metric: result.value, **limits, "windows": result.windows, "tokens": result.tokens}
 
 
 @contextmanager

@@ -143,17 +143,15 @@ class Provenance:
     sha256: str
     against: str | None
 
-    def result(
-        self, metric: str, of_windows: np.ndarray, base_of_windows: np.ndarray | None = None
-    ) -> EvaluationResult:
+    def result(self, metric: str, of_windows: np.ndarray, of_original: np.ndarray | None = None) -> EvaluationResult:
         """A figure from its values in each window (losses for a perplexity), `[windows]`; of the original, too, where
         it has that figure."""
         found = interval(metric, of_windows, self.seed)
-        values = {"value": found.value, "low": found.low, "high": found.high}
-        if base_of_windows is not None:
-            base = interval(metric, base_of_windows, self.seed)
+        values: dict[str, Any] = {**asdict(self), **asdict(found)}
+        if of_original is not None:
+            base = interval(metric, of_original, self.seed)
             values |= {"base": base.value, "base_low": base.low, "base_high": base.high}
-        return EvaluationResult(metric=metric, **asdict(self), **values)
+        return EvaluationResult(metric=metric, **values)
 
 
 def interval(metric: str, of_windows: np.ndarray, seed: int) -> Interval:

@@ -5,7 +5,7 @@
     accuracy = evaluate.load(str(METRIC_MODULES / "accuracy"))
     evaluate.evaluator("text-classification").compute(pipeline, dataset, metric=accuracy, strategy="bootstrap", ...)
 
-`evaluate` copies this file to its cache and reads its imports line by line: one import a line.
+`evaluate` copies this file to its cache and reads its imports line by line: each stands on one line.
 """
 
 import datasets

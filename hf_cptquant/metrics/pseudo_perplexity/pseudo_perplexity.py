@@ -5,15 +5,13 @@
     pseudo_perplexity = evaluate.load(str(METRIC_MODULES / "pseudo_perplexity"))
     pseudo_perplexity.compute(predictions=texts, model=model, tokenizer=tokenizer, sequence_length=512)
 
-`evaluate` copies this file to its cache and reads its imports line by line: one import a line.
+`evaluate` copies this file to its cache and reads its imports line by line: each stands on one line.
 """
 
 import datasets
 import evaluate
 
-from hf_cptquant import CPTQuantConfig
-from hf_cptquant import CPTQuantError
-from hf_cptquant import evaluate_model
+from hf_cptquant.evaluate import figure_of_texts
 
 INPUTS = """
 Args:
@@ -22,7 +20,7 @@ Args:
     tokenizer: by default the model's own.
     num_samples, sequence_length, batch_size, seed: as in `CPTQuantConfig`.
 Returns:
-    pseudo_perplexity, with low and high, the limits of its 95 % confidence interval (bootstrap over windows); windows; tokens.
+    pseudo_perplexity; low, high: limits of its 95 % confidence interval (bootstrap over windows); windows; tokens.
 """
 
 
@@ -37,16 +35,5 @@ class PseudoPerplexity(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 
-    def _compute(self, predictions, model, tokenizer=None, **settings):
-        config = CPTQuantConfig(dataset=list(predictions), tokenizer=tokenizer, **settings)
-        found = {result.metric: result for result in evaluate_model(model, config)}
-        if "pseudo_perplexity" not in found:
-            raise CPTQuantError(f"{type(model).__name__} has no pseudo-perplexity; it has: {', '.join(found)}")
-        result = found["pseudo_perplexity"]
-        return {
-            "pseudo_perplexity": result.value,
-            "low": result.low,
-            "high": result.high,
-            "windows": result.windows,
-            "tokens": result.tokens,
-        }
+    def _compute(self, predictions, model, **settings):
+        return figure_of_texts("pseudo_perplexity", list(predictions), model, **settings)

@@ -241,7 +241,7 @@ def _from_hub(name: str, split: str, recipe: Recipe, labelled: bool) -> Document
     import datasets
 
     try:
-        dataset = datasets.load_dataset(*HUB_IDS[name], split=split, streaming=name == "c4")
+        dataset = datasets.load_dataset(*filter(None, HUB_IDS[name]), split=split, streaming=name == "c4")
         if name == "imdb":
             dataset = dataset.shuffle(seed=recipe.seed)
         elif name == "c4":

@@ -7,17 +7,20 @@ two markers, so that it can be made anew without touching what somebody has writ
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .bitmap import cell_text
 from .config import CPTQuantConfig
-from .recipe import Recipe
+from .errors import CheckpointError
+from .recipe import HUB_IDS, Recipe
 from .record import QuantizationRecord
+from .results import HEADINGS, LABELS, EvaluationResult
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 BEGIN, END = "<!-- hf-cptquant: begin -->", "<!-- hf-cptquant: end -->"
@@ -33,6 +36,7 @@ AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
+MADE_BY = {"library": "hf-cptquant"}  # marks our results among others in the metadata
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         facts: of the model.
         existing: a card that is there already. Only our part of it is replaced, or put behind it.
     """
+    results = _eval_results(record, facts)
     widths = sorted({module.scheme.bits for module in record.plan.packed})
     data = ModelCardData(
         base_model=record.base_model,
@@ -68,6 +73,8 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         pipeline_tag=PIPELINE_TAGS[facts.task],
         tags=["cptquant", "mixed-precision", *(["compressed-tensors"] if facts.portable else [])]
         + [f"{bits}-bit" for bits in widths],
+        eval_results=results or None,
+        model_name=facts.name if results else None,
         ignore_metadata_errors=True,
     )
     card = ModelCard.from_template(
@@ -83,14 +90,74 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         maps=record.plan.maps(),
         cell_text=cell_text,
         code=_code(record.settings),
+        headings=HEADINGS,
+        comparisons=_distinct(result.against for result in record.evaluation),
+        calibrated_on=_distinct(result.dataset for result in record.evaluation if _calibrated_on(record, result)),
         held_out=dict(record.table.settings.get("held_out_losses", {})) if record.table else {},
     )
     if existing is None:
         return str(card)
     ours = str(card)[str(card).index(BEGIN) :].rstrip()
+    existing = _with_results(existing, results, facts.name)
     if BEGIN in existing and END in existing:
         return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: ours, existing, count=1, flags=re.DOTALL)
     return f"{existing.rstrip()}\n\n{ours}\n"
+
+
+def _distinct(names: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _calibrated_on(record: QuantizationRecord, result: EvaluationResult) -> bool:
+    """Whether a model was measured on the text that decided on it. Datasets from the Hub have other text for that."""
+    return result.split is None and result.dataset == record.calibration.get("source")
+
+
+def _eval_results(record: QuantizationRecord, facts: CardFacts) -> list[EvalResult]:
+    """What the metadata say: the model's own figures on datasets that the Hub knows."""
+    results = []
+    for result in record.evaluation:
+        if result.dataset in HUB_IDS:
+            name, configuration = HUB_IDS[result.dataset]
+            settings = {"windows": result.windows, "sequence_length": result.sequence_length, "seed": result.seed}
+            results.append(
+                EvalResult(
+                    task_type=PIPELINE_TAGS[facts.task],
+                    dataset_type=name,
+                    dataset_name=result.dataset,
+                    dataset_config=configuration,
+                    dataset_split=result.split,
+                    metric_type=result.metric,
+                    metric_name=LABELS[result.metric],
+                    metric_value=result.value,
+                    metric_args={**MADE_BY, **settings},
+                )
+            )
+    return results
+
+
+def _with_results(card: str, results: list[EvalResult], name: str) -> str:
+    """A card whose metadata hold these results of ours and no others of ours.
+
+    Raises:
+        CheckpointError: it has metadata that cannot be read.
+    """
+    if not results and "model-index:" not in card.partition(BEGIN)[0]:
+        return card
+    try:
+        parsed = ModelCard(card)
+    except (ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"the metadata at the head of README.md cannot be read: {error}; repair them") from error
+    data = parsed.data
+    assert isinstance(data, ModelCardData)
+    theirs = [result for result in data.eval_results or () if not _is_ours(result)]
+    data.eval_results = [*theirs, *results] or None
+    data.model_name = (data.model_name or name) if data.eval_results else None
+    return str(parsed)
+
+
+def _is_ours(result: EvalResult) -> bool:
+    return isinstance(result.metric_args, dict) and MADE_BY.items() <= result.metric_args.items()
 
 
 def _code(settings: Mapping[str, Any]) -> str:

@@ -151,9 +151,11 @@ def check_comparable(model: PreTrainedModel, original: PreTrainedModel) -> None:
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """A model's name on the Hub, or the name of its folder."""
+    """A model's name on the Hub, the name of its folder, or that of its class if it was made in memory."""
+    if not model.name_or_path:
+        return type(model).__name__
     path = Path(model.name_or_path)
-    return path.resolve().name if path.is_dir() else model.name_or_path or type(model).__name__
+    return path.absolute().name if path.is_dir() else model.name_or_path
 
 
 def measure_windows(

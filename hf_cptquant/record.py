@@ -71,8 +71,12 @@ class QuantizationRecord:
         parts = (data["settings"], data["calibration"], data["measured"], data.get("base_model"), evaluation)
         return cls(plan, SensitivityTable.of_record(data), *parts)
 
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> QuantizationRecord:

@@ -2,8 +2,8 @@
 
 A figure is a mean over windows of data, and windows are what varies: the interval says what other windows of the same
 kind of text would give. It is found by the bias-corrected and accelerated bootstrap (Efron 1987) over windows, which
-needs no assumption about how losses are distributed. A perplexity is transformed from the mean loss at the end, as are
-its limits, which this bootstrap respects.
+needs no assumption about how losses are distributed. A perplexity and its limits are the exponentials of the mean
+loss and its limits.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
 def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
     """The recipe's plan for a model, with where it came from.
 
-    Settings are those the plan was made with; only the rounding and recovery are the recipe's.
+    Settings are those the plan was made with; only the rounding and recovery are the recipe's. What another model with
+    this plan was evaluated to be is left out.
 
     Raises:
         PlanError: it is no plan, or one for another model.
@@ -117,7 +118,7 @@ def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
         undecided = view.plan(settings["granularity"])
     except KeyError as error:
         raise PlanError(f"the settings in the record of the plan lack {error}") from error
-    return replace(given, plan=given.plan.applied_to(undecided), settings=settings)
+    return replace(given, plan=given.plan.applied_to(undecided), settings=settings, evaluation=())
 
 
 def measure_sensitivity(model: PreTrainedModel, config: CPTQuantConfig) -> SensitivityTable:
@@ -252,9 +253,8 @@ def decide(record: QuantizationRecord, recipe: Recipe) -> QuantizationRecord:
         bits = {module.unit: module.scheme.bits for module in plan.modules}
         measured[PREDICTED] = math.fsum(table.costs[unit].get(bits[unit], 0.0) for unit in bits)
     given = _portable(recipe)
-    return replace(
-        record, plan=plan, settings={**record.settings, **{name: given[name] for name in DECIDING}}, measured=measured
-    )
+    settings = {**record.settings, **{name: given[name] for name in DECIDING}}
+    return replace(record, plan=plan, settings=settings, measured=measured, evaluation=())
 
 
 def _portable(recipe: Recipe) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer
 
 from hf_cptquant import CPTQuantConfig, evaluate_model
 from hf_cptquant.errors import CalibrationError, EvaluationError, ModelError
@@ -115,11 +115,8 @@ def test_divergence_and_agreement(tokens):
 
 def test_a_model_is_equal_to_itself(tokens):
     found = by_metric(evaluate_model(tiny_model("llama"), config_for(tokens), tiny_model("llama")))
-    assert (found["kl_divergence"].value, found["top1_agreement"].value, found["loss_increase"].value) == (
-        0.0,
-        1.0,
-        0.0,
-    )
+    values = {metric: result.value for metric, result in found.items() if metric != "perplexity"}
+    assert values == {"kl_divergence": 0.0, "top1_agreement": 1.0, "loss_increase": 0.0}
 
 
 @torch.no_grad()
@@ -143,7 +140,7 @@ def test_impossible_classes_do_not_make_the_divergence_infinite(tokens):
 
 @pytest.fixture
 def labelled(texts) -> datasets.Dataset:
-    lines = [line for line in texts[0].splitlines() if len(line.split()) > 3][:21]
+    lines = [line for line in "\n".join(texts[:8]).splitlines() if len(line.split()) > 3][:21]
     return datasets.Dataset.from_dict({"text": lines, "label": [index % 3 for index in range(21)]})
 
 
@@ -152,7 +149,8 @@ def test_accuracy_is_that_of_evaluates_own_evaluator(labelled, minilm):
     config = config_for(labelled, tokenizer=tokenizer, label_column="label")
     (result,) = evaluate_model(model, config)
     reference = evaluate.evaluator("text-classification").compute(
-        model_or_pipeline=pipeline("text-classification", model=model, tokenizer=tokenizer),
+        model_or_pipeline=model,
+        tokenizer=tokenizer,
         data=labelled,
         metric=str(METRIC_MODULES / "accuracy"),
         label_mapping=model.config.label2id,
@@ -223,12 +221,11 @@ def test_nothing_stays_on_disk(tmp_path, monkeypatch):
 
 def test_too_little_room_is_told_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    asked = iter([pytest.fail])
-    with (
-        pytest.raises(EvaluationError, match=r"need 1000000.0 GB in .* set TMPDIR"),
-        kept_in_a_file((fail("it ran") for fail in asked), 10**15),
-    ):
+    ran = []
+    stream = (ran.append(each) for each in [torch.ones(1)])
+    with pytest.raises(EvaluationError, match=r"need 1000000.0 GB in .* set TMPDIR"), kept_in_a_file(stream, 10**15):
         pytest.fail("there is not so much room")
+    assert ran == []
 
 
 # What cannot be measured
@@ -261,7 +258,7 @@ def test_models_and_data_that_give_no_figure_are_refused(tokens, minilm, texts):
 def test_what_is_not_finite_is_told(tokens):
     model = tiny_model("llama")
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(ModelError, match="the loss is nan: model.layers.1.mlp.down_proj.weight holds NaN"):
+    with pytest.raises(ModelError, match=r"the loss is nan: model.layers.1.mlp.down_proj.weight holds NaN"):
         evaluate_model(model, config_for(tokens))
     with pytest.raises(EvaluationError, match="the original predicts NaN or infinity"):
         evaluate_model(tiny_model("llama"), config_for(tokens), model)

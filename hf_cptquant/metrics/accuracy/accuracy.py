@@ -3,7 +3,8 @@
     from hf_cptquant.evaluate import METRIC_MODULES
 
     accuracy = evaluate.load(str(METRIC_MODULES / "accuracy"))
-    evaluate.evaluator("text-classification").compute(pipeline, dataset, metric=accuracy, strategy="bootstrap", ...)
+    task = evaluate.evaluator("text-classification")
+    task.compute(model, dataset, tokenizer=tokenizer, metric=accuracy, label_mapping=model.config.label2id)
 
 `evaluate` copies this file to its cache and reads its imports line by line: each stands on one line.
 """

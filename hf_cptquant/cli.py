@@ -1,4 +1,4 @@
-"""`cptquant`: quantize, measure, plan, inspect and demo from a terminal.
+"""`cptquant`: quantize, measure, plan, inspect, evaluate and demo from a terminal.
 
 The settings of `CPTQuantConfig` are options with dashes (`options.py`). An error of ours is one line and exit status 1.
 Under `accelerate launch` or `torchrun` all processes measure, and the first one writes.
@@ -259,8 +259,8 @@ def evaluate(
     """
     check_files(output)
     folder = Path(source)
-    kept = (folder / PLAN_FILE).exists()
-    if kept:
+    record = QuantizationRecord.load(folder) if (folder / PLAN_FILE).exists() else None
+    if record is not None:
         describe(folder)  # find out before the work whether the results can be kept
     config = CPTQuantConfig(
         dataset=dataset,
@@ -274,12 +274,14 @@ def evaluate(
     )
     results = evaluate_folder(source, config, against, device_map)
     show_evaluation(results)
-    if kept:
-        add_results(folder, results)
-        say(f"Written to {folder / PLAN_FILE} and the model card.")
     found = json.dumps({"model": source, "against": against, "results": [result.to_dict() for result in results]})
     if output is not None:
         output.write_text(found + "\n", encoding="utf-8")
+    if record is not None:
+        add_results(folder, results)
+        say(f"Written to {folder / PLAN_FILE} and the model card.")
+        if against is None and record.base_model is not None:
+            say(f"What quantizing has cost, with the original's figures: --against {record.base_model}")
     typer.echo(found)
 
 

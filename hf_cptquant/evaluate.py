@@ -208,16 +208,17 @@ def compare(logits: Tensor, wanted: Tensor | None, original: Tensor | None) -> d
         )
         assert log_q is not None
         of_rows: dict[str, Tensor] = {}
+        best_q, best_p = (None if log is None else log.argmax(-1) for log in (log_q, log_p))
         if wanted is not None:
             labels = wanted.flatten()[start : start + rows].to(logits.device)
-            for prefix, log in (("", log_q), ("base_", log_p)):
+            for prefix, log, best in (("", log_q, best_q), ("base_", log_p, best_p)):
                 if log is not None:
                     of_rows[f"{prefix}loss"] = F.nll_loss(log, labels, reduction="none")
-                    of_rows[f"{prefix}accuracy"] = log.argmax(-1) == labels
+                    of_rows[f"{prefix}accuracy"] = best == labels
         if log_p is not None:
             p = log_p.exp()
             of_rows["kl_divergence"] = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
-            of_rows["top1_agreement"] = log_p.argmax(-1) == log_q.argmax(-1)
+            of_rows["top1_agreement"] = best_p == best_q
         for name, values in of_rows.items():
             found.setdefault(name, []).append(values.cpu())
     return {name: torch.cat(parts).view(logits.shape[:2]) for name, parts in found.items()}

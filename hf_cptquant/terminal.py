@@ -51,6 +51,8 @@ def show_plan(record: QuantizationRecord) -> None:
     if table is not None and "held_out_losses" in table.settings:
         losses = table.settings["held_out_losses"].items()
         say("loss on held-out calibration data: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses))
+    if record.evaluation:
+        show_evaluation(record.evaluation)
 
 
 def show_map(drawn: BitMap) -> None:

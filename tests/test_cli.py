@@ -75,7 +75,172 @@ def test_the_class_in_the_config_is_used(tiny_folder, data, tmp_path):
     assert config["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("command", ["quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "demo"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "evaluate", "card", "demo"]
+)
+def test_help_explains_every_option(command, capsys):
+    assert run(command, "--help") == 0
+    assert "Usage: cptquant" in capsys.readouterr().out
+
+
+BAD = {
+    "method": (
+        ["--method", "tdmqp"],
+        "method='tdmqp' is not one of 'cmpq', 'pmpq', 'tdmpq', 'auto'; did you mean 'tdmpq'?",
+    ),
+    "bits": (["--bits", "4,7"], "bits=7 is not one of"),
+    "bits text": (["--bits", "four"], "--bits four: give numbers with commas"),
+    "dataset": (["--dataset", "wikitext3"], "did you mean 'wikitext2'?"),
+    "hub": (["--dataset", "wikitext2"], "which could not be reached"),
+    "file": (["--dataset", "nowhere.txt"], "nowhere.txt does not exist"),
+    "dtype": (["--dtype", "int3"], "--dtype int3 is not one of"),
+    "tokenizer": (["--tokenizer", "nowhere"], "no tokenizer at 'nowhere'"),
+    "too long": (["--sequence-length", "9000"], "tokens, not even one sequence of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_are_one_error_and_leave_nothing(case, tiny_folder, minilm, tmp_path, capsys):
+    arguments, message = BAD[case]
+    short = tmp_path / "short.txt"
+    short.write_text("only a few words")
+    source = tiny_folder("bert-mlm")
+    assert run("quantize", source, "-o", tmp_path / "out", "--dataset", short, *arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("Error:") == 1
+    assert "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bert-mlm", "short.txt"]
+
+
+def test_folders_that_are_not_ours_are_refused(smollm2, data, tmp_path, capsys):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "notes.md").write_text("mine")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for output, message in ((notes, "not empty"), (file, "is a file"), (smollm2, "holds another model")):
+        assert run("quantize", smollm2, "-o", output, "--dataset", data) == 1
+        assert message in capsys.readouterr().err
+    assert [path.name for path in notes.iterdir()] == ["notes.md"]
+
+
+def test_quantized_and_missing_models_are_refused(quantized, data, tmp_path, capsys):
+    for model, message in ((quantized[1], "is quantized already"), (tmp_path / "nothing", "no model at")):
+        assert run("quantize", model, "-o", tmp_path / "out", "--dataset", data) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_of_something_else(tmp_path, capsys):
+    assert run("inspect", tmp_path) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_demo_shows_what_it_measured(quantized, tmp_path, monkeypatch, capsys):
+    record = quantized[0].hf_quantizer.record
+    result = DemoResult(record, 14.66, 17.01, "the wheel", "the compass", 0.0)
+    monkeypatch.setattr(cli, "run_demo", lambda output: result)
+    assert run("demo", "-o", tmp_path / "demo") == 0
+    shown = capsys.readouterr().out
+    for text in ("14.66", "17.01", "the wheel", "the compass", "agree bit for bit", f"{record.plan.nbytes / 1e6:.1f}"):
+        assert text in shown
+
+
+@pytest.fixture
+def measure(tiny_folder, data, tmp_path):
+    """Run `sensitivity` on a tiny BERT; the exit status."""
+
+    def call(*options) -> int:
+        arguments = ["--dataset", data, "--num-samples", 4, "--sequence-length", 32, "--group-size", 32]
+        return run("sensitivity", tiny_folder("bert-mlm"), *arguments, *options)
+
+    return call
+
+
+METHOD_OPTIONS = {
+    "pmpq": ["--method", "pmpq", "--sparsity-levels", "0.5"],
+    "tdmpq": ["--method", "tdmpq", "--metric", "perplexity"],
+    "taylor": ["--estimator", "taylor", "--bits", "3,4,8"],
+    "cmpq": ["--method", "cmpq", "--cca-components", 8],
+}
+
+
+@pytest.mark.parametrize("method", METHOD_OPTIONS)
+def test_sensitivity_writes_prints_and_draws(method, measure, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    output, plot = tmp_path / "table.json", tmp_path / "plot.png"
+    options = ["-o", output, "--plot", plot, "--granularity", "group", *METHOD_OPTIONS[method]]
+    assert measure(*options) == 0
+    table = SensitivityTable.load(output)
+    stored = json.loads(output.read_text())
+    assert stored["sensitivity"]["scores"] == table.scores
+    assert len(table.scores) == 3 * 4  # blocks of q/k/v, attention output, and two dense layers
+    assert all(type(score) is float for score in table.scores.values())
+    assert max(map(abs, table.scores.values())) == 1
+    if method == "taylor":
+        assert all(list(costs) == [3, 4, 8] for costs in table.costs.values())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    shown = capsys.readouterr().out
+    rows = {line.split()[1]: line for line in shown.splitlines() if "bert.encoder.layer." in line}
+    assert list(rows) == list(table.raw)
+    for unit, row in rows.items():
+        assert f"{table.raw[unit]:.4g}" in row
+        assert f"{table.scores[unit]:.3f}" in row
+    full = {unit: row.count("█") for unit, row in rows.items()}
+    assert max(full, key=full.get) == max(table.scores, key=table.scores.get)
+    assert max(full.values()) > 10
+    for unit, score in table.scores.items():
+        assert full[unit] == pytest.approx(40 * max(0, score), abs=1)
+    first, middle, last = table.deviations()
+    assert (
+        f"standard deviation from the mean sensitivity: first 30 % of the blocks {first:.3g}, middle {middle:.3g},"
+        f" last 30 % {last:.3g}"
+    ) in shown
+
+
+def test_sensitivity_without_a_plot_writes_only_the_table(measure, tmp_path):
+    before = set(tmp_path.iterdir())
+    assert measure("-o", tmp_path / "table.json", "--granularity", "block") == 0
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {"table.json", "bert-mlm"}
+    assert len(SensitivityTable.load(tmp_path / "table.json").raw) == 3
+
+
+@pytest.mark.parametrize("option", ["-o", "--plot"])
+def test_a_missing_folder_is_told_before_the_model_is_loaded(option, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    options = {"-o": tmp_path / "table.json", "--plot": tmp_path / "plot.png", option: tmp_path / "nowhere" / "file"}
+    arguments = [part for pair in options.items() for part in pair]
+    assert run("sensitivity", tmp_path, *arguments, "--dataset", data) == 1
+    assert f"Error: the folder of {tmp_path / 'nowhere' / 'file'} does not exist" in capsys.readouterr().err
+
+
+def test_sensitivity_goes_on_from_its_work_folder(measure, tmp_path, logged):
+    work = tmp_path / "work"
+    for name in ("first", "second"):
+        assert measure("-o", tmp_path / f"{name}.json", "--work-dir", work, "--estimator", "perturbation") == 0
+    assert "Resuming from" in logged.text
+    assert (tmp_path / "first.json").read_text() == (tmp_path / "second.json").read_text()
+    lines = (work / "tdmpq-perturbation" / "results-0.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines))
+
+
+def test_another_run_in_the_work_folder_is_one_error(measure, tmp_path, capsys):
+    options = ["--work-dir", tmp_path / "work", "--estimator", "perturbation"]
+    assert measure("-o", tmp_path / "table.json", *options) == 0
+    (tmp_path / "table.json").unlink()
+    assert measure("-o", tmp_path / "table.json", *options, "--perturbation-scale", 0.5) == 1
+    error = capsys.readouterr().err
+    assert "perturbation_scale 0.1 there, 0.5 here" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "table.json").exists()
+
+
+COMMANDS = ["quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "evaluate", "card", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command, capsys):
     assert run(command, "--help") == 0
     assert "Usage: cptquant" in capsys.readouterr().out

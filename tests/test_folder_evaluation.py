@@ -12,10 +12,10 @@ import torch
 from conftest import tiny_model
 from huggingface_hub import ModelCard
 from test_card import rows_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_cptquant import CPTQuantConfig, cli, evaluate_model, folder_evaluation
-from hf_cptquant.checkpoint import add_results, describe, rewrite_record
+from hf_cptquant.checkpoint import add_results, describe, rewrite_record, save_checkpoint
 from hf_cptquant.errors import CheckpointError, EvaluationError, PlanError
 from hf_cptquant.folder_evaluation import evaluate_folder
 from hf_cptquant.pipeline import decide
@@ -94,9 +94,11 @@ def test_the_command_on_a_real_model(quantized, smollm2, texts, tmp_path, capsys
     record = QuantizationRecord.load(folder)
     assert [result.to_dict() for result in record.evaluation] == found["results"]
     card = (folder / "README.md").read_text()
+    assert run("inspect", folder) == 0
+    inspected = capsys.readouterr().out
     for result in record.evaluation:
         assert list(result.cells()) in rows_of(card)
-        assert all(cell in captured.out for cell in result.cells())
+        assert all(cell in captured.out and cell in inspected for cell in result.cells())
     assert "was not evaluated" not in card
     after = state_of(folder)
     changed = {name for name in after if after[name] != before.get(name)}
@@ -189,6 +191,20 @@ def test_facts_of_a_folder_are_those_of_the_model(tiny_folder, tokens, tmp_path)
     facts = describe(tmp_path / "conv")
     assert (facts.name, facts.task, facts.portable) == ("conv", "causal-lm", False)
     assert "import hf_cptquant" in facts.limits
+
+
+def test_the_original_is_named_where_it_is_known(tiny_folder, texts, minilm, tmp_path, capsys):
+    data = tmp_path / "data.txt"
+    data.write_text(texts[0])
+    settings = {"dataset": [texts[0]], "tokenizer": str(minilm), "quality": "fast", "group_size": 32, "num_samples": 2}
+    model = AutoModelForMaskedLM.from_pretrained(
+        tiny_folder("bert-mlm"), quantization_config=CPTQuantConfig(**settings, sequence_length=16)
+    )
+    save_checkpoint(model, replace(model.hf_quantizer.record, base_model="google/tiny"), tmp_path / "masked")
+    options = ["--dataset", data, "--tokenizer", minilm, "--num-samples", 2, "--sequence-length", 12]
+    assert run("evaluate", tmp_path / "masked", *options) == 0
+    assert "--against google/tiny" in capsys.readouterr().out
+    assert "pseudo-perplexity" in (tmp_path / "masked" / "README.md").read_text()
 
 
 def test_a_dense_model_is_measured_and_nothing_written(folders, tiny_folder, texts, tmp_path, capsys):

@@ -91,6 +91,10 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
         CalibrationError: no data, too little text, an unreachable dataset, a missing tokenizer or one of another
             vocabulary.
     """
+    if recipe.names_no_data:
+        raise _no_data(
+            "no calibration data" if recipe.dataset is None else "only causal language models write their own text"
+        )
     return _load(recipe, facts, TRAINING_SPLITS, MASKED_SHARE)
 
 
@@ -103,15 +107,19 @@ def load_evaluation(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
     Raises:
         CalibrationError: as `load_calibration`.
     """
+    if recipe.names_no_data:
+        raise _no_data("no text to evaluate on")
     return _load(recipe, facts, EVALUATION_SPLITS, 1.0)
 
 
+def _no_data(reason: str) -> CalibrationError:
+    return CalibrationError(
+        f"{reason}: pass dataset=, one of {', '.join(HUB_DATASETS)} from the Hub, or without a network"
+        f" {WAYS_WITHOUT_NETWORK}"
+    )
+
+
 def _load(recipe: Recipe, facts: ModelFacts, splits: Mapping[str, str], masked_share: float) -> CalibrationSet:
-    if recipe.dataset is None:
-        raise CalibrationError(
-            f"no calibration data: pass dataset=, one of {', '.join(HUB_DATASETS)} from the Hub, or without a network"
-            f" {WAYS_WITHOUT_NETWORK}"
-        )
     length = min(recipe.sequence_length, facts.max_length or recipe.sequence_length)
     if _is_tokens(recipe.dataset):
         if facts.task == "sequence-classification" and recipe.metric == "accuracy":

@@ -30,7 +30,6 @@ from .options import (
     AllocationOption,
     BatchSizeOption,
     BitsOverrideOption,
-    DatasetOption,
     LabelColumnOption,
     MaxLossIncreaseOption,
     RegularizationOption,
@@ -241,7 +240,9 @@ def evaluate(
         str | None,
         typer.Option(help="The original, name or folder: also its figures and how far the predictions are from its."),
     ] = None,
-    dataset: DatasetOption = "wikitext2",
+    dataset: Annotated[
+        str, typer.Option(help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file.")
+    ] = "wikitext2",
     tokenizer: TokenizerOption = None,
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,

@@ -76,7 +76,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         sparsity_levels: shares of a unit's weights that `"pmpq"` prunes; the score is the mean over them.
         cca_components, cca_samples: principal components of each unit, and tokens, that `"cmpq"` correlates.
         dataset: calibration data: `"wikitext2"`, `"c4"` or `"imdb"` from the Hub; a path to a text, JSON Lines or
-            Parquet file; a list of strings; a `datasets.Dataset`; or token tensors `[sequences, length]`.
+            Parquet file; a list of strings; a `datasets.Dataset`; token tensors `[sequences, length]`; or `"self"`, the
+            default for causal language models: text that the model itself writes.
         tokenizer: name, path or object; by default the model's own.
         text_column, label_column: columns of a dataset. Without labels, a classifier is measured against its own
             predictions.

@@ -23,7 +23,6 @@ TargetSizeOption = Annotated[str | None, typer.Option(help="Budget: size of the 
 TargetCompressionOption = Annotated[float | None, typer.Option(help="Budget: compression ratio.")]
 MaxLossIncreaseOption = Annotated[float | None, typer.Option(help="Smallest model within this loss (nats).")]
 BitsOverrideOption = Annotated[list[str] | None, typer.Option(help="PATTERN=BITS decided beforehand; may be repeated.")]
-DatasetOption = Annotated[str, typer.Option(help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file.")]
 TokenizerOption = Annotated[str | None, typer.Option(help="Name or folder; by default the model's own.")]
 TextColumnOption = Annotated[str | None, typer.Option(help="Column of the texts.")]
 LabelColumnOption = Annotated[str | None, typer.Option(help="Column of the labels (classifiers).")]
@@ -56,7 +55,9 @@ def read_settings(
     recover: Annotated[str | None, typer.Option(help="scales: train scales and norms after rounding.")] = None,
     group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
-    dataset: DatasetOption = "wikitext2",
+    dataset: Annotated[
+        str, typer.Option(help="wikitext2, c4, imdb, a .txt, .jsonl or .parquet file, or self: the model's own text.")
+    ] = "wikitext2",
     tokenizer: TokenizerOption = None,
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,

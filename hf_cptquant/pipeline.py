@@ -23,12 +23,13 @@ from .calibration import CalibrationSet, facts_of, hold_out, in_batches, load_ca
 from .config import CPTQuantConfig
 from .errors import ConfigError, ModelError, PlanError
 from .evaluate import evaluating, losses_of_plans
-from .model_view import TASKS, hub_name_of, task_of, view_model
+from .model_view import TASKS, hub_name_of, max_length_of, task_of, view_model
 from .plan import BitPlan, LeftAlone, read_json
 from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
 from .recipe import BUDGETS, Recipe
 from .record import QuantizationRecord
 from .recovery import recover, remember
+from .self_text import sample_text
 from .sensitivity import METHODS, score_by_all
 from .sensitivity.metrics import Batch, mean_loss
 from .sensitivity.rounding_errors import relative_errors
@@ -49,7 +50,7 @@ class Preparation:
 
     Attributes:
         plan: the undecided plan.
-        calibration: the data; None if nothing needs them.
+        calibration: the data; None if nothing needs them, or if the model writes them itself.
         given: the record of the plan that the recipe gives, if it gives one.
     """
 
@@ -78,13 +79,15 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
             f" the heads"
             f" {', '.join(TASKS)} (AutoModelForCausalLM, AutoModelForMaskedLM, …)"
         )
-    if recipe.plan is not None:
-        given = given_record(model, recipe)
-        calibration = _calibration_for(model, recipe) if recipe.learns else None
-        return Preparation(given.plan.undecided, calibration, given)
-    plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
-    check_budget(plan, recipe)
-    return Preparation(plan, _calibration_for(model, recipe))
+    given = given_record(model, recipe) if recipe.plan is not None else None
+    if given is not None:
+        plan = given.plan.undecided
+    else:
+        plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
+        check_budget(plan, recipe)
+    later = recipe.names_no_data and task_of(model) == "causal-lm"
+    calibration = _calibration_for(model, recipe) if recipe.measures and not later else None
+    return Preparation(plan, calibration, given)
 
 
 def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
@@ -92,6 +95,24 @@ def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
     if recipe.method == "auto" or recipe.recover:
         hold_out(calibration)  # enough data to judge by
     return calibration
+
+
+def _with_own_text(model: PreTrainedModel, recipe: Recipe, preparation: Preparation) -> Preparation:
+    """The preparation with the text that the model writes itself, now that it has its weights, where that is wanted."""
+    if preparation.calibration is not None or not recipe.measures:
+        return preparation
+    length = min(recipe.sequence_length, max_length_of(model) or recipe.sequence_length)
+    if recipe.dataset is None:
+        logger.warning(
+            f"No dataset= is given: calibrating on {recipe.num_samples} sequences of {length} tokens that the model"
+            " itself writes."
+        )
+    rows = sample_text(model, recipe.num_samples, length, recipe.seed)
+    calibration = _calibration_for(model, replace(recipe, dataset=rows))
+    source = "text written by the model itself"
+    return replace(
+        preparation, calibration=replace(calibration, description={**calibration.description, "source": source})
+    )
 
 
 def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
@@ -156,7 +177,7 @@ def measure_record(model: PreTrainedModel, config: CPTQuantConfig) -> Quantizati
     recipe = config.recipe()
     preparation = _prepare_to_measure(model, recipe)
     with evaluating(model):
-        return _scored(model, preparation, recipe)
+        return _scored(model, _with_own_text(model, recipe, preparation), recipe)
 
 
 def solve(table: SensitivityTable, config: CPTQuantConfig) -> BitPlan:
@@ -185,8 +206,9 @@ def measure_frontier(model: PreTrainedModel, config: CPTQuantConfig, count: int)
     """
     recipe = config.recipe()
     preparation = _prepare_to_measure(model, recipe)
-    measured, judged = hold_out(preparation.data)
     with evaluating(model):
+        preparation = _with_own_text(model, recipe, preparation)
+        measured, judged = hold_out(preparation.data)
         table = score(model, replace(preparation, calibration=measured), recipe)
         points = frontier(table, recipe, count)
         batches = with_labels(model, judged.batches)
@@ -272,6 +294,7 @@ def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
     check_fits(model, preparation.plan)
     if recipe.learns:
         check_in_memory(model, preparation.plan)
+    preparation = _with_own_text(model, recipe, preparation)
     start = time.perf_counter()
     parts = hold_out(preparation.data) if recipe.recover else ()
     examples = [remember(model, _steps_of(part)) for part in parts]

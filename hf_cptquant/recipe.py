@@ -48,6 +48,7 @@ HUB_IDS = {  # what `datasets.load_dataset` calls them: dataset, configuration
     "imdb": ("stanfordnlp/imdb", None),
 }
 HUB_DATASETS = tuple(HUB_IDS)
+SELF = "self"  # text that the model itself writes
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 WAYS_WITHOUT_NETWORK = (
     f"a list of strings, a path to a file ({', '.join(FILE_SUFFIXES)}), a datasets.Dataset, or token tensors"
@@ -194,6 +195,16 @@ class Recipe:
         return not self.rounds_to_nearest or self.recover is not None
 
     @property
+    def measures(self) -> bool:
+        """Whether calibration data decide on anything."""
+        return self.plan is None or self.learns
+
+    @property
+    def names_no_data(self) -> bool:
+        """Whether a model that can is to write its own calibration text."""
+        return self.dataset is None or (isinstance(self.dataset, str) and self.dataset == SELF)
+
+    @property
     def packed_bits(self) -> tuple[int, ...]:
         """The bit widths below 16 that a unit may get, ascending, those of `bits_override` included."""
         return tuple(sorted({bits for bits in (*self.bits, *dict(self.bits_override).values()) if bits < 16}))
@@ -241,8 +252,9 @@ def _check_integer(setting: str, value: Any, least: int) -> None:
 def _check_dataset(dataset: Any) -> None:
     if isinstance(dataset, (bool, int, float, bytes, Mapping)):
         raise ConfigError(f"dataset={dataset!r} must be one of {', '.join(HUB_DATASETS)}, or {WAYS_WITHOUT_NETWORK}")
-    if isinstance(dataset, str) and dataset not in HUB_DATASETS and not dataset.endswith(FILE_SUFFIXES):
+    named = (*HUB_DATASETS, SELF)
+    if isinstance(dataset, str) and dataset not in named and not dataset.endswith(FILE_SUFFIXES):
         raise ConfigError(
-            f"dataset={dataset!r} is neither one of {', '.join(HUB_DATASETS)} nor a file ending in"
-            f" {', '.join(FILE_SUFFIXES)}{nearest_name(dataset, HUB_DATASETS)}"
+            f"dataset={dataset!r} is neither one of {', '.join(named)} nor a file ending in"
+            f" {', '.join(FILE_SUFFIXES)}{nearest_name(dataset, named)}"
         )

@@ -258,7 +258,7 @@ def test_unknown_dataset_names_the_nearest(name, nearest):
 
 def test_unknown_dataset_like_no_other_lists_what_there_is():
     with pytest.raises(
-        ConfigError, match=r"wikitext2, c4, imdb nor a file ending in \.txt, \.jsonl, \.json, \.parquet$"
+        ConfigError, match=r"wikitext2, c4, imdb, self nor a file ending in \.txt, \.jsonl, \.json, \.parquet$"
     ):
         CPTQuantConfig(dataset="qqqqqqqq")
 

@@ -251,6 +251,9 @@ def test_models_and_data_that_give_no_figure_are_refused(tokens, minilm, texts):
         evaluate_model(tiny_model("bert-classifier", num_labels=1), config_for(texts[:1], tokenizer=str(minilm)))
     with pytest.raises(EvaluationError, match="1 texts has no labels, which accuracy needs; set label_column"):
         evaluate_model(tiny_model("bert-classifier"), config_for(texts[:1], tokenizer=str(minilm)))
+    for nothing in (None, "self"):
+        with pytest.raises(CalibrationError, match="no text to evaluate on: pass dataset="):
+            evaluate_model(tiny_model("llama"), config_for(nothing))
     with pytest.raises(CalibrationError, match="the data hold 10 tokens, not even one sequence of 32"):
         evaluate_model(tiny_model("llama"), config_for([tokens[0, :10]]))
 

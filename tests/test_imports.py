@@ -11,9 +11,9 @@ PACKAGE = Path(hf_cptquant.__file__).parent
 # From the bottom up: a module may import those above it in this list.
 ORDER = [
     "arithmetic", "errors", "bitmap", "plan", "table", "results", "record", "recipe", "config", "ranks", "work_folder",
-    "grid", "packing", "kernels", "modules", "model_view", "calibration", "sensitivity", "allocation", "plots",
-    "rounding", "quantize", "recovery", "section", "card", "checkpoint", "predictions", "evaluate", "folder_evaluation",
-    "pipeline", "transformers_backend",
+    "grid", "packing", "kernels", "modules", "model_view", "calibration", "self_text", "sensitivity", "allocation",
+    "plots", "rounding", "quantize", "recovery", "section", "card", "checkpoint", "predictions", "evaluate",
+    "folder_evaluation", "pipeline", "transformers_backend",
 ]  # fmt: skip
 EDGES = ["metrics", "demo", "options", "terminal", "cli"]
 

@@ -174,17 +174,19 @@ def measure_windows(
 
     Raises:
         CalibrationError, ModelError: the predictions are not finite.
+        EvaluationError: the original's are not.
     """
     task = str(task_of(model))
     found: dict[str, list[np.ndarray]] = {}
     base: Iterator[Tensor] | None = None if original is None else iter(original)
     for batch, logits in zip(batches, predictions(model, batches, "Evaluating"), strict=True):
-        of_batch = compare(logits, targets(task, batch), None if base is None else next(base))
+        of_original = None if base is None else next(base)
+        if of_original is not None and bool(of_original.isnan().any()):
+            raise EvaluationError("the original predicts NaN on these data; are its weights and dtype right?")
+        of_batch = compare(logits, targets(task, batch), of_original)
         for name, values in of_batch.items():
             of_windows = values.double().mean(1).numpy()
             if not np.isfinite(of_windows).all():
-                if name.startswith("base_"):
-                    raise EvaluationError("the original predicts NaN or infinity on these data")
                 raise not_finite(model, batch, f"the {name} is {of_windows[~np.isfinite(of_windows)][0]}")
             found.setdefault(name, []).append(of_windows)
     return {name: np.concatenate(parts) for name, parts in found.items()}

@@ -25,8 +25,8 @@ LABELS = {
     "perplexity": "perplexity",
     "pseudo_perplexity": "pseudo-perplexity",
     "accuracy": "accuracy",
-    "loss_increase": "rise of the loss (nats per token)",
-    "kl_divergence": "KL divergence from the original (nats per token)",
+    "loss_increase": "rise of the loss (nats)",
+    "kl_divergence": "KL divergence from the original (nats)",
     "top1_agreement": "top-1 agreement with the original",
 }
 HEADINGS = ("", "dataset", "original", "quantized", "95 % interval", "windows", "tokens")
@@ -52,9 +52,9 @@ class EvaluationResult:
     """One figure of a model on data.
 
     Attributes:
-        metric: `"perplexity"`, `"pseudo_perplexity"`, `"accuracy"`; against an original also `"loss_increase"` (nats
-            per token), `"kl_divergence"` (of its predictions from the original's, nats per token) and
-            `"top1_agreement"` (share of the predictions).
+        metric: `"perplexity"`, `"pseudo_perplexity"`, `"accuracy"`; against an original also `"loss_increase"` and
+            `"kl_divergence"` (of its predictions from the original's), both in nats per token (per text for a
+            classifier), and `"top1_agreement"` (share of the predictions).
         dataset: name or file.
         split: of a dataset on the Hub, otherwise None.
         windows: sequences that were measured; the interval is over them.

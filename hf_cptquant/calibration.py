@@ -205,10 +205,24 @@ def _calibration_set(fields: Mapping[str, Tensor], source: str, batch_size: int)
 
 def load_tokenizer(recipe: Recipe, facts: ModelFacts) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer (object, name or path), by default the model's own, checked against its vocabulary."""
-    tokenizer = recipe.tokenizer if recipe.tokenizer is not None else facts.name_or_path
+    return find_tokenizer(facts.name_or_path if recipe.tokenizer is None else recipe.tokenizer, facts.vocabulary)
+
+
+def find_tokenizer(tokenizer: Any, vocabulary: int, token: str | bool | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer that fits a model.
+
+    Args:
+        tokenizer: name, path or object.
+        vocabulary: rows of the model's token embedding.
+        token: for the Hub; by default that of `hf auth login`.
+
+    Raises:
+        CalibrationError: there is none, or it is one for another model (transformers makes an empty tokenizer for a
+            model without files of one).
+    """
     if isinstance(tokenizer, (str, os.PathLike)):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, token=token)
         except (OSError, ValueError, KeyError) as error:
             raise CalibrationError(
                 f"no tokenizer at {os.fspath(tokenizer)!r}: pass tokenizer= (a name, a path or an object), or token"
@@ -218,11 +232,10 @@ def load_tokenizer(recipe: Recipe, facts: ModelFacts) -> PreTrainedTokenizerBase
         raise CalibrationError(
             f"tokenizer= is {type(tokenizer).__name__}; pass a name, a path or a transformers tokenizer"
         )
-    if not SMALLEST_VOCABULARY_SHARE * facts.vocabulary <= len(tokenizer) <= facts.vocabulary:
+    if not SMALLEST_VOCABULARY_SHARE * vocabulary <= len(tokenizer) <= vocabulary:
         raise CalibrationError(
-            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the model"
-            f" {facts.vocabulary}: it belongs to"
-            " another model; pass the right one as tokenizer=, or token tensors as dataset="
+            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the model {vocabulary}: it"
+            " belongs to another model; pass the right one as tokenizer=, or token tensors as dataset="
         )
     return tokenizer
 

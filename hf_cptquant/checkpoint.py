@@ -24,7 +24,8 @@ from .card import CardFacts, render_card
 from .errors import CheckpointError, PlanError
 from .model_view import class_named_in, read_config, task_of
 from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
-from .plan import PLAN_FILE, ModulePlan
+from .plan import PLAN_FILE, PLAN_PICTURE, ModulePlan
+from .plots import plot_plan
 from .quantize import replace_module
 from .record import QuantizationRecord
 from .results import EvaluationResult, merge
@@ -139,12 +140,10 @@ def save_checkpoint(
     model: PreTrainedModel,
     record: QuantizationRecord,
     save_directory: str | os.PathLike,
-    *,
-    push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """`save_pretrained` of a quantized model: what transformers writes, `cptquant_plan.json` and a model card, all or
-    nothing.
+    """Write a quantized model: what transformers writes, `cptquant_plan.json` and a model card with a picture of the
+    plan, all or nothing.
 
     Everything is written to a temporary folder beside the target and moved into place when it is complete.
 
@@ -152,14 +151,12 @@ def save_checkpoint(
         model: quantized; its config holds the section that goes into `config.json`.
         record: what `cptquant_plan.json` says.
         save_directory: a new folder, an earlier checkpoint of this package (replaced), or one without a model.
-        push_to_hub: also upload; `repo_id`, `token`, `private`, `create_pr`, `commit_message` as in transformers.
         kwargs: as for `PreTrainedModel.save_pretrained`.
 
     Raises:
         CheckpointError: the folder holds a model that is not ours.
     """
     target = Path(save_directory)
-    hub = {name: kwargs.pop(name) for name in ("repo_id", "private", "create_pr", "commit_message") if name in kwargs}
     if kwargs.get("is_main_process", True):
         refuse_foreign(target)
         limits = limits_of(model)
@@ -170,12 +167,11 @@ def save_checkpoint(
         try:
             type(model).save_pretrained(model, staging, **kwargs)
             record.save(staging / PLAN_FILE)
+            plot_plan(record.plan, record.table, staging / PLAN_PICTURE)
             (staging / CARD_FILE).write_text(_card(record, _facts(model, target, limits), target), encoding="utf-8")
             _move_into_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    if push_to_hub:
-        model.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
 
 
 def describe(folder: Path) -> CardFacts:
@@ -196,8 +192,8 @@ def describe(folder: Path) -> CardFacts:
 
 
 def rewrite_record(folder: Path, record: QuantizationRecord) -> None:
-    """Write the plan file and the card of a quantized model anew; each is replaced when it is complete, and the weights
-    are not touched.
+    """Write the plan file and the card of a quantized model anew, and the picture on the card if it is missing. Each
+    file is replaced when it is complete, and the weights are not touched.
 
     Raises:
         ModelError, CheckpointError: as `describe`, or the metadata of the card cannot be read; nothing is written.
@@ -210,6 +206,8 @@ def rewrite_record(folder: Path, record: QuantizationRecord) -> None:
             complete.replace(path)
         finally:
             complete.unlink(missing_ok=True)
+    if not (folder / PLAN_PICTURE).exists():
+        plot_plan(record.plan, record.table, folder / PLAN_PICTURE)
 
 
 def add_results(folder: Path, results: Sequence[EvaluationResult]) -> None:

@@ -25,6 +25,7 @@ from .config import CPTQuantConfig
 from .demo import run_demo
 from .errors import CheckpointError, CPTQuantError, ModelError
 from .folder_evaluation import evaluate_folder
+from .hub import Target, check_can_push, push_folder
 from .model_view import class_named_in, read_config
 from .options import (
     AllocationOption,
@@ -59,6 +60,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 ModelArgument = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a full-precision model.")]
 DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 PlotOption = Annotated[Path | None, typer.Option(help="PNG file for a picture of the plan.")]
+PrivateOption = Annotated[
+    bool | None, typer.Option("--private/--public", help="Of a repository that is made; by default as the Hub has it.")
+]
 DeviceMapOption = Annotated[str | None, typer.Option(help="As in transformers, e.g. auto.")]
 
 
@@ -69,18 +73,40 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the quantized model.")],
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights, e.g. 5GB.")] = "50GB",
+    push_to_hub: Annotated[str | None, typer.Option(help="NAME/MODEL on the Hub, to push to afterwards.")] = None,
+    private: PrivateOption = None,
     *,
     config: CPTQuantConfig,
 ) -> None:
-    """Quantize MODEL and write it to a folder."""
+    """Quantize MODEL, write it to a folder, and push it to the Hub if that is asked for."""
     join_processes()
     check_output(output)
+    if push_to_hub is not None:
+        check_can_push(push_to_hub)
     quantized = load_model(model, dtype, device_map, quantization_config=config)
     if ranks.rank() > 0:
         return
-    quantized.save_pretrained(output)
+    quantized.save_pretrained(output, max_shard_size=max_shard_size)
     AutoTokenizer.from_pretrained(config.tokenizer or model).save_pretrained(output)
     say(f"Written to {output}. See the plan with: cptquant inspect {output}")
+    if push_to_hub is not None:
+        push(output, push_to_hub, private)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
+    repo_id: Annotated[str, typer.Argument(help="NAME/MODEL on the Hub; made if it does not exist.")],
+    private: PrivateOption = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it does not exist; by default main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
+) -> None:
+    """Push a quantized model to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
+    target = Target(repo_id, private, revision, create_pr, commit_message=commit_message)
+    commit = push_folder(folder, target)
+    say(f"Pushed to {commit.pr_url or commit.commit_url}")
 
 
 @app.command()

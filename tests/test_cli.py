@@ -75,7 +75,7 @@ def test_the_class_in_the_config_is_used(tiny_folder, data, tmp_path):
     assert config["dtype"] == "bfloat16"
 
 
-COMMANDS = ["quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "evaluate", "card", "demo"]
+COMMANDS = ["quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "evaluate", "card", "demo", "push"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -255,6 +255,10 @@ def test_every_setting_is_an_option(command, capsys, monkeypatch):
         "--plot",
         "--points",
         "--measure",
+        "--max-shard-size",
+        "--push-to-hub",
+        "--private",
+        "--public",
     }
     assert shown - settings <= own
 

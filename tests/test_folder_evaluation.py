@@ -19,6 +19,7 @@ from hf_cptquant.checkpoint import add_results, describe, rewrite_record, save_c
 from hf_cptquant.errors import CheckpointError, EvaluationError, PlanError
 from hf_cptquant.folder_evaluation import evaluate_folder
 from hf_cptquant.pipeline import decide
+from hf_cptquant.plan import PLAN_PICTURE
 from hf_cptquant.record import QuantizationRecord
 
 SMALL = {"sequence_length": 32, "batch_size": 3}
@@ -175,8 +176,10 @@ def test_the_card_is_written_anew_without_weights(folder, capsys):
     expected = (folder / "README.md").read_text()
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    (folder / "README.md").unlink()
+    for name in ("README.md", PLAN_PICTURE):
+        (folder / name).unlink()
     assert run("card", folder) == 0
+    assert (folder / PLAN_PICTURE).read_bytes().startswith(b"\x89PNG")
     assert (folder / "README.md").read_text() == expected
     assert f"Written to {folder / 'README.md'}" in capsys.readouterr().out
     (folder / "README.md").write_text(expected.replace("Compression ratio", "Damaged") + "\nMine.\n")

@@ -12,7 +12,7 @@ PACKAGE = Path(hf_cptquant.__file__).parent
 ORDER = [
     "arithmetic", "errors", "bitmap", "plan", "table", "results", "record", "recipe", "config", "ranks", "work_folder",
     "grid", "packing", "kernels", "modules", "model_view", "calibration", "self_text", "sensitivity", "allocation",
-    "plots", "rounding", "quantize", "recovery", "section", "card", "checkpoint", "predictions", "evaluate",
+    "plots", "rounding", "quantize", "recovery", "section", "card", "checkpoint", "hub", "predictions", "evaluate",
     "folder_evaluation", "pipeline", "transformers_backend",
 ]  # fmt: skip
 EDGES = ["metrics", "demo", "options", "terminal", "cli"]

@@ -7,19 +7,22 @@ two markers, so that it can be made anew without touching what somebody has writ
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .bitmap import cell_text
 from .config import CPTQuantConfig
+from .errors import CheckpointError
 from .plan import PLAN_PICTURE
-from .recipe import Recipe
+from .recipe import HUB_IDS, Recipe
 from .record import QuantizationRecord
+from .results import HEADINGS, LABELS, EvaluationResult
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 BEGIN, END = "<!-- hf-cptquant: begin -->", "<!-- hf-cptquant: end -->"
@@ -40,6 +43,7 @@ AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
+MADE_BY = {"library": "hf-cptquant"}  # marks our results among others in the metadata
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         facts: of the model.
         existing: a card that is there already. Only our part of it is replaced, or put behind it.
     """
+    results = _eval_results(record, facts)
     widths = sorted({module.scheme.bits for module in record.plan.packed})
     data = ModelCardData(
         base_model=record.base_model,
@@ -75,6 +80,8 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         pipeline_tag=PIPELINE_TAGS[facts.task],
         tags=["cptquant", "mixed-precision", *(["compressed-tensors"] if facts.portable else [])]
         + [f"{bits}-bit" for bits in widths],
+        eval_results=results or None,
+        model_name=facts.name if results else None,
         ignore_metadata_errors=True,
     )
     card = ModelCard.from_template(
@@ -91,13 +98,23 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         picture=PLAN_PICTURE,
         cell_text=cell_text,
         code=_code(record.settings),
+        headings=HEADINGS,
+        comparisons=_distinct(result.against for result in record.evaluation),
+        calibrated_on=_distinct(result.dataset for result in record.evaluation if _calibrated_on(record, result)),
         held_out=dict(record.table.settings.get("held_out_losses", {})) if record.table else {},
     )
     return str(card) if existing is None else with_our_part(existing, str(card))
 
 
 def with_our_part(existing: str, card: str) -> str:
-    """A card with our part of another one: in the place of its own, or behind the text if it has none."""
+    """A card with our part of another one: in the place of its own, or behind the text if it has none.
+
+    Results in the metadata go along; those of others stay.
+
+    Raises:
+        CheckpointError: there are some, and the metadata of a card cannot be read.
+    """
+    existing = _with_results(existing, card)
     ours = OUR_PART.search(card)
     assert ours is not None, "the card is one of ours"
     if OUR_PART.search(existing):
@@ -129,6 +146,64 @@ def is_generic(card: str) -> bool:
     """Whether a card is the form that transformers pushes with a tokenizer or a dense model, not filled in."""
     form = ModelCard.from_template(ModelCardData(), model_description=GENERIC_DESCRIPTION)
     return REGEX_YAML_BLOCK.sub("", card).strip() == form.text.strip()
+
+
+def _distinct(names: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _calibrated_on(record: QuantizationRecord, result: EvaluationResult) -> bool:
+    """Whether a model was measured on the text that decided on it. Datasets from the Hub have other text for that."""
+    return result.split is None and result.dataset == record.calibration.get("source")
+
+
+def _eval_results(record: QuantizationRecord, facts: CardFacts) -> list[EvalResult]:
+    """What the metadata say: the model's own figures on datasets that the Hub knows."""
+    results = []
+    for result in record.evaluation:
+        if result.dataset in HUB_IDS:
+            name, configuration = HUB_IDS[result.dataset]
+            settings = {"windows": result.windows, "sequence_length": result.sequence_length, "seed": result.seed}
+            results.append(
+                EvalResult(
+                    task_type=PIPELINE_TAGS[facts.task],
+                    dataset_type=name,
+                    dataset_name=result.dataset,
+                    dataset_config=configuration,
+                    dataset_split=result.split,
+                    metric_type=result.metric,
+                    metric_name=LABELS[result.metric],
+                    metric_value=result.value,
+                    metric_args={**MADE_BY, **settings},
+                )
+            )
+    return results
+
+
+def _with_results(existing: str, card: str) -> str:
+    """A card whose metadata hold those results of ours that another one has, and no others of ours."""
+    if not any("model-index:" in block[2] for text in (existing, card) if (block := REGEX_YAML_BLOCK.search(text))):
+        return existing
+    parsed, data = _parsed(existing)
+    _, other = _parsed(card)
+    theirs = [result for result in data.eval_results or () if not _is_ours(result)]
+    ours = [result for result in other.eval_results or () if _is_ours(result)]
+    data.eval_results = [*theirs, *ours] or None
+    data.model_name = (data.model_name or other.model_name) if data.eval_results else None
+    return str(parsed)
+
+
+def _parsed(text: str) -> tuple[ModelCard, ModelCardData]:
+    try:
+        card = ModelCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"the metadata at the head of README.md cannot be read: {error}; repair them") from error
+    assert isinstance(card.data, ModelCardData)
+    return card, card.data
+
+
+def _is_ours(result: EvalResult) -> bool:
+    return isinstance(result.metric_args, dict) and MADE_BY.items() <= result.metric_args.items()
 
 
 def _code(settings: Mapping[str, Any]) -> str:

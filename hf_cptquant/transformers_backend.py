@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, with_full_table
+from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, with_plan_file
 from .config import CPTQuantCheckpointConfig, CPTQuantConfig
 from .hub import push_to_hub, save_pretrained
 from .pipeline import Preparation, prepare, quantize_model
@@ -43,7 +43,7 @@ class CPTQuantHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             record = read_section(self.quantization_config.to_dict(), model)
             check_files(checkpoint_files or (), record)
-            self.record = with_full_table(record, checkpoint_files or ())
+            self.record = with_plan_file(record, checkpoint_files or ())
             build_skeleton(model, self.record)
         else:
             with torch.device("cpu"):  # transformers builds the model on the meta device; the data are real

@@ -207,7 +207,9 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def dequantize_model(model: nn.Module) -> None:
-    """Swap every packed module back for a dense one with the dequantized weight, in place."""
-    for name, module in packed_modules(model).items():
+def dequantize_model(model: nn.Module) -> tuple[str, ...]:
+    """Swap every packed module back for a dense one with the dequantized weight, in place, and give their names."""
+    packed = packed_modules(model)
+    for name, module in packed.items():
         replace_module(model, name, module.dense().train(module.training))
+    return tuple(packed)

@@ -24,6 +24,7 @@ from .allocation import frontier as frontier_of
 from .checkpoint import refuse_foreign
 from .config import CPTQuantConfig
 from .demo import run_demo
+from .doctor import diagnose
 from .errors import CheckpointError, CPTQuantError, ModelError
 from .model_view import TASKS
 from .options import (
@@ -43,7 +44,7 @@ from .plan import PLAN_FILE, BitPlan, read_json
 from .plots import plot_frontier, plot_plan, plot_sensitivity
 from .record import QuantizationRecord
 from .table import SensitivityTable
-from .terminal import console, say, show_frontier, show_plan, show_sensitivity, show_units
+from .terminal import console, say, show_diagnosis, show_frontier, show_plan, show_sensitivity, show_units
 
 app = typer.Typer(
     help="Mixed-precision quantization for Hugging Face transformers: every layer with the bits that it needs.",
@@ -227,6 +228,19 @@ def inspect(
         show_units(record)
     if plot is not None:
         plot_plan(record.plan, record.table, plot)
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path | None, typer.Argument(help="A quantized model's folder; without it, all schemes.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show which kernels packed layers run on here, and why not on faster ones."""
+    diagnosis = diagnose(folder)
+    if as_json:
+        typer.echo(json.dumps(diagnosis.to_dict(), indent=1))
+    else:
+        show_diagnosis(diagnosis)
 
 
 @app.command()

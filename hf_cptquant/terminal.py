@@ -11,6 +11,7 @@ from rich.text import Text
 
 from .allocation import FrontierPoint
 from .bitmap import COLOURS, BitMap, cell_text, letters_on
+from .doctor import Diagnosis
 from .record import QuantizationRecord
 from .table import SensitivityTable
 
@@ -103,6 +104,19 @@ def show_frontier(points: Sequence[FrontierPoint], unit: str) -> None:
         measured = "–" if point.measured is None else f"{point.measured:.4f}"
         size = f"{point.plan.nbytes / 1e6:.1f}"
         table.add_row(f"{point.plan.bits_per_weight:.3f}", size, f"{point.predicted:.4g}", measured)
+    console.print(table)
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> None:
+    """Print versions, devices, and which kernel every scheme runs on."""
+    say(", ".join(f"{name} {version}" for name, version in diagnosis.versions.items()))
+    for device, description in diagnosis.devices.items():
+        say(f"{device}: {description}")
+    table = Table("scheme", "where", "decode", "prefill", "why not a faster one", title="kernels")
+    table.columns[0].overflow = "fold"
+    for report in diagnosis.kernels:
+        which = f"{report.scheme}\n{report.modules} modules, e.g. {report.example}" if report.modules else report.scheme
+        table.add_row(which, f"{report.device} {report.dtype}", report.decode, report.prefill, report.reason)
     console.print(table)
 
 

@@ -159,7 +159,7 @@ class PackedLayer(nn.Module):
         return module
 
     def _hold(self, tensors: PackedTensors) -> PackedLayer:
-        self.weight_packed, self.weight_scale, self.layout = tensors.weight, tensors.scale, tensors.layout
+        self.weight_packed, self.layout = tensors.weight, tensors.layout
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
@@ -170,8 +170,7 @@ class PackedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        wire = to_layout(self.tensors, WIRE, self.in_features)
-        destination[prefix + "weight_packed"], destination[prefix + "weight_scale"] = wire.weight, wire.scale
+        destination[prefix + "weight_packed"] = to_layout(self.tensors, WIRE, self.in_features).weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._hold(to_layout(self.tensors, WIRE, self.in_features))
@@ -180,8 +179,7 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies hold the wire format, since they may be opened on another device or processor."""
-        wire = to_layout(self.tensors, WIRE, self.in_features)
-        buffers = {**self._buffers, "weight_packed": wire.weight, "weight_scale": wire.scale}
+        buffers = {**self._buffers, "weight_packed": to_layout(self.tensors, WIRE, self.in_features).weight}
         return {**self.__dict__, "_buffers": buffers, "layout": WIRE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

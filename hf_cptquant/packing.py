@@ -42,7 +42,7 @@ def pack(integers: Tensor, bits: int, dim: int = 1) -> Tensor:
         octets = F.pad(octets, (0, -columns % (WORD // bits)))
         if bits == 4:
             octets = octets[:, ::2] | octets[:, 1::2] << 4
-        return octets.contiguous().view(torch.int32)
+        return octets.reshape(-1).view(torch.int32).view(rows, packed_length(columns, bits))
     unsigned = integers.to(torch.int64) + 2 ** (bits - 1)
     stream = F.pad(unsigned, (0, -columns % WORD)).view(rows, -1, WORD)
     words = torch.zeros(rows, stream.shape[1], bits, dtype=torch.int64, device=integers.device)

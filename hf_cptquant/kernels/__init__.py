@@ -7,7 +7,7 @@ in the form its kernel reads; `to_layout` converts losslessly both ways. `"wire"
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class PackedTensors:
     Attributes:
         weight: wire: int32 words `[out, packed_length(in, bits)]`; cpu_int4: uint8 `[out, in / 2]`; cpu_int8: int8
             `[out, in]`.
-        scale: `[out, groups]`; cpu_int4: scale and shift, `[groups, out, 2]`.
-        zero_point: int32 `[packed_length(out, bits), groups]` in every layout, or None.
+        scale: `[out, groups]`, in every layout.
+        zero_point: int32 `[packed_length(out, bits), groups]`, in every layout, or None.
     """
 
     weight: Tensor
@@ -90,18 +90,18 @@ def kernel_of(layout: str, rows: int, dtype: torch.dtype, device: torch.device) 
 
 def to_layout(tensors: PackedTensors, layout: str, in_features: int) -> PackedTensors:
     """Convert between layouts, bit for bit reversible. The input is not changed."""
-    weight, scale, zero_point = tensors.weight, tensors.scale, tensors.zero_point
+    weight = tensors.weight
     if tensors.layout == layout:
         return tensors
     if tensors.layout == CPU_INT4:
-        weight, scale = cpu.int4_to_wire(weight, scale, in_features)
+        weight = cpu.int4_to_wire(weight, in_features)
     elif tensors.layout == CPU_INT8:
         weight = cpu.int8_to_wire(weight)
     if layout == CPU_INT4:
-        weight, scale = cpu.int4_to_kernel(weight, scale, zero_point, in_features)
+        weight = cpu.int4_to_kernel(weight, in_features)
     elif layout == CPU_INT8:
         weight = cpu.int8_to_kernel(weight, in_features)
-    return PackedTensors(weight, scale, zero_point, layout)
+    return replace(tensors, weight=weight, layout=layout)
 
 
 def dense_weight(tensors: PackedTensors, bits: int, in_features: int) -> Tensor:
@@ -133,7 +133,7 @@ def linear(
     if kernel_of(layout, len(rows), x.dtype, x.device) != REFERENCE:
         rows = rows.contiguous()
         product = (
-            cpu.int4_linear(rows, weight, scale, group_size)
+            cpu.int4_linear(rows, weight, scale, zero_point, group_size)
             if layout == CPU_INT4
             else cpu.int8_linear(rows, weight, scale)
         )

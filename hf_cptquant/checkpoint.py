@@ -6,8 +6,6 @@ or nothing, and never destroys a model that is not ours.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import shutil
 import tempfile
@@ -19,12 +17,13 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .card import CardFacts, render_card
 from .errors import CheckpointError, PlanError, in_module
+from .memory import mapped_ranges, release, trim
 from .model_view import task_of
 from .modules import PACKED_CLASSES, PackedLayer, QuantConv1D, QuantLinear, packed_modules
 from .plan import PLAN_FILE, ModulePlan
@@ -126,37 +125,18 @@ def finish_loading(model: PreTrainedModel) -> None:
     Raises:
         CheckpointError: a packed tensor was not in the files, or does not belong to a weight of this shape.
     """
-    mapped = _mapped_ranges()
+    mapped = mapped_ranges()
     for name, module in packed_modules(model).items():
         with in_module(name):
             if not has_offloaded_params(module):  # accelerate moves tensors, and the mark does not come with them
                 _check_marks(module)
             with align_module_device(module):
                 _check_values(module)
+        module.weight_shape = module.weight_shape.clone()  # or these bytes alone would keep the whole file mapped
         loaded = module.weight_packed
         if module.settle().weight_packed is not loaded:
-            _release(loaded, mapped)
-
-
-def _mapped_ranges() -> list[tuple[int, int]]:
-    """Addresses at which safetensors files are mapped into this process's memory; known on Linux alone."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text(encoding="utf-8").splitlines() if maps.exists() else []
-    bounds = (line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(".safetensors"))
-    return [(int(start, 16), int(end, 16)) for start, end in bounds]
-
-
-def _release(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
-    """Let go of the memory of a tensor that lies in a mapped file, was only read and is not needed any more.
-
-    Pages that have been read of a mapped file count as the process's memory for as long as any tensor of the file is in
-    use. Linux drops them when told so.
-    """
-    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    if any(low <= start and end <= high for low, high in mapped):
-        start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if start < end:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+            release(loaded, mapped)
+    trim()
 
 
 def _check_marks(module: PackedLayer) -> None:
@@ -217,6 +197,7 @@ def save_checkpoint(
             _move_into_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            trim()
     if push_to_hub:
         model.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import ModelError
 from .grid import QuantizedWeight
 from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, linear, to_layout
+from .memory import trim
 from .packing import pack, packed_length, unpack
 from .plan import LayerScheme
 
@@ -166,7 +167,9 @@ class PackedLayer(nn.Module):
         """`.to()`, `.half()`, `.cuda()`, …: through the wire format into the layout of the new place."""
         self._hold(to_layout(self.tensors, WIRE, self.in_features))
         super()._apply(fn, recurse)
-        return self.settle()
+        self.settle()
+        trim()
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

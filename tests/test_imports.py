@@ -10,9 +10,9 @@ import hf_cptquant
 PACKAGE = Path(hf_cptquant.__file__).parent
 # From the bottom up: a module may import those above it in this list.
 ORDER = [
-    "arithmetic", "errors", "bitmap", "plan", "table", "record", "recipe", "config", "ranks", "work_folder", "grid",
-    "packing", "kernels", "doctor", "modules", "model_view", "calibration", "sensitivity", "allocation", "plots",
-    "rounding", "quantize", "recovery", "section", "card", "checkpoint", "evaluate", "pipeline", "transformers_backend",
+    "arithmetic", "memory", "errors", "bitmap", "plan", "table", "record", "recipe", "config", "ranks", "work_folder",
+    "grid", "packing", "kernels", "doctor", "modules", "model_view", "calibration", "sensitivity", "allocation",
+    "plots", "rounding", "quantize", "recovery", "section", "card", "checkpoint", "evaluate", "pipeline", "transformers_backend",
 ]  # fmt: skip
 EDGES = ["demo", "options", "terminal", "cli"]
 

@@ -45,7 +45,7 @@ def _from_blocks(packed: Tensor, in_features: int, block: int) -> Tensor:
 def int4_to_kernel(words: Tensor, in_features: int) -> Tensor:
     """Wire words → uint8 `[out, in / 2]` in blocks."""
     packed = words.new_empty(len(words), in_features // 2, dtype=torch.uint8)
-    for part, part_words in _parts(packed, words, in_features):
+    for part, part_words in _parts(packed, words, in_features, _known_block()):
         unsigned = unpack(part_words, 4, in_features).to(torch.int32) + 8
         part.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, INNER_K_TILES))
     return packed
@@ -54,14 +54,13 @@ def int4_to_kernel(words: Tensor, in_features: int) -> Tensor:
 def int4_to_wire(packed: Tensor, in_features: int) -> Tensor:
     """Exact reverse of `int4_to_kernel`."""
     words = packed.new_empty(len(packed), packed_length(in_features, 4), dtype=torch.int32)
-    for part, part_packed in _parts(words, packed, in_features):
+    for part, part_packed in _parts(words, packed, in_features, _known_block()):
         part.copy_(pack(_int4_integers(part_packed, in_features), 4))
     return words
 
 
-def _parts(first: Tensor, second: Tensor, in_features: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Corresponding rows of two forms of one weight, whole blocks and about `CHUNK` weights at a time."""
-    block = _known_block()
+def _parts(first: Tensor, second: Tensor, in_features: int, block: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Corresponding rows of two forms of one weight, whole blocks of rows and about `CHUNK` weights at a time."""
     rows = max(1, CHUNK // (in_features * block)) * block
     return zip(first.split(rows), second.split(rows), strict=True)
 
@@ -96,12 +95,19 @@ def int4_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | N
 
 def int8_to_kernel(words: Tensor, in_features: int) -> Tensor:
     """Wire words → int8 `[out, in]`."""
-    return unpack(words, 8, in_features)
+    integers = words.new_empty(len(words), in_features, dtype=torch.int8)
+    for part, part_words in _parts(integers, words, in_features):
+        part.copy_(unpack(part_words, 8, in_features))
+    return integers
 
 
 def int8_to_wire(integers: Tensor) -> Tensor:
     """int8 `[out, in]` → wire words."""
-    return pack(integers, 8)
+    in_features = integers.shape[1]
+    words = integers.new_empty(len(integers), packed_length(in_features, 8), dtype=torch.int32)
+    for part, part_integers in _parts(words, integers, in_features):
+        part.copy_(pack(part_integers, 8))
+    return words
 
 
 def int8_linear(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:

@@ -10,19 +10,20 @@ import pytest
 import torch
 from conftest import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_cptquant import CPTQuantConfig
-from hf_cptquant.errors import ConfigError, ModelError
+from hf_cptquant.errors import CheckpointError, ConfigError, ModelError
 from hf_cptquant.modules import QuantLinear, packed_modules
 from hf_cptquant.transformers_backend import refuse_sharding
 
 # 4 bits in the int4 kernel's layout, 8 bits in the int8 kernel's, 3 bits and the narrow k_proj and v_proj as on disk
 SETTINGS = {
     "bits": (3, 4, 8),
-    "bits_override": {"*_proj": 4, "*.down_proj": 8, "*.o_proj": 3},
+    "bits_override": {"*.[qkv]_proj": 4, "*.gate_proj": 4, "*.up_proj": 4, "*.down_proj": 8, "*.o_proj": 3},
     "allocation": "kmeans",
     "granularity": "module",
     "group_size": 32,
@@ -32,15 +33,10 @@ SETTINGS = {
 }
 BLOCKS = {f"model.layers.{index}": "disk" if index else "cpu" for index in range(3)}
 OUTSIDE = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-PEFTS_OWN = pytest.mark.filterwarnings(
-    "ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated:FutureWarning"
-)
 
 
 def config_for(tokens: torch.Tensor, **settings) -> CPTQuantConfig:
-    overrides = {"*.q_proj": 4, "*.k_proj": 4, "*.v_proj": 4, "*.gate_proj": 4, "*.up_proj": 4}
-    bits = {**overrides, "*.down_proj": 8, "*.o_proj": 3}
-    return CPTQuantConfig(**{**SETTINGS, "bits_override": bits, "dataset": tokens, **settings})
+    return CPTQuantConfig(**{**SETTINGS, "dataset": tokens, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +148,7 @@ def gradient_of_embeddings(model, tokens):
     return embeddings.grad
 
 
-@PEFTS_OWN
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_no_gradient(model, tokens):
     model.train()
     expected = gradient_of_embeddings(model, tokens)
@@ -191,10 +187,6 @@ def test_device_maps(device_map, offload_buffers, saved, tokens, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_found_when_offloaded_too(saved, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    from hf_cptquant.errors import CheckpointError
-
     folder = tmp_path / "damaged"
     saved[0].save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
@@ -245,7 +237,6 @@ def steps_of(model: nn.Module, x: torch.Tensor, count: int) -> list[float]:
     return losses
 
 
-@PEFTS_OWN
 def test_lora_on_a_real_model(quantized, tmp_path):
     model, folder = copy.deepcopy(quantized[0]), quantized[1]
     x = torch.arange(1000, 1032).view(1, -1)
@@ -278,7 +269,6 @@ def test_lora_on_a_real_model(quantized, tmp_path):
         assert relative_error(merged(x).logits, expected) < 1e-4
 
 
-@PEFTS_OWN
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_lora_on_every_linear_layer(kind, safe_merge, tokens, tiny_folder):

@@ -12,7 +12,8 @@ PACKAGE = Path(hf_cptquant.__file__).parent
 ORDER = [
     "arithmetic", "memory", "errors", "bitmap", "plan", "table", "record", "recipe", "config", "ranks", "work_folder",
     "grid", "packing", "kernels", "doctor", "modules", "model_view", "calibration", "sensitivity", "allocation",
-    "plots", "rounding", "quantize", "recovery", "section", "card", "checkpoint", "evaluate", "pipeline", "transformers_backend",
+    "plots", "rounding", "quantize", "recovery", "section", "card", "checkpoint", "evaluate", "pipeline",
+    "transformers_backend",
 ]  # fmt: skip
 EDGES = ["demo", "options", "terminal", "cli"]
 

@@ -23,6 +23,7 @@ from .arithmetic import working_dtype
 from .calibration import batches_on
 from .errors import ModelError, PlanError, in_module
 from .grid import QuantizedWeight, dequantize
+from .memory import mapped_ranges, release
 from .modules import PACKED_CLASSES, packed_modules
 from .plan import BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
@@ -168,6 +169,7 @@ def _pack(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:
     module = model.get_submodule(name)
     packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module.bias)
     replace_module(model, name, packed.train(module.training))
+    release(module.weight, mapped_ranges())
 
 
 def _matrix(module: nn.Module) -> torch.Tensor:

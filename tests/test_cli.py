@@ -473,7 +473,7 @@ def test_doctor_says_of_a_model_what_its_modules_say(tiny_folder, tokens, tmp_pa
     capsys.readouterr()
     assert run("doctor", tmp_path / "out", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert torch.__version__.startswith(found["versions"]["torch"])
     on_cpu = [report for report in found["kernels"] if report["device"] == "cpu"]
     assert sum(report["modules"] for report in on_cpu) == len(packed_modules(model))
     for report in on_cpu:

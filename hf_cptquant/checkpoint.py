@@ -62,7 +62,7 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
             raise CheckpointError(f"{file} is damaged ({error}); fetch or write the checkpoint again") from error
     if found.keys() & modules.keys():  # otherwise transformers renames this model's weights on loading
         for name, module in modules.items():
-            for leaf in _expected_shapes(module).keys() - found.get(name, set()):
+            for leaf in sorted(_expected_shapes(module).keys() - found.get(name, set())):
                 raise CheckpointError(f"{name}: {leaf} is missing from the checkpoint")
 
 

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .card import CardFacts, render_card
-from .errors import CheckpointError, PlanError
+from .errors import CheckpointError, PlanError, in_module
+from .memory import mapped_ranges, release, trim
 from .model_view import class_named_in, read_config, task_of
-from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
+from .modules import PACKED_CLASSES, PackedLayer, QuantConv1D, QuantLinear, packed_modules
 from .plan import PLAN_FILE, PLAN_PICTURE, ModulePlan
 from .plots import plot_plan
 from .quantize import replace_module
@@ -46,9 +48,11 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
     """Check the headers of safetensors files against a plan before transformers loads them.
 
     Raises:
-        CheckpointError: a file is damaged, or a packed tensor has another dtype or shape than the plan needs.
+        CheckpointError: a file is damaged, or a packed tensor is missing or has another dtype or shape than the plan
+            needs.
     """
     modules = {module.name: module for module in record.plan.packed}
+    found: dict[str, set[str]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -56,8 +60,13 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
                     name, _, leaf = key.rpartition(".")
                     if leaf in SAFETENSORS_DTYPES:
                         _check_tensor(tensors.get_slice(key), name, leaf, modules.get(name))
+                        found.setdefault(name, set()).add(leaf)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); fetch or write the checkpoint again") from error
+    if found.keys() & modules.keys():  # otherwise transformers renames this model's weights on loading
+        for name, module in modules.items():
+            for leaf in sorted(_expected_shapes(module).keys() - found.get(name, set())):
+                raise CheckpointError(f"{name}: {leaf} is missing from the checkpoint")
 
 
 def with_plan_file(record: QuantizationRecord, files: Sequence[str]) -> QuantizationRecord:
@@ -87,13 +96,17 @@ def _check_tensor(tensor: Any, name: str, leaf: str, module: ModulePlan | None) 
             f"{name}: {leaf} is stored as {tensor.get_dtype()}, not {' or '.join(SAFETENSORS_DTYPES[leaf])}"
         )
     if module is not None:  # None: transformers renames this model's weights on loading, and checks their shapes itself
-        with torch.device("meta"):
-            expected = QuantLinear(module.in_features, module.out_features, module.scheme).state_dict()
-        shape = tuple(expected[leaf].shape) if leaf in expected else None
+        shape = _expected_shapes(module).get(leaf)
         if tuple(tensor.get_shape()) != shape:
             raise CheckpointError(
                 f"{name}: {leaf} has shape {tuple(tensor.get_shape())}, the plan ({module.scheme}) needs {shape}"
             )
+
+
+def _expected_shapes(module: ModulePlan) -> dict[str, tuple[int, ...]]:
+    """Packed tensors of a module and their shapes."""
+    empty = QuantLinear(module.in_features, module.out_features, module.scheme, bias=False, device="meta")
+    return {leaf: tuple(tensor.shape) for leaf, tensor in empty.state_dict().items()}
 
 
 def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
@@ -114,21 +127,37 @@ def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
 def finish_loading(model: PreTrainedModel) -> None:
     """After transformers has filled the skeleton: check that nothing is missing, and settle the kernels' layouts.
 
+    Weights that accelerate has offloaded stay in the wire format, in which they lie on disk.
+
     Raises:
         CheckpointError: a packed tensor was not in the files, or does not belong to a weight of this shape.
     """
+    mapped = mapped_ranges()
     for name, module in packed_modules(model).items():
-        for leaf, tensor in module.named_buffers():
-            if not getattr(tensor, "_is_hf_initialized", False):  # transformers marks what it has loaded
-                raise CheckpointError(f"{name}: {leaf} is missing from the checkpoint")
-        if module.weight_shape.tolist() != [module.out_features, module.in_features]:
-            raise CheckpointError(
-                f"{name}: weight_shape is {module.weight_shape.tolist()}, the model has"
-                f" {[module.out_features, module.in_features]}"
-            )
-        if not bool(torch.isfinite(module.weight_scale).all()):
-            raise CheckpointError(f"{name}: weight_scale holds NaN or infinity")
-        module.settle()
+        with in_module(name):
+            if not has_offloaded_params(module):  # accelerate moves tensors, and the mark does not come with them
+                _check_marks(module)
+            with align_module_device(module):
+                _check_values(module)
+        module.weight_shape = module.weight_shape.clone()  # or these bytes alone would keep the whole file mapped
+        loaded = module.weight_packed
+        if module.settle().weight_packed is not loaded:
+            release(loaded, mapped)
+    trim()
+
+
+def _check_marks(module: PackedLayer) -> None:
+    for leaf, tensor in module.named_buffers():
+        if not getattr(tensor, "_is_hf_initialized", False):  # transformers marks what it has loaded
+            raise CheckpointError(f"{leaf} is missing from the checkpoint")
+
+
+def _check_values(module: PackedLayer) -> None:
+    shape = [module.out_features, module.in_features]
+    if module.weight_shape.tolist() != shape:
+        raise CheckpointError(f"weight_shape is {module.weight_shape.tolist()}, the model has {shape}")
+    if not bool(torch.isfinite(module.weight_scale).all()):
+        raise CheckpointError("weight_scale holds NaN or infinity")
 
 
 def is_portable(model: nn.Module) -> bool:
@@ -172,6 +201,7 @@ def save_checkpoint(
             _move_into_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            trim()
 
 
 def describe(folder: Path) -> CardFacts:
@@ -251,7 +281,7 @@ def limits_of(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _initializes_without_weights(model: PreTrainedModel, packed: Mapping[str, QuantLinear]) -> bool:
+def _initializes_without_weights(model: PreTrainedModel, packed: Mapping[str, PackedLayer]) -> bool:
     """Whether the model's class can initialize itself where layers have lost their `weight`, as they do on loading in
     plain transformers. Tried on an empty model, since the class alone knows."""
     with torch.device("meta"):

@@ -23,6 +23,7 @@ from .allocation import frontier as frontier_of
 from .checkpoint import add_results, describe, refuse_foreign, rewrite_record
 from .config import CPTQuantConfig
 from .demo import run_demo
+from .doctor import diagnose
 from .errors import CheckpointError, CPTQuantError, ModelError
 from .folder_evaluation import evaluate_folder
 from .hub import Target, check_can_push, push_folder
@@ -48,7 +49,16 @@ from .plan import PLAN_FILE, BitPlan, read_json
 from .plots import plot_frontier, plot_plan, plot_sensitivity
 from .record import QuantizationRecord
 from .table import SensitivityTable
-from .terminal import console, say, show_evaluation, show_frontier, show_plan, show_sensitivity, show_units
+from .terminal import (
+    console,
+    say,
+    show_diagnosis,
+    show_evaluation,
+    show_frontier,
+    show_plan,
+    show_sensitivity,
+    show_units,
+)
 
 app = typer.Typer(
     help="Mixed-precision quantization for Hugging Face transformers: every layer with the bits that it needs.",
@@ -317,6 +327,19 @@ def card(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized
     """Write the model card of DIR anew from its record. What others wrote around our part is kept."""
     rewrite_record(folder, QuantizationRecord.load(folder))
     say(f"Written to {folder / 'README.md'}.")
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path | None, typer.Argument(help="A quantized model's folder; without it, all schemes.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show which kernels packed layers run on here, and why not on faster ones."""
+    diagnosis = diagnose(folder)
+    if as_json:
+        typer.echo(json.dumps(diagnosis.to_dict(), indent=1))
+    else:
+        show_diagnosis(diagnosis)
 
 
 @app.command()

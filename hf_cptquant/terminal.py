@@ -11,6 +11,7 @@ from rich.text import Text
 
 from .allocation import FrontierPoint
 from .bitmap import COLOURS, BitMap, cell_text, letters_on
+from .doctor import Diagnosis
 from .record import QuantizationRecord
 from .results import HEADINGS, EvaluationResult
 from .table import SensitivityTable
@@ -116,6 +117,19 @@ def show_evaluation(results: Sequence[EvaluationResult]) -> None:
         column.justify = "right"
     for result in results:
         table.add_row(*result.cells())
+    console.print(table)
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> None:
+    """Print versions, devices, and which kernel every scheme runs on."""
+    say(", ".join(f"{name} {version}" for name, version in diagnosis.versions.items()))
+    for device, description in diagnosis.devices.items():
+        say(f"{device}: {description}")
+    table = Table("scheme", "where", "decode", "prefill", "why not a faster one", title="kernels")
+    table.columns[0].overflow = "fold"
+    for report in diagnosis.kernels:
+        which = f"{report.scheme}\n{report.modules} modules, e.g. {report.example}" if report.modules else report.scheme
+        table.add_row(which, f"{report.device} {report.dtype}", report.decode, report.prefill, report.reason)
     console.print(table)
 
 

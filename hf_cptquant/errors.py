@@ -36,6 +36,10 @@ class CheckpointError(CPTQuantError):
     """Files on disk are damaged, foreign, or do not say what the model needs."""
 
 
+class ExportError(CPTQuantError):
+    """A quantized model cannot be said in another program's format."""
+
+
 @contextmanager
 def in_module(name: str) -> Iterator[None]:
     """Prefix a `CPTQuantError` raised inside with the name of the module it is about."""

@@ -12,7 +12,8 @@ PACKAGE = Path(hf_cptquant.__file__).parent
 ORDER = [
     "arithmetic", "errors", "bitmap", "plan", "table", "record", "recipe", "config", "ranks", "work_folder", "grid",
     "packing", "kernels", "modules", "model_view", "calibration", "self_text", "sensitivity", "allocation", "plots",
-    "rounding", "quantize", "recovery", "section", "card", "checkpoint", "evaluate", "pipeline", "transformers_backend",
+    "rounding", "quantize", "recovery", "section", "card", "checkpoint", "evaluate", "pipeline", "llama_cpp",
+    "transformers_backend",
 ]  # fmt: skip
 EDGES = ["demo", "options", "terminal", "cli"]
 

@@ -23,8 +23,8 @@ negative there too. What q − z can be decides on the type:
   15 − k is at most 7, and 7 times a bfloat16 (8 significant bits) has at most 11, as many as a float16. Scales with
   more significant bits may need Q5_0, which holds q − z itself.
 
-Every scale must be a float16, too. A bfloat16 is one unless it is outside the range: above 65504 it is refused; below
-2^-17 it may lose bits, and that is told as the largest difference of a weight (less than 2^-17 even for 8 bits).
+Every scale must be a float16, too. A bfloat16 is one unless it is outside the range: above 65504 it is refused, below
+2^-17 it may lose bits, which moves a weight by at most 2^-18. A float32 loses all but 11 bits. Both is told.
 """
 
 from __future__ import annotations

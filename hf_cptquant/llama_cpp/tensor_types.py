@@ -99,19 +99,22 @@ def name_map(config: PretrainedConfig) -> TensorNameMap:
     for arch, name in MODEL_ARCH_NAMES.items():
         if name.replace("-", "").replace("_", "") == wanted and arch != MODEL_ARCH.MMPROJ:
             return get_tensor_name_map(arch, config.get_text_config().num_hidden_layers)
-    raise ExportError(f"the package gguf knows no architecture {config.model_type!r}, so llama.cpp cannot load the model")
+    raise ExportError(
+        f"the package gguf knows no architecture {config.model_type!r}, so llama.cpp cannot load the model"
+    )
 
 
 def gguf_name(names: TensorNameMap, parameter: str) -> str:
-    """A parameter's name in GGUF.
+    """A parameter's name in GGUF. Some architectures are known by the names inside the model without its head.
 
     Raises:
         ExportError: the library has none.
     """
-    name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
-    if name is None:
-        raise ExportError(f"the package gguf has no name for {parameter} in this architecture")
-    return name
+    for known in (parameter, parameter.partition(".")[2]):
+        name = names.get_name(known, try_suffixes=(".weight", ".bias"))
+        if name is not None:
+            return name
+    raise ExportError(f"the package gguf has no name for {parameter} in this architecture")
 
 
 def refuse_existing(path: Path) -> None:

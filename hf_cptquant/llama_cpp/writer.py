@@ -17,6 +17,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -135,21 +136,20 @@ def export_gguf(folder: str | Path, path: str | Path) -> GGUFReport:
     kinds = Counter(tensor.kind.name for tensor in tensors if len(tensor.shape) > 1)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
         written = Path(staging) / path.name
-        writer = GGUFWriter(written, "llama")
-        for tensor in tensors:
-            shape = quant_shape_to_byte_shape(tensor.shape, tensor.kind)
-            writer.add_tensor_info(
-                tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=tensor.kind
-            )
-        _add_description(writer, record, folder, FILE_TYPES[kinds.most_common(1)[0][0]])
-        _add_hyperparameters(writer, config)
-        vocabulary.add_to(writer)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in logging.tqdm(tensors, desc="Writing GGUF", unit="tensor"):
-            writer.write_tensor_data(tensor.data())
-        writer.close()
+        with closing(GGUFWriter(written, "llama")) as writer:
+            for tensor in tensors:
+                shape = quant_shape_to_byte_shape(tensor.shape, tensor.kind)
+                writer.add_tensor_info(
+                    tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=tensor.kind
+                )
+            _add_description(writer, record, folder, FILE_TYPES[kinds.most_common(1)[0][0]])
+            _add_hyperparameters(writer, config)
+            vocabulary.add_to(writer)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in logging.tqdm(tensors, desc="Writing GGUF", unit="tensor"):
+                writer.write_tensor_data(tensor.data())
         written.replace(path)
     return GGUFReport(path.stat().st_size, Counter(held.values()), differences)
 

@@ -38,6 +38,7 @@ from ..grid import QuantizedWeight
 from ..plan import PER_CHANNEL
 
 BLOCK = 32
+OFFSETS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0}  # what 0 is stored as
 
 
 def block_type(weight: QuantizedWeight) -> str:
@@ -68,16 +69,16 @@ def encode(weight: QuantizedWeight, kind: str) -> np.ndarray:
         uint8 `[out_features, in_features / 32 · bytes of a block]`.
     """
     scale = float16_scale(weight)
+    header = [scale]
     integers = weight.integers.to(torch.int16)
     if kind == "Q4_1":
         assert weight.zero_point is not None
         reverse, minimum = _towards_minimum(scale, weight.zero_point)
         stored = _blocks(integers + 8, _per_block(reverse, weight))
-        header = (torch.where(reverse, -scale, scale), minimum.half())
+        header = [torch.where(reverse, -scale, scale), minimum.half()]
     else:
         zero_point = 0 if weight.zero_point is None else _per_block(weight.zero_point, weight).unsqueeze(-1)
-        stored = integers.view(len(integers), -1, BLOCK) - zero_point + {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0}[kind]
-        header = (scale,)
+        stored = integers.view(len(integers), -1, BLOCK) - zero_point + OFFSETS[kind]
     parts = [_per_block(half, weight).unsqueeze(-1).contiguous().view(torch.uint8) for half in header]
     if kind == "Q8_0":
         parts.append(stored.to(torch.int8).view(torch.uint8))

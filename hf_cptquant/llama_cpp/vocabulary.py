@@ -2,8 +2,9 @@
 
 GGUF has no room for a `tokenizer.json`. It lists tokens, their kinds and merges, and *names* the rule that cuts text
 into words before the merges; llama.cpp has these rules in its code (`tokenizer.ggml.pre`). Byte-level BPE with the
-rules that Llama models use is written: those of GPT-2, SmolLM and Llama 3. Any other tokenizer is refused, since a
-model that sees other tokens than it was trained on answers badly without saying why.
+rules of GPT-2, SmolLM and Llama 3 is written, after comparing what llama.cpp makes of texts. Any other tokenizer
+(SentencePiece, as Llama 2 has, among them) is refused, since a model that sees other tokens than it was trained on
+answers badly without saying why.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Steps of the `pre_tokenizer` in tokenizer.json, and whether merges are skipped for words that are tokens → the name of
-# the rule in llama.cpp (unicode rules of llama-vocab.cpp).
+# the rule in llama.cpp (llama-vocab.cpp).
 RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
     ((("ByteLevel", True),), False): "gpt-2",
     ((("Digits", True), ("ByteLevel", True)), False): "smollm",

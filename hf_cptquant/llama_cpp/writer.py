@@ -1,6 +1,6 @@
 """A quantized model → one GGUF file that llama.cpp loads, with our own integers.
 
-Llama alone (`LlamaForCausalLM`: Llama 2 and 3, SmolLM, and others of that class) is written, since what llama.cpp
+Llama alone (`LlamaForCausalLM`: Llama 3, SmolLM, and others of that class) is written, since what llama.cpp
 computes for it was compared with the model (`benchmarks/llama_cpp.py`); for the others there is `tensor_types.py`. What
 the file says follows llama.cpp's own converter (conversion/llama.py):
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import CheckpointError, ExportError
@@ -97,7 +97,7 @@ def name_map(config: PretrainedConfig) -> TensorNameMap:
     plain = re.sub(r"[_-]|_text$", "", config.model_type)
     wanted = ALIASES.get(plain, plain)
     for arch, name in MODEL_ARCH_NAMES.items():
-        if name.replace("-", "").replace("_", "") == wanted and arch != MODEL_ARCH.MMPROJ:
+        if name.replace("-", "").replace("_", "") == wanted:
             return get_tensor_name_map(arch, config.get_text_config().num_hidden_layers)
     raise ExportError(
         f"the package gguf knows no architecture {config.model_type!r}, so llama.cpp cannot load the model"

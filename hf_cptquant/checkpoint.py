@@ -22,15 +22,18 @@ from transformers.utils import logging
 
 from .card import CardFacts, render_card
 from .errors import CheckpointError, PlanError
-from .model_view import task_of
+from .model_view import class_named_in, read_config, task_of
 from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
-from .plan import PLAN_FILE, ModulePlan
+from .plan import PLAN_FILE, PLAN_PICTURE, ModulePlan
+from .plots import plot_plan
 from .quantize import replace_module
 from .record import QuantizationRecord
-from .table import SensitivityTable
+from .results import EvaluationResult, merge
+from .section import read_section
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
+CARD_FILE = "README.md"
 SAFETENSORS_DTYPES = {
     "weight_packed": ("I32",),
     "weight_zero_point": ("I32",),
@@ -57,21 +60,25 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
             raise CheckpointError(f"{file} is damaged ({error}); fetch or write the checkpoint again") from error
 
 
-def with_full_table(record: QuantizationRecord, files: Sequence[str]) -> QuantizationRecord:
-    """The record with the costs, errors and correlations that stand in the plan file beside the weights, if it is
-    there.
+def with_plan_file(record: QuantizationRecord, files: Sequence[str]) -> QuantizationRecord:
+    """The record with what stands in the plan file beside the weights alone, if it is there: the costs, errors and
+    correlations of the table, and the results of evaluations.
 
     `config.json` has only the scores, so that it stays small; nothing but saving again needs the rest.
     """
     path = Path(files[0]).parent / PLAN_FILE if files else None
-    if path is None or not path.exists() or record.table is None:
+    if path is None or not path.exists():
         return record
     try:
-        table = SensitivityTable.load(path)
+        beside = QuantizationRecord.load(path)
     except PlanError as error:
         logger.warning(f"{path} is damaged and is not used: {error}")
         return record
-    return replace(record, table=table) if table.fingerprint == record.table.fingerprint else record
+    if beside.plan == record.plan:
+        record = replace(record, evaluation=beside.evaluation)
+    if record.table is None or beside.table is None or record.table.fingerprint != beside.table.fingerprint:
+        return record
+    return replace(record, table=beside.table)
 
 
 def _check_tensor(tensor: Any, name: str, leaf: str, module: ModulePlan | None) -> None:
@@ -133,12 +140,10 @@ def save_checkpoint(
     model: PreTrainedModel,
     record: QuantizationRecord,
     save_directory: str | os.PathLike,
-    *,
-    push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """`save_pretrained` of a quantized model: what transformers writes, `cptquant_plan.json` and a model card, all or
-    nothing.
+    """Write a quantized model: what transformers writes, `cptquant_plan.json` and a model card with a picture of the
+    plan, all or nothing.
 
     Everything is written to a temporary folder beside the target and moved into place when it is complete.
 
@@ -146,14 +151,12 @@ def save_checkpoint(
         model: quantized; its config holds the section that goes into `config.json`.
         record: what `cptquant_plan.json` says.
         save_directory: a new folder, an earlier checkpoint of this package (replaced), or one without a model.
-        push_to_hub: also upload; `repo_id`, `token`, `private`, `create_pr`, `commit_message` as in transformers.
         kwargs: as for `PreTrainedModel.save_pretrained`.
 
     Raises:
         CheckpointError: the folder holds a model that is not ours.
     """
     target = Path(save_directory)
-    hub = {name: kwargs.pop(name) for name in ("repo_id", "private", "create_pr", "commit_message") if name in kwargs}
     if kwargs.get("is_main_process", True):
         refuse_foreign(target)
         limits = limits_of(model)
@@ -164,24 +167,70 @@ def save_checkpoint(
         try:
             type(model).save_pretrained(model, staging, **kwargs)
             record.save(staging / PLAN_FILE)
-            _write_card(model, record, limits, target, staging)
+            plot_plan(record.plan, record.table, staging / PLAN_PICTURE)
+            (staging / CARD_FILE).write_text(_card(record, _facts(model, target, limits), target), encoding="utf-8")
             _move_into_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    if push_to_hub:
-        model.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
 
 
-def _write_card(
-    model: PreTrainedModel, record: QuantizationRecord, limits: str | None, target: Path, staging: Path
-) -> None:
-    """Write the model card, around which the text of a card that is there already is kept."""
+def describe(folder: Path) -> CardFacts:
+    """What a card says of the quantized model in a folder, without reading its weights.
+
+    Raises:
+        ModelError: there is no model.
+        CheckpointError: it was not quantized by this package, or its config is damaged.
+    """
+    config = read_config(str(folder))
+    model_class, section = class_named_in(config), getattr(config, "quantization_config", None)
+    if model_class is None or not isinstance(section, Mapping) or "cptquant" not in section:
+        raise CheckpointError(f"{folder} holds no model that cptquant has quantized")
+    with torch.device("meta"):
+        model = model_class(config)
+    build_skeleton(model, read_section(section, model))
+    return _facts(model, folder, limits_of(model))
+
+
+def rewrite_record(folder: Path, record: QuantizationRecord) -> None:
+    """Write the plan file and the card of a quantized model anew, and the picture on the card if it is missing. Each
+    file is replaced when it is complete, and the weights are not touched.
+
+    Raises:
+        ModelError, CheckpointError: as `describe`, or the metadata of the card cannot be read; nothing is written.
+    """
+    card = _card(record, describe(folder), folder)
+    for path, text in ((folder / PLAN_FILE, record.to_json()), (folder / CARD_FILE, card)):
+        complete = path.with_name(f".{path.name}.new")
+        try:
+            complete.write_text(text, encoding="utf-8")
+            complete.replace(path)
+        finally:
+            complete.unlink(missing_ok=True)
+    if not (folder / PLAN_PICTURE).exists():
+        plot_plan(record.plan, record.table, folder / PLAN_PICTURE)
+
+
+def add_results(folder: Path, results: Sequence[EvaluationResult]) -> None:
+    """Put results into the plan file and the card of a quantized model, in the place of earlier ones of the same data.
+
+    Raises:
+        PlanError: the plan file is damaged.
+        ModelError, CheckpointError: as `rewrite_record`.
+    """
+    record = QuantizationRecord.load(folder)
+    rewrite_record(folder, replace(record, evaluation=merge(record.evaluation, results)))
+
+
+def _facts(model: PreTrainedModel, folder: Path, limits: str | None) -> CardFacts:
     task = task_of(model)
     assert task is not None, "a model without a loss is not quantized"
-    card = target / "README.md"
-    existing = card.read_text(encoding="utf-8") if card.exists() else None
-    facts = CardFacts(target.name, task, is_portable(model), limits)
-    (staging / "README.md").write_text(render_card(record, facts, existing), encoding="utf-8")
+    return CardFacts(folder.absolute().name, task, is_portable(model), limits)
+
+
+def _card(record: QuantizationRecord, facts: CardFacts, folder: Path) -> str:
+    """The text of the card, with what others wrote into the one that is in the folder already."""
+    card = folder / CARD_FILE
+    return render_card(record, facts, card.read_text(encoding="utf-8") if card.exists() else None)
 
 
 def limits_of(model: PreTrainedModel) -> str | None:

@@ -40,6 +40,14 @@ class ExportError(CPTQuantError):
     """A quantized model cannot be said in another program's format."""
 
 
+class EvaluationError(CPTQuantError):
+    """A model cannot be evaluated as asked: no such task, another original, no room for its predictions."""
+
+
+class HubError(CPTQuantError):
+    """The Hub refused something, or could not be reached."""
+
+
 @contextmanager
 def in_module(name: str) -> Iterator[None]:
     """Prefix a `CPTQuantError` raised inside with the name of the module it is about."""

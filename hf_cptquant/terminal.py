@@ -14,6 +14,7 @@ from .allocation import FrontierPoint
 from .bitmap import COLOURS, BitMap, cell_text, letters_on
 from .plan import BitPlan
 from .record import QuantizationRecord
+from .results import HEADINGS, EvaluationResult
 from .table import SensitivityTable
 
 if TYPE_CHECKING:  # it needs an optional library
@@ -55,6 +56,8 @@ def show_plan(record: QuantizationRecord) -> None:
     if table is not None and "held_out_losses" in table.settings:
         losses = table.settings["held_out_losses"].items()
         say("loss on held-out calibration data: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses))
+    if record.evaluation:
+        show_evaluation(record.evaluation)
 
 
 def show_map(drawn: BitMap) -> None:
@@ -121,6 +124,16 @@ def show_gguf(report: GGUFReport, plan: BitPlan) -> None:
     largest = max(report.largest_difference.values(), default=0)
     same = f"weights differ by up to {largest:.2g}" if largest else "all integers and scales are the same"
     say(f"{plan.nbytes / 1e6:.1f} MB here, {report.nbytes / 1e6:.1f} MB as GGUF; {same}")
+
+
+def show_evaluation(results: Sequence[EvaluationResult]) -> None:
+    """Print what was measured of a model, one figure a line."""
+    table = Table(*HEADINGS, title="evaluation")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for result in results:
+        table.add_row(*result.cells())
+    console.print(table)
 
 
 def say(text: str) -> None:

@@ -16,8 +16,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, save_checkpoint, with_full_table
+from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, with_plan_file
 from .config import CPTQuantCheckpointConfig, CPTQuantConfig
+from .hub import push_to_hub, save_pretrained
 from .pipeline import Preparation, prepare, quantize_model
 from .quantize import dequantize_model
 from .record import QuantizationRecord
@@ -42,21 +43,24 @@ class CPTQuantHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             record = read_section(self.quantization_config.to_dict(), model)
             check_files(checkpoint_files or (), record)
-            self.record = with_full_table(record, checkpoint_files or ())
+            self.record = with_plan_file(record, checkpoint_files or ())
             build_skeleton(model, self.record)
         else:
             with torch.device("cpu"):  # transformers builds the model on the meta device; the data are real
                 self._preparation = prepare(model, self.quantization_config.recipe())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        tokenizer = None
         if self.pre_quantized:
             finish_loading(model)
         else:
+            tokenizer = self.quantization_config.tokenizer
             self.record = quantize_model(model, self.quantization_config.recipe(), self._preparation)
             del self._preparation  # the calibration data
             self.quantization_config = CPTQuantCheckpointConfig(write_section(self.record, is_portable(model)))
             model.config.quantization_config = self.quantization_config
-        model.save_pretrained = partial(save_checkpoint, model, self.record)
+        model.save_pretrained = partial(save_pretrained, model, self.record, tokenizer)
+        model.push_to_hub = partial(push_to_hub, model, self.record, tokenizer)
         return model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -65,7 +69,7 @@ class CPTQuantHfQuantizer(HfQuantizer):
         (The base class would cast to `config.dtype`, which `.to()` does not keep up to date.)
         """
         dequantize_model(model)
-        del model.save_pretrained
+        del model.save_pretrained, model.push_to_hub
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 

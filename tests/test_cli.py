@@ -75,9 +75,10 @@ def test_the_class_in_the_config_is_used(tiny_folder, data, tmp_path):
     assert config["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    "command", ["quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "export", "demo"]
-)
+COMMANDS = "quantize sensitivity plan solve frontier inspect export evaluate card demo push".split()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command, capsys):
     assert run(command, "--help") == 0
     assert "Usage: cptquant" in capsys.readouterr().out
@@ -254,6 +255,10 @@ def test_every_setting_is_an_option(command, capsys, monkeypatch):
         "--plot",
         "--points",
         "--measure",
+        "--max-shard-size",
+        "--push-to-hub",
+        "--private",
+        "--public",
     }
     assert shown - settings <= own
 

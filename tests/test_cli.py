@@ -75,7 +75,9 @@ def test_the_class_in_the_config_is_used(tiny_folder, data, tmp_path):
     assert config["dtype"] == "bfloat16"
 
 
-COMMANDS = "quantize sensitivity plan solve frontier inspect export evaluate card demo push".split()
+COMMANDS = [
+    "quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "export", "evaluate", "card", "demo", "push",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -140,11 +140,31 @@ def accuracy_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def llama_cpp_table(result: dict[str, Any]) -> str:
+    """How far llama.cpp's probabilities are from the model's."""
+    lines = [
+        "| GGUF file | largest difference of a log-probability | mean | KL divergence | same most probable token |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in result["results"].items():
+        figures = (f"{found[key]:.2g}" for key in ("largest_difference", "mean_difference", "kl_divergence"))
+        lines.append(f"| {name} | {' | '.join(figures)} | {found['same_most_probable_token']:.1%} |")
+    held = ", ".join(f"{count} × {how}" for how, count in result["modules"].items())
+    lines += [
+        "",
+        f"{result['model']} at {result['bits_per_weight']:.2f} bits per weight ({held}; {result['modules_not_exact']}"
+        f" not exact), {result['tokens']} tokens × 49,152 probabilities, xllamacpp {result['xllamacpp']}."
+        f" Checkpoint {result['checkpoint_bytes'] / 1e6:.1f} MB, GGUF {result['gguf_bytes'] / 1e6:.1f} MB.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
     "sensitivity": sensitivity_table,
     "allocation": allocation_table,
     "tuned_plans": tuned_plans_table,
     "accuracy": accuracy_table,
+    "llama_cpp": llama_cpp_table,
 }
 
 

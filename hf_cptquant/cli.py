@@ -55,6 +55,7 @@ from .terminal import (
     show_diagnosis,
     show_evaluation,
     show_frontier,
+    show_gguf,
     show_plan,
     show_sensitivity,
     show_units,
@@ -67,6 +68,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+EXPORT_FORMATS = ("llama-cpp",)
+TYPES_SUFFIX = ".tensor-types.txt"
 ModelArgument = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a full-precision model.")]
 DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 PlotOption = Annotated[Path | None, typer.Option(help="PNG file for a picture of the plan.")]
@@ -360,6 +363,43 @@ def demo(
     console.print(table)
     agreement = "bit for bit" if result.reload_difference == 0 else f"to within {result.reload_difference:.3g}"
     say(f"Written to {output} and reloaded: the logits agree {agreement}.")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A quantized model's folder.")],
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(EXPORT_FORMATS)}.")] = EXPORT_FORMATS[0],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New file; by default named after the folder, here.")
+    ] = None,
+    tensor_types_only: Annotated[
+        bool, typer.Option("--tensor-types-only", help="Only the types of the plan, for llama-quantize.")
+    ] = False,
+) -> None:
+    """Write a quantized model for llama.cpp: a GGUF file, and the types of its plan for llama-quantize.
+
+    The GGUF file has our own integers, for Llama models. The types are for any model that llama.cpp knows: it then
+    rounds the original anew, with the bits of our plan.
+    """
+    if format not in EXPORT_FORMATS:
+        raise CPTQuantError(f"--format {format} is not one of {', '.join(EXPORT_FORMATS)}")
+    from .llama_cpp import export_gguf, refuse_existing, write_tensor_types  # needs an optional library
+
+    name = source.resolve().name
+    if tensor_types_only:
+        types = output or Path(f"{name}{TYPES_SUFFIX}")
+        write_tensor_types(source, types)
+    else:
+        output = output or Path(f"{name}.gguf")
+        types = output.with_name(output.name.removesuffix(".gguf") + TYPES_SUFFIX)
+        refuse_existing(types)
+        show_gguf(export_gguf(source, output), BitPlan.load(source))
+        say(f"Written to {output}. Run it with: llama-cli -m {output}")
+        write_tensor_types(source, types)
+    say(
+        f"Written to {types}. Let llama.cpp round the original, converted to GGUF, with the bits of this plan:"
+        f" llama-quantize --tensor-type-file {types} MODEL.gguf OUTPUT.gguf Q4_K_M"
+    )
 
 
 def write_plan(record: QuantizationRecord, output: Path, plot: Path | None) -> None:

@@ -36,6 +36,10 @@ class CheckpointError(CPTQuantError):
     """Files on disk are damaged, foreign, or do not say what the model needs."""
 
 
+class ExportError(CPTQuantError):
+    """A quantized model cannot be said in another program's format."""
+
+
 class EvaluationError(CPTQuantError):
     """A model cannot be evaluated as asked: no such task, another original, no room for its predictions."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.bar import Bar
 from rich.console import Console
@@ -12,9 +13,13 @@ from rich.text import Text
 from .allocation import FrontierPoint
 from .bitmap import COLOURS, BitMap, cell_text, letters_on
 from .doctor import Diagnosis
+from .plan import BitPlan
 from .record import QuantizationRecord
 from .results import HEADINGS, EvaluationResult
 from .table import SensitivityTable
+
+if TYPE_CHECKING:  # it needs an optional library
+    from .llama_cpp import GGUFReport
 
 console = Console()
 
@@ -108,6 +113,18 @@ def show_frontier(points: Sequence[FrontierPoint], unit: str) -> None:
         size = f"{point.plan.nbytes / 1e6:.1f}"
         table.add_row(f"{point.plan.bits_per_weight:.3f}", size, f"{point.predicted:.4g}", measured)
     console.print(table)
+
+
+def show_gguf(report: GGUFReport, plan: BitPlan) -> None:
+    """Print how the modules of a plan are held in a GGUF file, and whether exactly."""
+    table = Table("ours", "as GGUF", "modules")
+    table.columns[2].justify = "right"
+    for (scheme, kind), count in sorted(report.modules.items()):
+        table.add_row(str(scheme), kind, str(count))
+    console.print(table)
+    largest = max(report.largest_difference.values(), default=0)
+    same = f"weights differ by up to {largest:.2g}" if largest else "all integers and scales are the same"
+    say(f"{plan.nbytes / 1e6:.1f} MB here, {report.nbytes / 1e6:.1f} MB as GGUF; {same}")
 
 
 def show_evaluation(results: Sequence[EvaluationResult]) -> None:

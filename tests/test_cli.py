@@ -78,18 +78,9 @@ def test_the_class_in_the_config_is_used(tiny_folder, data, tmp_path):
 
 
 COMMANDS = [
-    "quantize",
-    "sensitivity",
-    "plan",
-    "solve",
-    "frontier",
-    "inspect",
-    "evaluate",
-    "card",
-    "doctor",
-    "demo",
+    "quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "evaluate", "card", "export", "doctor", "demo",
     "push",
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

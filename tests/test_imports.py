@@ -13,7 +13,8 @@ ORDER = [
     "arithmetic", "memory", "errors", "bitmap", "plan", "table", "results", "record", "recipe", "config", "ranks",
     "work_folder", "grid", "packing", "kernels", "doctor", "modules", "model_view", "calibration", "self_text",
     "sensitivity", "allocation", "plots", "rounding", "quantize", "recovery", "section", "card", "checkpoint", "hub",
-    "predictions", "evaluate", "folder_evaluation", "pipeline", "transformers_backend",
+    "predictions", "evaluate", "folder_evaluation", "pipeline", "llama_cpp",
+    "transformers_backend",
 ]  # fmt: skip
 EDGES = ["metrics", "demo", "options", "terminal", "cli"]
 

@@ -44,12 +44,14 @@ class CardFacts:
         task: see `model_view.TASKS`.
         portable: whether it is in the format of compressed-tensors.
         limits: where it does not load, in a sentence, or None if plain transformers loads it.
+        vllm: whether it keeps vLLM's rules (`runtimes.py`).
     """
 
     name: str
     task: str
     portable: bool
     limits: str | None = None
+    vllm: bool = False
 
 
 def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | None = None) -> str:
@@ -66,7 +68,12 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         base_model_relation="quantized" if record.base_model else None,
         library_name="transformers",
         pipeline_tag=PIPELINE_TAGS[facts.task],
-        tags=["cptquant", "mixed-precision", *(["compressed-tensors"] if facts.portable else [])]
+        tags=[
+            "cptquant",
+            "mixed-precision",
+            *(["compressed-tensors"] if facts.portable else []),
+            *(["vllm"] if facts.vllm else []),
+        ]
         + [f"{bits}-bit" for bits in widths],
         ignore_metadata_errors=True,
     )

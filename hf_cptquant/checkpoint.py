@@ -27,6 +27,7 @@ from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
 from .plan import PLAN_FILE, ModulePlan
 from .quantize import replace_module
 from .record import QuantizationRecord
+from .runtimes import RUNTIMES, SERVED_TASK, Problem, in_one_line, model_problems, problems
 from .table import SensitivityTable
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
@@ -159,6 +160,9 @@ def save_checkpoint(
         limits = limits_of(model)
         if limits is not None:
             logger.warning(limits)
+        target_runtime = record.settings.get("target_runtime") or "vllm"
+        if task_of(model) == SERVED_TASK and (unloadable := problems_of(model, record, target_runtime)):
+            logger.warning(in_one_line(unloadable, RUNTIMES[target_runtime]))
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -180,8 +184,15 @@ def _write_card(
     assert task is not None, "a model without a loss is not quantized"
     card = target / "README.md"
     existing = card.read_text(encoding="utf-8") if card.exists() else None
-    facts = CardFacts(target.name, task, is_portable(model), limits)
+    served = not problems_of(model, record, "vllm")
+    facts = CardFacts(target.name, task, is_portable(model), limits, served)
     (staging / "README.md").write_text(render_card(record, facts, existing), encoding="utf-8")
+
+
+def problems_of(model: nn.Module, record: QuantizationRecord, runtime: str) -> tuple[Problem, ...]:
+    """What a runtime (a name in `RUNTIMES`) would not load of a quantized model."""
+    rules = RUNTIMES[runtime]
+    return (*model_problems(task_of(model), is_portable(model), rules), *problems(record.plan, rules))
 
 
 def limits_of(model: PreTrainedModel) -> str | None:

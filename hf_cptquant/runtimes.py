@@ -268,22 +268,22 @@ def _broken(parts: Sequence[ModulePlan], scheme: LayerScheme, runtime: Runtime, 
         return f"{runtime.kernel} takes {runtime.bits_in_words}, not {scheme}"
     if not runtime.takes_group_size(scheme.group_size):
         return f"{runtime.kernel} takes groups of {runtime.group_sizes_in_words}, not {scheme.group_size}"
-    whose = "its" if ranks == 1 else f"the share of {ranks} ranks, its"
+    share = "" if ranks == 1 else f" on each of {ranks} ranks"
     in_a_word = WORD // scheme.bits
     shapes = [_share(module, ranks) for module in parts]
     for out_features, in_features in shapes:
         if scheme.group_size != PER_CHANNEL and in_features % scheme.group_size:
-            return f"{whose} {in_features} input features are no whole groups of {scheme.group_size}"
+            return f"{in_features} input features{share} are no whole groups of {scheme.group_size}"
         if in_features % in_a_word:
-            return f"{whose} {in_features} input features are no whole words of {in_a_word} integers"
+            return f"{in_features} input features{share} are no whole words of {in_a_word} integers"
         if not scheme.symmetric and out_features % in_a_word:
-            return f"{whose} {out_features} output features are no whole words of {in_a_word} zero points"
+            return f"{out_features} output features{share} are no whole words of {in_a_word} zero points"
     if len({in_features for _, in_features in shapes}) == 1 and not EXPERT.search(parts[0].name):
         shapes = [(sum(out_features for out_features, _ in shapes), shapes[0][1])]
     for out_features, in_features in shapes:
         if not any(out_features % rows == 0 and in_features % columns == 0 for rows, columns in runtime.tiles):
             tiles = " or ".join(f"{rows} × {columns}" for rows, columns in runtime.tiles)
-            return f"{runtime.kernel} takes multiples of {tiles} (outputs × inputs), not {out_features} × {in_features}"
+            return f"{runtime.kernel} takes multiples of {tiles} (outputs × inputs), not {out_features} × {in_features}{share}"
     return None
 
 

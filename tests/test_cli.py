@@ -279,14 +279,14 @@ def test_every_option_reaches_its_setting():
     given = {
         "method": "pmpq",
         "metric": "accuracy",
-        "bits": "2,3",
-        "granularity": "module",
+        "bits": "3,4",
+        "granularity": "block",
         "allocation": "integer",
         "target_bits": 4.5,
         "target_size": None,
         "target_compression": None,
         "max_loss_increase": None,
-        "bits_override": ["*.down_proj=8", "a.*=16"],
+        "bits_override": ["*.down_proj=4", "a.*=16"],
         "regularization": 0.5,
         "plan": None,
         "quality": "best",
@@ -311,14 +311,16 @@ def test_every_option_reaches_its_setting():
         "cca_samples": 11,
         "modules_to_not_convert": ["a", "b"],
         "allow_skipped": True,
+        "target_runtime": "vllm-cpu",
+        "strict": True,
         "work_dir": "work",
         "seed": 13,
     }
     command(**given)
-    overrides = (("*.down_proj", 8), ("a.*", 16))
+    overrides = (("*.down_proj", 4), ("a.*", 16))
     converted = {
         "bits_override": overrides,
-        "bits": (2, 3),
+        "bits": (3, 4),
         "sparsity_levels": (0.125, 0.5),
         "modules_to_not_convert": ("a", "b"),
     }

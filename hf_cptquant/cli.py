@@ -256,11 +256,11 @@ def check(
     found = (*problems_of_folder(source, runtime), *problems(BitPlan.load(source), runtime, tensor_parallel))
     for problem in found:
         say(str(problem))
-    ranks_said = "" if tensor_parallel == 1 else f" on {tensor_parallel} ranks"
+    subject = f"{runtime.title} ({runtime.kernel})" + (f" on {tensor_parallel} ranks" if tensor_parallel > 1 else "")
     if found:
-        say(f"{runtime.title} ({runtime.kernel}){ranks_said} would not load {source}: {len(found)} problems.")
+        say(f"{subject} would not load {source}: {len(found)} {'problem' if len(found) == 1 else 'problems'}.")
         raise typer.Exit(1)
-    say(f"{source} keeps the rules of {runtime.title} ({runtime.kernel}){ranks_said}.")
+    say(f"{source} keeps the rules of {subject}.")
 
 
 def problems_of_folder(source: Path, runtime: Runtime) -> tuple[Problem, ...]:

@@ -283,7 +283,8 @@ def _broken(parts: Sequence[ModulePlan], scheme: LayerScheme, runtime: Runtime, 
     for out_features, in_features in shapes:
         if not any(out_features % rows == 0 and in_features % columns == 0 for rows, columns in runtime.tiles):
             tiles = " or ".join(f"{rows} × {columns}" for rows, columns in runtime.tiles)
-            return f"{runtime.kernel} takes multiples of {tiles} (outputs × inputs), not {out_features} × {in_features}{share}"
+            found = f"{out_features} × {in_features}{share}"
+            return f"{runtime.kernel} takes multiples of {tiles} (outputs × inputs), not {found}"
     return None
 
 

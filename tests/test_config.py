@@ -401,7 +401,10 @@ def test_a_size_is_read_with_its_unit(text, size):
         ({"max_loss_increase": 0.1, "method": "pmpq"}, "costs in nats, which only .* estimator='taylor' gives"),
         ({"target_runtime": "vlm"}, "'vllm-cpu', 'sglang'; did you mean 'vllm'"),
         ({"target_runtime": "vllm", "granularity": "module"}, "decide one by one; use granularity='group'"),
-        ({"target_runtime": "vllm", "bits": (2, 3)}, r"takes 4 and 8 bits \(4 with zero points\) and 16; bits=\[2, 3\] has"),
+        (
+            {"target_runtime": "vllm", "bits": (2, 3)},
+            r"takes 4 and 8 bits \(4 with zero points\) and 16; bits=\[2, 3\] has",
+        ),
         ({"target_runtime": "sglang", "bits": (8,), "symmetric": False}, r"bits=\[8\] has none"),
         ({"target_runtime": "vllm-cpu", "bits": (5, 8)}, r"CPUWNA16\) takes 4 bits and 16; bits=\[5, 8\] has none"),
         ({"target_runtime": "vllm", "group_size": 256}, "takes groups of -1, 32, 64 and 128, not group_size=256"),

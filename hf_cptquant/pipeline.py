@@ -154,7 +154,8 @@ def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
         data = read_json(given)
         given = QuantizationRecord.from_dict(data) if "settings" in data else BitPlan.from_dict(data)
     if isinstance(given, BitPlan):
-        given = QuantizationRecord(given, None, {**_portable(recipe), "granularity": given.granularity}, {})
+        settings = {**_portable(recipe), "granularity": given.granularity, "target_runtime": None}  # of nobody's choice
+        given = QuantizationRecord(given, None, settings, {})
     assert given is not None, "there is a plan"
     if not given.plan.packed:
         raise PlanError("the plan leaves everything at 16 bits; make one from its scores with `cptquant solve`")

@@ -76,7 +76,9 @@ def test_the_class_in_the_config_is_used(tiny_folder, data, tmp_path):
     assert config["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("command", ["quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "check", "demo"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "check", "demo"]
+)
 def test_help_explains_every_option(command, capsys):
     assert run(command, "--help") == 0
     assert "Usage: cptquant" in capsys.readouterr().out

@@ -4,6 +4,7 @@ help, and plans that are made for a runtime against every plan there is."""
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,6 +205,13 @@ def test_only_causal_language_models_in_the_portable_format_are_loaded(name):
     assert "Conv1D" in str(problem)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES.values(), ids=RUNTIMES)
+def test_the_readme_tells_the_rules(runtime):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    row = (runtime.title, runtime.kernel, runtime.bits_in_words, runtime.group_sizes_in_words)
+    assert f"| {' | '.join(row)} |" in readme
+
+
 # Plans for a runtime
 
 
@@ -331,6 +339,15 @@ def test_a_given_plan_is_refused_before_any_work(tokens, tiny_folder, monkeypatc
         config = CPTQuantConfig(plan=plan, quality="fast", **asked)
         with pytest.raises(PlanError, match=r"it would not load this checkpoint: model\.layers\.\d\..*bits"):
             AutoModelForCausalLM.from_pretrained(tiny_folder("llama"), quantization_config=config)
+
+
+def test_a_given_plan_that_is_loaded_may_be_of_single_modules(tokens, tiny_folder, tmp_path):
+    undecided = prepared("llama", tokens, granularity="module").plan.undecided
+    plan = undecided.with_bits({module.unit: 8 for module in undecided.modules})
+    config = CPTQuantConfig(plan=plan, quality="fast", target_runtime="vllm", strict=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"), quantization_config=config)
+    model.save_pretrained(tmp_path / "saved")
+    assert BitPlan.load(tmp_path / "saved") == plan
 
 
 @pytest.fixture(scope="module")

@@ -130,9 +130,9 @@ def _loadable(plan: BitPlan, recipe: Recipe, fixed: Mapping[str, int]) -> dict[s
                 f"{runtime.title} keeps {module.name} in one matrix with modules of other units; measure with"
                 " granularity='group'"
             )
-    for unit, bits in fixed.items():
-        one = replace(plan, modules=tuple(module for module in plan.modules if module.unit == unit))
-        loadable_bits(one, (bits,), recipe, runtime)
+    for bits in set(fixed.values()):
+        decided = replace(plan, modules=tuple(module for module in plan.modules if fixed.get(module.unit) == bits))
+        loadable_bits(decided, (bits,), recipe, runtime)
     return loadable_bits(plan, recipe.offered_bits, recipe, runtime, decided=fixed.keys())
 
 

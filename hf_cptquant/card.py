@@ -21,6 +21,8 @@ from .record import QuantizationRecord
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 BEGIN, END = "<!-- hf-cptquant: begin -->", "<!-- hf-cptquant: end -->"
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+VLLM_TAG = re.compile(r"^\s*- vllm\n", re.MULTILINE)
 PIPELINE_TAGS = {
     "causal-lm": "text-generation",
     "masked-lm": "fill-mask",
@@ -60,8 +62,11 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
     Args:
         record: of the run.
         facts: of the model.
-        existing: a card that is there already. Only our part of it is replaced, or put behind it.
+        existing: a card that is there already. Only our part of it is replaced, or put behind it; a tag `vllm` that is
+            not true goes.
     """
+    if existing is not None and not facts.vllm:
+        existing = FRONT_MATTER.sub(lambda front: VLLM_TAG.sub("", front[0]), existing, count=1)
     widths = sorted({module.scheme.bits for module in record.plan.packed})
     data = ModelCardData(
         base_model=record.base_model,

@@ -6,6 +6,7 @@ checkpoints that it wrote reload packed.
 
 from .config import CPTQuantConfig
 from .errors import CPTQuantError
+from .evaluate import evaluate_model
 from .modules import explain_choice
 from .pipeline import make_plan, measure_frontier, measure_sensitivity, solve
 from .plan import BitPlan
@@ -18,6 +19,7 @@ __all__ = [
     "CPTQuantConfig",
     "CPTQuantError",
     "SensitivityTable",
+    "evaluate_model",
     "explain_choice",
     "make_plan",
     "measure_frontier",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .errors import CalibrationError
-from .recipe import HUB_DATASETS, WAYS_WITHOUT_NETWORK, Recipe
+from .model_view import max_length_of, task_of
+from .recipe import HUB_DATASETS, HUB_IDS, WAYS_WITHOUT_NETWORK, Recipe
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
@@ -30,6 +31,8 @@ POOL = 8  # windows are drawn from at most this many times the tokens that are n
 LOGIT_BYTES = 2**28  # in float32; passes that derive by them hold a few times as much
 HELD_OUT_SHARE = 0.25
 SMALLEST_VOCABULARY_SHARE = 0.9  # models pad their embeddings, but by little
+TRAINING_SPLITS = dict.fromkeys(HUB_DATASETS, "train")
+EVALUATION_SPLITS = {"wikitext2": "test", "c4": "validation", "imdb": "test"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,14 @@ class Documents:
     source: str
 
 
+def facts_of(model: PreTrainedModel) -> ModelFacts:
+    """What the data for a model with a task must fit; the weights are not read."""
+    task = task_of(model)
+    assert task is not None, "the caller has checked that the model computes a loss"
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
+
+
 def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
     """Read, tokenize and batch the calibration data of a recipe.
 
@@ -81,11 +92,34 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
             vocabulary.
     """
     if recipe.names_no_data:
-        reason = "no calibration data" if recipe.dataset is None else "only causal language models write their own text"
-        raise CalibrationError(
-            f"{reason}: pass dataset=, one of {', '.join(HUB_DATASETS)} from the Hub, or without a network"
-            f" {WAYS_WITHOUT_NETWORK}"
+        raise _no_data(
+            "no calibration data" if recipe.dataset is None else "only causal language models write their own text"
         )
+    return _load(recipe, facts, TRAINING_SPLITS, MASKED_SHARE)
+
+
+def load_evaluation(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
+    """The data of a recipe to evaluate a model on: datasets from the Hub give their text for tests.
+
+    For a masked language model every token is masked (special ones are not): `input_ids` tell what a masked position
+    looks like, `labels` what stood there.
+
+    Raises:
+        CalibrationError: as `load_calibration`.
+    """
+    if recipe.names_no_data:
+        raise _no_data("no text to evaluate on")
+    return _load(recipe, facts, EVALUATION_SPLITS, 1.0)
+
+
+def _no_data(reason: str) -> CalibrationError:
+    return CalibrationError(
+        f"{reason}: pass dataset=, one of {', '.join(HUB_DATASETS)} from the Hub, or without a network"
+        f" {WAYS_WITHOUT_NETWORK}"
+    )
+
+
+def _load(recipe: Recipe, facts: ModelFacts, splits: Mapping[str, str], masked_share: float) -> CalibrationSet:
     length = min(recipe.sequence_length, facts.max_length or recipe.sequence_length)
     if _is_tokens(recipe.dataset):
         if facts.task == "sequence-classification" and recipe.metric == "accuracy":
@@ -93,25 +127,24 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
                 "metric='accuracy' needs labels, which token tensors don't have; give labelled texts"
             )
         rows, source = _token_rows(recipe.dataset, length, recipe), "token tensors"
-        fields = _arrange(rows, facts, recipe, lambda: load_tokenizer(recipe, facts))
+        fields = _arrange(rows, facts, recipe, masked_share, lambda: load_tokenizer(recipe, facts))
     else:
         tokenizer = load_tokenizer(recipe, facts)
         length = min(length, tokenizer.model_max_length)
-        documents = read_documents(recipe, labelled=facts.task == "sequence-classification")
+        documents = read_documents(recipe, facts.task == "sequence-classification", splits)
         source = documents.source
         if facts.task == "sequence-classification":
             fields = _classification_fields(documents, tokenizer, length, recipe, facts)
         else:
             stream = _token_stream(documents.texts, tokenizer, POOL * recipe.num_samples * length)
             rows = _windows(stream, length - _special_tokens(tokenizer, facts.task), recipe)
-            fields = _arrange(rows, facts, recipe, lambda: tokenizer)
+            fields = _arrange(rows, facts, recipe, masked_share, lambda: tokenizer)
     input_ids = fields["input_ids"]
     _check_ids(input_ids, facts)
     sequences, width = input_ids.shape
     if sequences < recipe.num_samples:
         logger.info(
-            f"The calibration data give {sequences} sequences of {width} tokens,"
-            f" fewer than num_samples={recipe.num_samples}."
+            f"The data give {sequences} sequences of {width} tokens, fewer than num_samples={recipe.num_samples}."
         )
     batch_size = recipe.batch_size or max(1, LOGIT_BYTES // (4 * width * facts.vocabulary))
     return _calibration_set(fields, source, batch_size)
@@ -172,10 +205,24 @@ def _calibration_set(fields: Mapping[str, Tensor], source: str, batch_size: int)
 
 def load_tokenizer(recipe: Recipe, facts: ModelFacts) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer (object, name or path), by default the model's own, checked against its vocabulary."""
-    tokenizer = recipe.tokenizer if recipe.tokenizer is not None else facts.name_or_path
+    return find_tokenizer(facts.name_or_path if recipe.tokenizer is None else recipe.tokenizer, facts.vocabulary)
+
+
+def find_tokenizer(tokenizer: Any, vocabulary: int, token: str | bool | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer that fits a model.
+
+    Args:
+        tokenizer: name, path or object.
+        vocabulary: rows of the model's token embedding.
+        token: for the Hub; by default that of `hf auth login`.
+
+    Raises:
+        CalibrationError: there is none, or it is one for another model (transformers makes an empty tokenizer for a
+            model without files of one).
+    """
     if isinstance(tokenizer, (str, os.PathLike)):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, token=token)
         except (OSError, ValueError, KeyError) as error:
             raise CalibrationError(
                 f"no tokenizer at {os.fspath(tokenizer)!r}: pass tokenizer= (a name, a path or an object), or token"
@@ -185,20 +232,19 @@ def load_tokenizer(recipe: Recipe, facts: ModelFacts) -> PreTrainedTokenizerBase
         raise CalibrationError(
             f"tokenizer= is {type(tokenizer).__name__}; pass a name, a path or a transformers tokenizer"
         )
-    if not SMALLEST_VOCABULARY_SHARE * facts.vocabulary <= len(tokenizer) <= facts.vocabulary:
+    if not SMALLEST_VOCABULARY_SHARE * vocabulary <= len(tokenizer) <= vocabulary:
         raise CalibrationError(
-            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the model"
-            f" {facts.vocabulary}: it belongs to"
-            " another model; pass the right one as tokenizer=, or token tensors as dataset="
+            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the model {vocabulary}: it"
+            " belongs to another model; pass the right one as tokenizer=, or token tensors as dataset="
         )
     return tokenizer
 
 
-def read_documents(recipe: Recipe, labelled: bool) -> Documents:
+def read_documents(recipe: Recipe, labelled: bool, splits: Mapping[str, str]) -> Documents:
     """Texts (and, for a classifier, labels) from a Hub name, a file, a list of strings or a `datasets.Dataset`."""
     dataset = recipe.dataset
     if isinstance(dataset, str) and dataset in HUB_DATASETS:
-        return _from_hub(dataset, recipe, labelled)
+        return _from_hub(dataset, splits[dataset], recipe, labelled)
     if isinstance(dataset, (str, os.PathLike)):
         return _from_file(Path(dataset), recipe, labelled)
     if isinstance(dataset, (list, tuple)) and all(isinstance(text, str) for text in dataset):
@@ -212,17 +258,15 @@ def read_documents(recipe: Recipe, labelled: bool) -> Documents:
     )
 
 
-def _from_hub(name: str, recipe: Recipe, labelled: bool) -> Documents:
+def _from_hub(name: str, split: str, recipe: Recipe, labelled: bool) -> Documents:
     import datasets
 
     try:
-        if name == "wikitext2":
-            dataset = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="train")
-        elif name == "imdb":
-            dataset = datasets.load_dataset("stanfordnlp/imdb", split="train").shuffle(seed=recipe.seed)
-        else:
-            stream = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
-            dataset = datasets.Dataset.from_list(list(islice(stream, POOL * recipe.num_samples)))
+        dataset = datasets.load_dataset(*filter(None, HUB_IDS[name]), split=split, streaming=name == "c4")
+        if name == "imdb":
+            dataset = dataset.shuffle(seed=recipe.seed)
+        elif name == "c4":
+            dataset = datasets.Dataset.from_list(list(islice(dataset, POOL * recipe.num_samples)))
     except OSError as error:
         raise CalibrationError(
             f"dataset={name!r} is on the Hugging Face Hub, which could not be reached ({error}); without a network"
@@ -238,14 +282,14 @@ def _from_file(path: Path, recipe: Recipe, labelled: bool) -> Documents:
     import pyarrow.parquet
 
     if not path.is_file():
-        raise CalibrationError(f"the calibration file {path} does not exist")
+        raise CalibrationError(f"the file {path} does not exist")
     try:
         if path.suffix == ".txt":
             return Documents((path.read_text(encoding="utf-8"),), None, path.name)
         read = pyarrow.parquet.read_table if path.suffix == ".parquet" else pyarrow.json.read_json
         return _from_dataset(datasets.Dataset(read(path)), path.name, recipe, labelled)
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
-        raise CalibrationError(f"the calibration file {path} cannot be read as {path.suffix}: {error}") from error
+        raise CalibrationError(f"the file {path} cannot be read as {path.suffix}: {error}") from error
 
 
 def _from_dataset(
@@ -292,7 +336,7 @@ def _token_rows(tokens: Any, length: int, recipe: Recipe) -> Tensor:
 def _token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, enough: int) -> Tensor:
     """Tokens of the documents, one after the other with a blank line between, until there are `enough`."""
     ids: list[int] = []
-    with logging.tqdm(total=enough, desc="Tokenizing calibration data", unit="token") as bar:
+    with logging.tqdm(total=enough, desc="Tokenizing", unit="token") as bar:
         for text in texts:
             if text.strip():
                 piece = tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
@@ -307,10 +351,10 @@ def _windows(stream: Tensor, length: int, recipe: Recipe) -> Tensor:
     """Non-overlapping windows of a stream, drawn at random under the seed: `[sequences, length]`."""
     if len(stream) < length:
         raise CalibrationError(
-            f"the calibration data hold {len(stream)} tokens, not even one sequence of {length}: give more text or set"
+            f"the data hold {len(stream)} tokens, not even one sequence of {length}: give more text or set"
             f" sequence_length to at most {len(stream)}"
             if len(stream)
-            else "the calibration data hold no text"
+            else "the data hold no text"
         )
     return _draw(stream[: len(stream) // length * length].view(-1, length), recipe)
 
@@ -324,10 +368,16 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, task: str) -> int:
     return 2 if task == "masked-lm" and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None else 0
 
 
-def _arrange(rows: Tensor, facts: ModelFacts, recipe: Recipe, tokenizer: Any) -> dict[str, Tensor]:
+def _arrange(
+    rows: Tensor,
+    facts: ModelFacts,
+    recipe: Recipe,
+    masked_share: float,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+) -> dict[str, Tensor]:
     """Windows → inputs and labels of the task, each `[sequences, …]`. `tokenizer` is called only if one is needed."""
     if facts.task == "masked-lm":
-        return _masked_fields(rows, tokenizer(), recipe)
+        return _masked_fields(rows, tokenizer(), recipe, masked_share)
     if facts.task == "seq2seq-lm":  # continue the first half of a window by the second
         source, target = rows.tensor_split(2, dim=1)
         return {
@@ -339,14 +389,14 @@ def _arrange(rows: Tensor, facts: ModelFacts, recipe: Recipe, tokenizer: Any) ->
     return {**fields, "labels": rows} if facts.task == "causal-lm" else fields
 
 
-def _masked_fields(rows: Tensor, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, Tensor]:
+def _masked_fields(rows: Tensor, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, share: float) -> dict[str, Tensor]:
     """Replace the same number of tokens in every window by the mask token; the labels are what stood there."""
     if tokenizer.mask_token_id is None:
         raise CalibrationError(
             f"the tokenizer {tokenizer.name_or_path!r} has no mask token, which a masked language model needs"
         )
     generator = torch.Generator().manual_seed(recipe.seed)
-    count = max(1, round(MASKED_SHARE * rows.shape[1]))
+    count = max(1, round(share * rows.shape[1]))
     positions = torch.rand(rows.shape, generator=generator).argsort(1)[:, :count]
     labels = torch.full_like(rows, -100).scatter(1, positions, rows.gather(1, positions))
     inputs = rows.scatter(1, positions, tokenizer.mask_token_id)
@@ -363,7 +413,7 @@ def _classification_fields(
     """One row a text, cut at `length` and padded to the longest."""
     filled = [index for index, text in enumerate(documents.texts) if text.strip()]
     if not filled:
-        raise CalibrationError("the calibration data hold no text")
+        raise CalibrationError("the data hold no text")
     chosen = _draw(torch.tensor(filled), recipe).tolist()
     texts = list(documents.texts)
     if tokenizer.pad_token is None:

@@ -7,22 +7,32 @@ two markers, so that it can be made anew without touching what somebody has writ
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .bitmap import cell_text
 from .config import CPTQuantConfig
-from .recipe import Recipe
+from .errors import CheckpointError
+from .plan import PLAN_PICTURE
+from .recipe import HUB_IDS, Recipe
 from .record import QuantizationRecord
+from .results import HEADINGS, LABELS, EvaluationResult
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 BEGIN, END = "<!-- hf-cptquant: begin -->", "<!-- hf-cptquant: end -->"
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 VLLM_TAG = re.compile(r"^\s*- vllm\n", re.MULTILINE)
+OUR_PART = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+GENERIC_DESCRIPTION = (  # of `transformers.utils.hub.create_and_tag_model_card`
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been"
+    " automatically generated."
+)
 PIPELINE_TAGS = {
     "causal-lm": "text-generation",
     "masked-lm": "fill-mask",
@@ -35,6 +45,7 @@ AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
+MADE_BY = {"library": "hf-cptquant"}  # marks our results among others in the metadata
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
     """
     if existing is not None and not facts.vllm:
         existing = FRONT_MATTER.sub(lambda front: VLLM_TAG.sub("", front[0]), existing, count=1)
+    results = _eval_results(record, facts)
     widths = sorted({module.scheme.bits for module in record.plan.packed})
     data = ModelCardData(
         base_model=record.base_model,
@@ -80,6 +92,8 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
             *(["vllm"] if facts.vllm else []),
         ]
         + [f"{bits}-bit" for bits in widths],
+        eval_results=results or None,
+        model_name=facts.name if results else None,
         ignore_metadata_errors=True,
     )
     card = ModelCard.from_template(
@@ -93,16 +107,115 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         plan=record.plan,
         table=record.table,
         maps=record.plan.maps(),
+        picture=PLAN_PICTURE,
         cell_text=cell_text,
         code=_code(record.settings),
+        headings=HEADINGS,
+        comparisons=_distinct(result.against for result in record.evaluation),
+        calibrated_on=_distinct(result.dataset for result in record.evaluation if _calibrated_on(record, result)),
         held_out=dict(record.table.settings.get("held_out_losses", {})) if record.table else {},
     )
-    if existing is None:
-        return str(card)
-    ours = str(card)[str(card).index(BEGIN) :].rstrip()
-    if BEGIN in existing and END in existing:
-        return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: ours, existing, count=1, flags=re.DOTALL)
-    return f"{existing.rstrip()}\n\n{ours}\n"
+    return str(card) if existing is None else with_our_part(existing, str(card))
+
+
+def with_our_part(existing: str, card: str) -> str:
+    """A card with our part of another one: in the place of its own, or behind the text if it has none.
+
+    Results in the metadata go along; those of others stay.
+
+    Raises:
+        CheckpointError: there are some, and the metadata of a card cannot be read.
+    """
+    existing = _with_results(existing, card)
+    ours = OUR_PART.search(card)
+    assert ours is not None, "the card is one of ours"
+    if OUR_PART.search(existing):
+        return OUR_PART.sub(lambda _: ours[0], existing, count=1)
+    return f"{existing.rstrip()}\n\n{ours[0]}\n"
+
+
+def text_around(card: str) -> str:
+    """What somebody wrote around our part of a card, without the metadata."""
+    return OUR_PART.sub("", REGEX_YAML_BLOCK.sub("", card)).strip()
+
+
+def for_repository(card: str, repo_id: str, tags: Sequence[str] = ()) -> str:
+    """A card of ours with the name of a repository in title and code, and more tags in the metadata."""
+
+    def renamed(part: re.Match[str]) -> str:
+        titled = re.sub(r"^# .*$", lambda _: f"# {repo_id}", part[0], count=1, flags=re.MULTILINE)
+        return re.sub(r'from_pretrained\(".*?"\)', lambda _: f'from_pretrained("{repo_id}")', titled, count=1)
+
+    named = OUR_PART.sub(renamed, card, count=1)
+    if not tags:
+        return named
+    tagged = ModelCard(named, ignore_metadata_errors=True)
+    tagged.data["tags"] = list(dict.fromkeys([*(tagged.data.get("tags") or []), *tags]))
+    return str(tagged)
+
+
+def is_generic(card: str) -> bool:
+    """Whether a card is the form that transformers pushes with a tokenizer or a dense model, not filled in."""
+    form = ModelCard.from_template(ModelCardData(), model_description=GENERIC_DESCRIPTION)
+    return REGEX_YAML_BLOCK.sub("", card).strip() == form.text.strip()
+
+
+def _distinct(names: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _calibrated_on(record: QuantizationRecord, result: EvaluationResult) -> bool:
+    """Whether a model was measured on the text that decided on it. Datasets from the Hub have other text for that."""
+    return result.split is None and result.dataset == record.calibration.get("source")
+
+
+def _eval_results(record: QuantizationRecord, facts: CardFacts) -> list[EvalResult]:
+    """What the metadata say: the model's own figures on datasets that the Hub knows."""
+    results = []
+    for result in record.evaluation:
+        if result.dataset in HUB_IDS:
+            name, configuration = HUB_IDS[result.dataset]
+            settings = {"windows": result.windows, "sequence_length": result.sequence_length, "seed": result.seed}
+            results.append(
+                EvalResult(
+                    task_type=PIPELINE_TAGS[facts.task],
+                    dataset_type=name,
+                    dataset_name=result.dataset,
+                    dataset_config=configuration,
+                    dataset_split=result.split,
+                    metric_type=result.metric,
+                    metric_name=LABELS[result.metric],
+                    metric_value=result.value,
+                    metric_args={**MADE_BY, **settings},
+                )
+            )
+    return results
+
+
+def _with_results(existing: str, card: str) -> str:
+    """A card whose metadata hold those results of ours that another one has, and no others of ours."""
+    if not any("model-index:" in block[2] for text in (existing, card) if (block := REGEX_YAML_BLOCK.search(text))):
+        return existing
+    parsed, data = _parsed(existing)
+    _, other = _parsed(card)
+    theirs = [result for result in data.eval_results or () if not _is_ours(result)]
+    ours = [result for result in other.eval_results or () if _is_ours(result)]
+    data.eval_results = [*theirs, *ours] or None
+    data.model_name = (data.model_name or other.model_name) if data.eval_results else None
+    return str(parsed)
+
+
+def _parsed(text: str) -> tuple[ModelCard, ModelCardData]:
+    try:
+        card = ModelCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"the metadata at the head of README.md cannot be read: {error}; repair them") from error
+    assert isinstance(card.data, ModelCardData)
+    return card, card.data
+
+
+def _is_ours(result: EvalResult) -> bool:
+    return isinstance(result.metric_args, dict) and MADE_BY.items() <= result.metric_args.items()
 
 
 def _code(settings: Mapping[str, Any]) -> str:

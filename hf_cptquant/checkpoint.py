@@ -15,23 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .card import CardFacts, render_card
-from .errors import CheckpointError, PlanError
-from .model_view import task_of
-from .modules import PACKED_CLASSES, QuantConv1D, QuantLinear, packed_modules
-from .plan import PLAN_FILE, ModulePlan
+from .errors import CheckpointError, PlanError, in_module
+from .memory import mapped_ranges, release, trim
+from .model_view import class_named_in, read_config, task_of
+from .modules import PACKED_CLASSES, PackedLayer, QuantConv1D, QuantLinear, packed_modules
+from .plan import PLAN_FILE, PLAN_PICTURE, ModulePlan
+from .plots import plot_plan
 from .quantize import replace_module
 from .record import QuantizationRecord
+from .results import EvaluationResult, merge
 from .runtimes import RUNTIMES, SERVED_TASK, Problem, in_one_line, model_problems, problems
-from .table import SensitivityTable
+from .section import read_section
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
+CARD_FILE = "README.md"
 SAFETENSORS_DTYPES = {
     "weight_packed": ("I32",),
     "weight_zero_point": ("I32",),
@@ -44,9 +49,11 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
     """Check the headers of safetensors files against a plan before transformers loads them.
 
     Raises:
-        CheckpointError: a file is damaged, or a packed tensor has another dtype or shape than the plan needs.
+        CheckpointError: a file is damaged, or a packed tensor is missing or has another dtype or shape than the plan
+            needs.
     """
     modules = {module.name: module for module in record.plan.packed}
+    found: dict[str, set[str]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -54,25 +61,34 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
                     name, _, leaf = key.rpartition(".")
                     if leaf in SAFETENSORS_DTYPES:
                         _check_tensor(tensors.get_slice(key), name, leaf, modules.get(name))
+                        found.setdefault(name, set()).add(leaf)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); fetch or write the checkpoint again") from error
+    if found.keys() & modules.keys():  # otherwise transformers renames this model's weights on loading
+        for name, module in modules.items():
+            for leaf in sorted(_expected_shapes(module).keys() - found.get(name, set())):
+                raise CheckpointError(f"{name}: {leaf} is missing from the checkpoint")
 
 
-def with_full_table(record: QuantizationRecord, files: Sequence[str]) -> QuantizationRecord:
-    """The record with the costs, errors and correlations that stand in the plan file beside the weights, if it is
-    there.
+def with_plan_file(record: QuantizationRecord, files: Sequence[str]) -> QuantizationRecord:
+    """The record with what stands in the plan file beside the weights alone, if it is there: the costs, errors and
+    correlations of the table, and the results of evaluations.
 
     `config.json` has only the scores, so that it stays small; nothing but saving again needs the rest.
     """
     path = Path(files[0]).parent / PLAN_FILE if files else None
-    if path is None or not path.exists() or record.table is None:
+    if path is None or not path.exists():
         return record
     try:
-        table = SensitivityTable.load(path)
+        beside = QuantizationRecord.load(path)
     except PlanError as error:
         logger.warning(f"{path} is damaged and is not used: {error}")
         return record
-    return replace(record, table=table) if table.fingerprint == record.table.fingerprint else record
+    if beside.plan == record.plan:
+        record = replace(record, evaluation=beside.evaluation)
+    if record.table is None or beside.table is None or record.table.fingerprint != beside.table.fingerprint:
+        return record
+    return replace(record, table=beside.table)
 
 
 def _check_tensor(tensor: Any, name: str, leaf: str, module: ModulePlan | None) -> None:
@@ -81,13 +97,17 @@ def _check_tensor(tensor: Any, name: str, leaf: str, module: ModulePlan | None) 
             f"{name}: {leaf} is stored as {tensor.get_dtype()}, not {' or '.join(SAFETENSORS_DTYPES[leaf])}"
         )
     if module is not None:  # None: transformers renames this model's weights on loading, and checks their shapes itself
-        with torch.device("meta"):
-            expected = QuantLinear(module.in_features, module.out_features, module.scheme).state_dict()
-        shape = tuple(expected[leaf].shape) if leaf in expected else None
+        shape = _expected_shapes(module).get(leaf)
         if tuple(tensor.get_shape()) != shape:
             raise CheckpointError(
                 f"{name}: {leaf} has shape {tuple(tensor.get_shape())}, the plan ({module.scheme}) needs {shape}"
             )
+
+
+def _expected_shapes(module: ModulePlan) -> dict[str, tuple[int, ...]]:
+    """Packed tensors of a module and their shapes."""
+    empty = QuantLinear(module.in_features, module.out_features, module.scheme, bias=False, device="meta")
+    return {leaf: tuple(tensor.shape) for leaf, tensor in empty.state_dict().items()}
 
 
 def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
@@ -108,21 +128,37 @@ def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
 def finish_loading(model: PreTrainedModel) -> None:
     """After transformers has filled the skeleton: check that nothing is missing, and settle the kernels' layouts.
 
+    Weights that accelerate has offloaded stay in the wire format, in which they lie on disk.
+
     Raises:
         CheckpointError: a packed tensor was not in the files, or does not belong to a weight of this shape.
     """
+    mapped = mapped_ranges()
     for name, module in packed_modules(model).items():
-        for leaf, tensor in module.named_buffers():
-            if not getattr(tensor, "_is_hf_initialized", False):  # transformers marks what it has loaded
-                raise CheckpointError(f"{name}: {leaf} is missing from the checkpoint")
-        if module.weight_shape.tolist() != [module.out_features, module.in_features]:
-            raise CheckpointError(
-                f"{name}: weight_shape is {module.weight_shape.tolist()}, the model has"
-                f" {[module.out_features, module.in_features]}"
-            )
-        if not bool(torch.isfinite(module.weight_scale).all()):
-            raise CheckpointError(f"{name}: weight_scale holds NaN or infinity")
-        module.settle()
+        with in_module(name):
+            if not has_offloaded_params(module):  # accelerate moves tensors, and the mark does not come with them
+                _check_marks(module)
+            with align_module_device(module):
+                _check_values(module)
+        module.weight_shape = module.weight_shape.clone()  # or these bytes alone would keep the whole file mapped
+        loaded = module.weight_packed
+        if module.settle().weight_packed is not loaded:
+            release(loaded, mapped)
+    trim()
+
+
+def _check_marks(module: PackedLayer) -> None:
+    for leaf, tensor in module.named_buffers():
+        if not getattr(tensor, "_is_hf_initialized", False):  # transformers marks what it has loaded
+            raise CheckpointError(f"{leaf} is missing from the checkpoint")
+
+
+def _check_values(module: PackedLayer) -> None:
+    shape = [module.out_features, module.in_features]
+    if module.weight_shape.tolist() != shape:
+        raise CheckpointError(f"weight_shape is {module.weight_shape.tolist()}, the model has {shape}")
+    if not bool(torch.isfinite(module.weight_scale).all()):
+        raise CheckpointError("weight_scale holds NaN or infinity")
 
 
 def is_portable(model: nn.Module) -> bool:
@@ -134,12 +170,10 @@ def save_checkpoint(
     model: PreTrainedModel,
     record: QuantizationRecord,
     save_directory: str | os.PathLike,
-    *,
-    push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """`save_pretrained` of a quantized model: what transformers writes, `cptquant_plan.json` and a model card, all or
-    nothing.
+    """Write a quantized model: what transformers writes, `cptquant_plan.json` and a model card with a picture of the
+    plan, all or nothing.
 
     Everything is written to a temporary folder beside the target and moved into place when it is complete.
 
@@ -147,14 +181,12 @@ def save_checkpoint(
         model: quantized; its config holds the section that goes into `config.json`.
         record: what `cptquant_plan.json` says.
         save_directory: a new folder, an earlier checkpoint of this package (replaced), or one without a model.
-        push_to_hub: also upload; `repo_id`, `token`, `private`, `create_pr`, `commit_message` as in transformers.
         kwargs: as for `PreTrainedModel.save_pretrained`.
 
     Raises:
         CheckpointError: the folder holds a model that is not ours.
     """
     target = Path(save_directory)
-    hub = {name: kwargs.pop(name) for name in ("repo_id", "private", "create_pr", "commit_message") if name in kwargs}
     if kwargs.get("is_main_process", True):
         refuse_foreign(target)
         limits = limits_of(model)
@@ -168,25 +200,75 @@ def save_checkpoint(
         try:
             type(model).save_pretrained(model, staging, **kwargs)
             record.save(staging / PLAN_FILE)
-            _write_card(model, record, limits, target, staging)
+            plot_plan(record.plan, record.table, staging / PLAN_PICTURE)
+            (staging / CARD_FILE).write_text(
+                _card(record, _facts(model, record, target, limits), target), encoding="utf-8"
+            )
             _move_into_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    if push_to_hub:
-        model.push_to_hub(hub.pop("repo_id", target.name), token=kwargs.get("token"), **hub)
+            trim()
 
 
-def _write_card(
-    model: PreTrainedModel, record: QuantizationRecord, limits: str | None, target: Path, staging: Path
-) -> None:
-    """Write the model card, around which the text of a card that is there already is kept."""
+def describe(folder: Path) -> CardFacts:
+    """What a card says of the quantized model in a folder, without reading its weights.
+
+    Raises:
+        ModelError: there is no model.
+        CheckpointError: it was not quantized by this package, or its config is damaged.
+    """
+    config = read_config(str(folder))
+    model_class, section = class_named_in(config), getattr(config, "quantization_config", None)
+    if model_class is None or not isinstance(section, Mapping) or "cptquant" not in section:
+        raise CheckpointError(f"{folder} holds no model that cptquant has quantized")
+    with torch.device("meta"):
+        model = model_class(config)
+    record = read_section(section, model)
+    build_skeleton(model, record)
+    return _facts(model, record, folder, limits_of(model))
+
+
+def rewrite_record(folder: Path, record: QuantizationRecord) -> None:
+    """Write the plan file and the card of a quantized model anew, and the picture on the card if it is missing. Each
+    file is replaced when it is complete, and the weights are not touched.
+
+    Raises:
+        ModelError, CheckpointError: as `describe`, or the metadata of the card cannot be read; nothing is written.
+    """
+    card = _card(record, describe(folder), folder)
+    for path, text in ((folder / PLAN_FILE, record.to_json()), (folder / CARD_FILE, card)):
+        complete = path.with_name(f".{path.name}.new")
+        try:
+            complete.write_text(text, encoding="utf-8")
+            complete.replace(path)
+        finally:
+            complete.unlink(missing_ok=True)
+    if not (folder / PLAN_PICTURE).exists():
+        plot_plan(record.plan, record.table, folder / PLAN_PICTURE)
+
+
+def add_results(folder: Path, results: Sequence[EvaluationResult]) -> None:
+    """Put results into the plan file and the card of a quantized model, in the place of earlier ones of the same data.
+
+    Raises:
+        PlanError: the plan file is damaged.
+        ModelError, CheckpointError: as `rewrite_record`.
+    """
+    record = QuantizationRecord.load(folder)
+    rewrite_record(folder, replace(record, evaluation=merge(record.evaluation, results)))
+
+
+def _facts(model: PreTrainedModel, record: QuantizationRecord, folder: Path, limits: str | None) -> CardFacts:
     task = task_of(model)
     assert task is not None, "a model without a loss is not quantized"
-    card = target / "README.md"
-    existing = card.read_text(encoding="utf-8") if card.exists() else None
     served = not problems_of(model, record, "vllm")
-    facts = CardFacts(target.name, task, is_portable(model), limits, served)
-    (staging / "README.md").write_text(render_card(record, facts, existing), encoding="utf-8")
+    return CardFacts(folder.absolute().name, task, is_portable(model), limits, served)
+
+
+def _card(record: QuantizationRecord, facts: CardFacts, folder: Path) -> str:
+    """The text of the card, with what others wrote into the one that is in the folder already."""
+    card = folder / CARD_FILE
+    return render_card(record, facts, card.read_text(encoding="utf-8") if card.exists() else None)
 
 
 def problems_of(model: nn.Module, record: QuantizationRecord, runtime: str) -> tuple[Problem, ...]:
@@ -213,7 +295,7 @@ def limits_of(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _initializes_without_weights(model: PreTrainedModel, packed: Mapping[str, QuantLinear]) -> bool:
+def _initializes_without_weights(model: PreTrainedModel, packed: Mapping[str, PackedLayer]) -> bool:
     """Whether the model's class can initialize itself where layers have lost their `weight`, as they do on loading in
     plain transformers. Tried on an empty model, since the class alone knows."""
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""`cptquant`: quantize, measure, plan, inspect and demo from a terminal.
+"""`cptquant`: quantize, measure, plan, inspect, evaluate and demo from a terminal.
 
 The settings of `CPTQuantConfig` are options with dashes (`options.py`). An error of ours is one line and exit status 1.
 Under `accelerate launch` or `torchrun` all processes measure, and the first one writes.
@@ -12,29 +12,35 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from . import ranks
 from .allocation import frontier as frontier_of
-from .checkpoint import refuse_foreign
+from .checkpoint import add_results, describe, refuse_foreign, rewrite_record
 from .config import CPTQuantConfig
 from .demo import run_demo
+from .doctor import diagnose
 from .errors import CheckpointError, CPTQuantError, ModelError
-from .model_view import TASKS
+from .folder_evaluation import evaluate_folder
+from .hub import Target, check_can_push, push_folder
+from .model_view import TASKS, class_named_in, read_config
 from .options import (
     AllocationOption,
+    BatchSizeOption,
     BitsOverrideOption,
+    LabelColumnOption,
     MaxLossIncreaseOption,
     RegularizationOption,
     TargetBitsOption,
     TargetCompressionOption,
     TargetRuntimeOption,
     TargetSizeOption,
+    TextColumnOption,
+    TokenizerOption,
     parse_numbers,
     parse_overrides,
     takes_settings,
@@ -45,7 +51,16 @@ from .plots import plot_frontier, plot_plan, plot_sensitivity
 from .record import QuantizationRecord
 from .runtimes import RUNTIMES, Problem, Runtime, model_problems, problems
 from .table import SensitivityTable
-from .terminal import console, say, show_frontier, show_plan, show_sensitivity, show_units
+from .terminal import (
+    console,
+    say,
+    show_diagnosis,
+    show_evaluation,
+    show_frontier,
+    show_plan,
+    show_sensitivity,
+    show_units,
+)
 
 app = typer.Typer(
     help="Mixed-precision quantization for Hugging Face transformers: every layer with the bits that it needs.",
@@ -62,6 +77,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 ModelArgument = Annotated[str, typer.Argument(help="Name on the Hub, or folder, of a full-precision model.")]
 DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
 PlotOption = Annotated[Path | None, typer.Option(help="PNG file for a picture of the plan.")]
+PrivateOption = Annotated[
+    bool | None, typer.Option("--private/--public", help="Of a repository that is made; by default as the Hub has it.")
+]
 DeviceMapOption = Annotated[str | None, typer.Option(help="As in transformers, e.g. auto.")]
 
 
@@ -72,18 +90,40 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the quantized model.")],
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights, e.g. 5GB.")] = "50GB",
+    push_to_hub: Annotated[str | None, typer.Option(help="NAME/MODEL on the Hub, to push to afterwards.")] = None,
+    private: PrivateOption = None,
     *,
     config: CPTQuantConfig,
 ) -> None:
-    """Quantize MODEL and write it to a folder."""
+    """Quantize MODEL, write it to a folder, and push it to the Hub if that is asked for."""
     join_processes()
     check_output(output)
+    if push_to_hub is not None:
+        check_can_push(push_to_hub)
     quantized = load_model(model, dtype, device_map, quantization_config=config)
     if ranks.rank() > 0:
         return
-    quantized.save_pretrained(output)
+    quantized.save_pretrained(output, max_shard_size=max_shard_size)
     AutoTokenizer.from_pretrained(config.tokenizer or model).save_pretrained(output)
     say(f"Written to {output}. See the plan with: cptquant inspect {output}")
+    if push_to_hub is not None:
+        push(output, push_to_hub, private)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
+    repo_id: Annotated[str, typer.Argument(help="NAME/MODEL on the Hub; made if it does not exist.")],
+    private: PrivateOption = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it does not exist; by default main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
+) -> None:
+    """Push a quantized model to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
+    target = Target(repo_id, private, revision, create_pr, commit_message=commit_message)
+    commit = push_folder(folder, target)
+    say(f"Pushed to {commit.pr_url or commit.commit_url}")
 
 
 @app.command()
@@ -282,6 +322,79 @@ def problems_of_folder(source: Path, runtime: Runtime) -> tuple[Problem, ...]:
 
 
 @app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A quantized model's folder, or any model.")],
+    against: Annotated[
+        str | None,
+        typer.Option(help="The original, name or folder: also its figures and how far the predictions are from its."),
+    ] = None,
+    dataset: Annotated[
+        str, typer.Option(help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file.")
+    ] = "wikitext2",
+    tokenizer: TokenizerOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
+    num_samples: Annotated[int, typer.Option(help="Windows, drawn at random.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 2048,
+    batch_size: BatchSizeOption = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows and of the intervals.")] = 0,
+    device_map: DeviceMapOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the results.")] = None,
+) -> None:
+    """Measure the model in DIR, with 95 % confidence intervals; the last line is JSON.
+
+    Perplexity, pseudo-perplexity (each token masked in turn) or accuracy, by the kind of model. Datasets from the Hub
+    give their text for tests. What is measured of a quantized model goes into its cptquant_plan.json and its card.
+    """
+    check_files(output)
+    folder = Path(source)
+    record = QuantizationRecord.load(folder) if (folder / PLAN_FILE).exists() else None
+    if record is not None:
+        describe(folder)  # find out before the work whether the results can be kept
+    config = CPTQuantConfig(
+        dataset=dataset,
+        tokenizer=tokenizer,
+        text_column=text_column,
+        label_column=label_column,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    results = evaluate_folder(source, config, against, device_map)
+    show_evaluation(results)
+    found = json.dumps({"model": source, "against": against, "results": [result.to_dict() for result in results]})
+    if output is not None:
+        output.write_text(found + "\n", encoding="utf-8")
+    if record is not None:
+        add_results(folder, results)
+        say(f"Written to {folder / PLAN_FILE} and the model card.")
+        if against is None and record.base_model is not None:
+            say(f"What quantizing has cost, with the original's figures: --against {record.base_model}")
+    typer.echo(found)
+
+
+@app.command()
+def card(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized model's folder.")]) -> None:
+    """Write the model card of DIR anew from its record. What others wrote around our part is kept."""
+    rewrite_record(folder, QuantizationRecord.load(folder))
+    say(f"Written to {folder / 'README.md'}.")
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path | None, typer.Argument(help="A quantized model's folder; without it, all schemes.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show which kernels packed layers run on here, and why not on faster ones."""
+    diagnosis = diagnose(folder)
+    if as_json:
+        typer.echo(json.dumps(diagnosis.to_dict(), indent=1))
+    else:
+        show_diagnosis(diagnosis)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the quantized model.")] = Path(
         "smollm2-135m-cptquant"
@@ -359,15 +472,10 @@ def model_class(model: str) -> type[PreTrainedModel]:
     Raises:
         ModelError: the model is quantized already, or its config cannot be read.
     """
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no model at {model!r}: {error}") from error
+    config = read_config(model)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{model} is quantized already; give the full-precision model")
-    known = {name for classes in TASKS.values() for name in classes.values()}
-    named = next((name for name in config.architectures or () if name in known), None)
-    return AutoModelForCausalLM if named is None else getattr(transformers, named)
+    return class_named_in(config) or AutoModelForCausalLM
 
 
 def main(arguments: list[str] | None = None) -> Any:

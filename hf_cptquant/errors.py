@@ -36,6 +36,14 @@ class CheckpointError(CPTQuantError):
     """Files on disk are damaged, foreign, or do not say what the model needs."""
 
 
+class EvaluationError(CPTQuantError):
+    """A model cannot be evaluated as asked: no such task, another original, no room for its predictions."""
+
+
+class HubError(CPTQuantError):
+    """The Hub refused something, or could not be reached."""
+
+
 @contextmanager
 def in_module(name: str) -> Iterator[None]:
     """Prefix a `CPTQuantError` raised inside with the name of the module it is about."""

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
@@ -200,6 +201,21 @@ def task_of(model: nn.Module) -> str | None:
     head."""
     name = type(model).__name__
     return next((task for task, classes in TASKS.items() if name in classes.values()), None)
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """The config of a model by its name on the Hub or its folder. Raises `ModelError` if it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no model at {model!r}: {error}") from error
+
+
+def class_named_in(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that a config names, if it is one that computes a loss."""
+    known = {name for classes in TASKS.values() for name in classes.values()}
+    named = next((name for name in config.architectures or () if name in known), None)
+    return None if named is None else getattr(transformers, named)
 
 
 def hub_name_of(model: PreTrainedModel) -> str | None:

@@ -1,8 +1,9 @@
 """`QuantLinear` and `QuantConv1D`: packed weights in place of `nn.Linear` and GPT-2's `Conv1D`.
 
-Buffers only, no parameters: k-bit preparation of adapters casts parameters, and nothing here is trained by gradient. At
-rest the buffers are in the layout that the device's kernel reads; `state_dict` always shows the wire format, and a move
-to another device or dtype passes through it.
+Each is an instance of the class that it replaces, so that adapter libraries, which look layers up by their class, take
+it for what it is. Buffers only, no parameters: k-bit preparation of adapters casts parameters, and nothing here is
+trained by gradient. At rest the buffers are in the layout that the device's kernel reads; `state_dict` always shows the
+wire format, and a move to another device or dtype passes through it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,31 @@ from transformers.pytorch_utils import Conv1D
 from .errors import ModelError
 from .grid import QuantizedWeight
 from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, linear, to_layout
+from .memory import trim
 from .packing import pack, packed_length, unpack
 from .plan import LayerScheme
 
 
-class QuantLinear(nn.Module):
-    """A linear layer whose weight stays packed.
+class ComputedWeight(Tensor):
+    """A dequantized weight. Operations on it give plain tensors; writing to its `data`, as merging of adapters does,
+    is refused, since it would be lost."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        return self.as_subclass(Tensor).detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ModelError(
+            "the weight of a packed layer is computed when it is asked for and cannot be written; call dequantize() on"
+            " the transformers model first, for example before adapters are merged"
+        )
+
+
+class PackedLayer(nn.Module):
+    """A linear layer whose weight stays packed: all that does not depend on the class it replaces.
 
     Args:
         in_features, out_features: as in `nn.Linear`.
@@ -50,7 +70,7 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of the replaced class, which would make its weight
         self.in_features, self.out_features, self.scheme, self.layout = in_features, out_features, scheme, WIRE
         groups = scheme.groups(in_features)
 
@@ -69,7 +89,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", empty(out_features, dtype=dtype) if bias else None)
 
     @classmethod
-    def from_quantized(cls, quantized: QuantizedWeight, bias: Tensor | None) -> QuantLinear:
+    def from_quantized(cls, quantized: QuantizedWeight, bias: Tensor | None) -> PackedLayer:
         """Pack integers `[out, in]`, scales and zero points into a module on the same device."""
         out_features, in_features = quantized.integers.shape
         scale, bits = quantized.scale, quantized.scheme.bits
@@ -105,6 +125,9 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight in the shape that the dense module has, computed at each access and never kept."""
+        return self._dense_weight().as_subclass(ComputedWeight)
+
+    def _dense_weight(self) -> Tensor:
         return dense_weight(self.tensors, self.scheme.bits, self.in_features)
 
     @property
@@ -118,37 +141,39 @@ class QuantLinear(nn.Module):
         scale = self.weight_scale
         return choose_layout(self.scheme, self.out_features, self.in_features, scale.device, scale.dtype)
 
-    def settle(self) -> QuantLinear:
+    def settle(self) -> PackedLayer:
         """Bring the buffers into the layout of the device's kernel."""
         return self._hold(to_layout(self.tensors, self.choice.layout, self.in_features))
 
+    def _empty(self) -> nn.Module:
+        """The dense module without values, on the meta device."""
+        raise NotImplementedError
+
     def dense(self) -> nn.Module:
         """The equivalent dense module with the dequantized weight."""
-        module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        return self._fill(module)
-
-    def _fill(self, module: nn.Module) -> nn.Module:
-        module.weight = nn.Parameter(self.weight, requires_grad=False)
+        module = self._empty()
+        module.weight = nn.Parameter(self._dense_weight(), requires_grad=False)
         if self.bias is not None:
             module.bias = nn.Parameter(self.bias, requires_grad=False)
         elif module.bias is not None:  # `Conv1D` always has one
             module.bias = nn.Parameter(self.weight_scale.new_zeros(self.out_features), requires_grad=False)
         return module
 
-    def _hold(self, tensors: PackedTensors) -> QuantLinear:
-        self.weight_packed, self.weight_scale, self.layout = tensors.weight, tensors.scale, tensors.layout
+    def _hold(self, tensors: PackedTensors) -> PackedLayer:
+        self.weight_packed, self.layout = tensors.weight, tensors.layout
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """`.to()`, `.half()`, `.cuda()`, …: through the wire format into the layout of the new place."""
         self._hold(to_layout(self.tensors, WIRE, self.in_features))
         super()._apply(fn, recurse)
-        return self.settle()
+        self.settle()
+        trim()
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        wire = to_layout(self.tensors, WIRE, self.in_features)
-        destination[prefix + "weight_packed"], destination[prefix + "weight_scale"] = wire.weight, wire.scale
+        destination[prefix + "weight_packed"] = to_layout(self.tensors, WIRE, self.in_features).weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._hold(to_layout(self.tensors, WIRE, self.in_features))
@@ -157,8 +182,7 @@ class QuantLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies hold the wire format, since they may be opened on another device or processor."""
-        wire = to_layout(self.tensors, WIRE, self.in_features)
-        buffers = {**self._buffers, "weight_packed": wire.weight, "weight_scale": wire.scale}
+        buffers = {**self._buffers, "weight_packed": to_layout(self.tensors, WIRE, self.in_features).weight}
         return {**self.__dict__, "_buffers": buffers, "layout": WIRE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -171,8 +195,17 @@ class QuantLinear(nn.Module):
             f" layout={self.layout}"
         )
 
+    __repr__ = nn.Module.__repr__
 
-class QuantConv1D(QuantLinear):
+
+class QuantLinear(PackedLayer, nn.Linear):
+    """Packed form of `nn.Linear`."""
+
+    def _empty(self) -> nn.Module:
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+
+
+class QuantConv1D(PackedLayer, Conv1D):
     """Packed form of `transformers.pytorch_utils.Conv1D`, whose weight is stored as `[in, out]`."""
 
     @property
@@ -181,23 +214,26 @@ class QuantConv1D(QuantLinear):
         return self.out_features
 
     @property
-    def weight(self) -> Tensor:
-        return super().weight.t().contiguous()
+    def nx(self) -> int:
+        """Input features, by the name that `Conv1D` gives them."""
+        return self.in_features
 
-    def dense(self) -> nn.Module:
+    def _dense_weight(self) -> Tensor:
+        return super()._dense_weight().t().contiguous()
+
+    def _empty(self) -> nn.Module:
         with torch.device("meta"):
-            module = Conv1D(self.out_features, self.in_features)
-        return self._fill(module)
+            return Conv1D(self.out_features, self.in_features)
 
 
-PACKED_CLASSES: dict[type[nn.Module], type[QuantLinear]] = {nn.Linear: QuantLinear, Conv1D: QuantConv1D}
+PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {nn.Linear: QuantLinear, Conv1D: QuantConv1D}
 
 
-def packed_modules(model: nn.Module) -> dict[str, QuantLinear]:
+def packed_modules(model: nn.Module) -> dict[str, PackedLayer]:
     """Name → packed module, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
-def explain_choice(module: QuantLinear) -> str:
+def explain_choice(module: PackedLayer) -> str:
     """Which kernel a packed module runs on, and why not a faster one."""
     return f"{module.layout}: {module.choice.reason}"

@@ -26,6 +26,10 @@ BitsOverrideOption = Annotated[list[str] | None, typer.Option(help="PATTERN=BITS
 TargetRuntimeOption = Annotated[
     str | None, typer.Option(help="vllm, vllm-cpu or sglang: choose only plans that it loads.")
 ]
+TokenizerOption = Annotated[str | None, typer.Option(help="Name or folder; by default the model's own.")]
+TextColumnOption = Annotated[str | None, typer.Option(help="Column of the texts.")]
+LabelColumnOption = Annotated[str | None, typer.Option(help="Column of the labels (classifiers).")]
+BatchSizeOption = Annotated[int | None, typer.Option(help="Sequences at a time.")]
 RegularizationOption = Annotated[float, typer.Option(help="Weight of the rounding error beside the loss.")]
 
 
@@ -57,12 +61,12 @@ def read_settings(
     dataset: Annotated[
         str, typer.Option(help="wikitext2, c4, imdb, a .txt, .jsonl or .parquet file, or self: the model's own text.")
     ] = "wikitext2",
-    tokenizer: Annotated[str | None, typer.Option(help="Name or folder; by default the model's own.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels (classifiers).")] = None,
+    tokenizer: TokenizerOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 2048,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.")] = None,
+    batch_size: BatchSizeOption = None,
     estimator: Annotated[str | None, typer.Option(help="taylor or perturbation: how tdmpq measures.")] = None,
     taylor_samples: Annotated[int, typer.Option(help="Tokens that taylor measures.")] = 4096,
     perturb: Annotated[str, typer.Option(help="all or first: which weights of a unit are disturbed.")] = "all",

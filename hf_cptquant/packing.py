@@ -37,6 +37,12 @@ def pack(integers: Tensor, bits: int, dim: int = 1) -> Tensor:
     if dim == 0:
         return pack(integers.t(), bits).t().contiguous()
     rows, columns = integers.shape
+    if bits in (4, 8):  # whole integers lie in each byte: no shifts across words, and a byte for each integer
+        octets = integers.contiguous().view(torch.uint8) + 2 ** (bits - 1)
+        octets = F.pad(octets, (0, -columns % (WORD // bits)))
+        if bits == 4:
+            octets = octets[:, ::2] | octets[:, 1::2] << 4
+        return octets.reshape(-1).view(torch.int32).view(rows, packed_length(columns, bits))
     unsigned = integers.to(torch.int64) + 2 ** (bits - 1)
     stream = F.pad(unsigned, (0, -columns % WORD)).view(rows, -1, WORD)
     words = torch.zeros(rows, stream.shape[1], bits, dtype=torch.int64, device=integers.device)

@@ -10,8 +10,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +20,10 @@ from transformers.utils import logging
 
 from .allocation import FrontierPoint, allocate, check_budget, fixed_bits, frontier, loadable_bits
 from .arithmetic import linears_in_working_dtype
-from .calibration import CalibrationSet, ModelFacts, hold_out, in_batches, load_calibration
+from .calibration import CalibrationSet, facts_of, hold_out, in_batches, load_calibration
 from .config import CPTQuantConfig
 from .errors import ConfigError, ModelError, PlanError
-from .evaluate import losses_of_plans
+from .evaluate import evaluating, losses_of_plans
 from .model_view import TASKS, hub_name_of, max_length_of, task_of, view_model
 from .plan import BitPlan, LeftAlone, read_json
 from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
@@ -113,11 +112,7 @@ def _check_runtime(model: PreTrainedModel, plan: BitPlan, recipe: Recipe) -> Non
 
 
 def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
-    task = task_of(model)
-    assert task is not None
-    vocabulary = model.get_input_embeddings().num_embeddings
-    facts = ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
-    calibration = load_calibration(recipe, facts)
+    calibration = load_calibration(recipe, facts_of(model))
     if recipe.method == "auto" or recipe.recover:
         hold_out(calibration)  # enough data to judge by
     return calibration
@@ -144,7 +139,8 @@ def _with_own_text(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
 def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
     """The recipe's plan for a model, with where it came from.
 
-    Settings are those the plan was made with; only the rounding and recovery are the recipe's.
+    Settings are those the plan was made with; only the rounding and recovery are the recipe's. What another model with
+    this plan was evaluated to be is left out.
 
     Raises:
         PlanError: it is no plan, or one for another model.
@@ -165,7 +161,7 @@ def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
         undecided = view.plan(settings["granularity"])
     except KeyError as error:
         raise PlanError(f"the settings in the record of the plan lack {error}") from error
-    return replace(given, plan=given.plan.applied_to(undecided), settings=settings)
+    return replace(given, plan=given.plan.applied_to(undecided), settings=settings, evaluation=())
 
 
 def measure_sensitivity(model: PreTrainedModel, config: CPTQuantConfig) -> SensitivityTable:
@@ -202,7 +198,7 @@ def measure_record(model: PreTrainedModel, config: CPTQuantConfig) -> Quantizati
     """The table of `measure_sensitivity` with where it came from; the plan is undecided."""
     recipe = config.recipe()
     preparation = _prepare_to_measure(model, recipe)
-    with _evaluating(model):
+    with evaluating(model):
         return _scored(model, _with_own_text(model, recipe, preparation), recipe)
 
 
@@ -232,7 +228,7 @@ def measure_frontier(model: PreTrainedModel, config: CPTQuantConfig, count: int)
     """
     recipe = config.recipe()
     preparation = _prepare_to_measure(model, recipe)
-    with _evaluating(model):
+    with evaluating(model):
         preparation = _with_own_text(model, recipe, preparation)
         measured, judged = hold_out(preparation.data)
         table = score(model, replace(preparation, calibration=measured), recipe)
@@ -250,16 +246,6 @@ def _prepare_to_measure(model: PreTrainedModel, recipe: Recipe) -> Preparation:
         raise ConfigError("plan= is for quantizing; without it, there is something to measure")
     check_fits(model, preparation.plan)
     return preparation
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    try:
-        model.eval()
-        yield
-    finally:
-        model.train(training)
 
 
 def score(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> SensitivityTable:
@@ -314,9 +300,8 @@ def decide(record: QuantizationRecord, recipe: Recipe) -> QuantizationRecord:
         bits = {module.unit: module.scheme.bits for module in plan.modules}
         measured[PREDICTED] = math.fsum(table.costs[unit].get(bits[unit], 0.0) for unit in bits)
     given = _portable(recipe)
-    return replace(
-        record, plan=plan, settings={**record.settings, **{name: given[name] for name in DECIDING}}, measured=measured
-    )
+    settings = {**record.settings, **{name: given[name] for name in DECIDING}}
+    return replace(record, plan=plan, settings=settings, measured=measured, evaluation=())
 
 
 def _portable(recipe: Recipe) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .bitmap import BitMap, as_html, bit_map
 from .errors import PlanError, in_module
 
 PLAN_FILE = "cptquant_plan.json"
+PLAN_PICTURE = "cptquant_plan.png"
 PLAN_VERSION = 1
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 BITS = (*PACKED_BITS, 16)

@@ -23,6 +23,7 @@ from .arithmetic import working_dtype
 from .calibration import batches_on
 from .errors import ModelError, PlanError, in_module
 from .grid import QuantizedWeight, dequantize
+from .memory import mapped_ranges, release
 from .modules import PACKED_CLASSES, packed_modules
 from .plan import BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
@@ -168,6 +169,7 @@ def _pack(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:
     module = model.get_submodule(name)
     packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module.bias)
     replace_module(model, name, packed.train(module.training))
+    release(module.weight, mapped_ranges())
 
 
 def _matrix(module: nn.Module) -> torch.Tensor:
@@ -207,7 +209,9 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def dequantize_model(model: nn.Module) -> None:
-    """Swap every packed module back for a dense one with the dequantized weight, in place."""
-    for name, module in packed_modules(model).items():
+def dequantize_model(model: nn.Module) -> tuple[str, ...]:
+    """Swap every packed module back for a dense one with the dequantized weight, in place, and give their names."""
+    packed = packed_modules(model)
+    for name, module in packed.items():
         replace_module(model, name, module.dense().train(module.training))
+    return tuple(packed)

@@ -44,7 +44,12 @@ _LEAST = {
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 RUNTIME_NAMES = (None, *RUNTIMES)
-HUB_DATASETS = ("wikitext2", "c4", "imdb")
+HUB_IDS = {  # what `datasets.load_dataset` calls them: dataset, configuration
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "c4": ("allenai/c4", "en"),
+    "imdb": ("stanfordnlp/imdb", None),
+}
+HUB_DATASETS = tuple(HUB_IDS)
 SELF = "self"  # text that the model itself writes
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 WAYS_WITHOUT_NETWORK = (

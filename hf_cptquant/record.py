@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import PlanError
 from .plan import BitPlan, read_json
+from .results import EvaluationResult
 from .table import SensitivityTable
 
 
@@ -30,6 +31,7 @@ class QuantizationRecord:
         calibration: what the calibration data were (source, sizes, hash); empty without a table.
         measured: figures taken around the run (seconds, losses); may be empty.
         base_model: name on the Hub of the model that was quantized, if it came from there.
+        evaluation: what was measured of the finished model afterwards (`cptquant evaluate`).
     """
 
     plan: BitPlan
@@ -38,6 +40,7 @@ class QuantizationRecord:
     calibration: Mapping[str, Any]
     measured: Mapping[str, Any] = field(default_factory=dict)
     base_model: str | None = None
+    evaluation: tuple[EvaluationResult, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         table = None if self.table is None else self.table.to_dict()
@@ -50,6 +53,7 @@ class QuantizationRecord:
             "calibration": dict(self.calibration),
             "measured": dict(self.measured),
             "base_model": self.base_model,
+            "evaluation": [result.to_dict() for result in self.evaluation],
         }
 
     @classmethod
@@ -60,11 +64,19 @@ class QuantizationRecord:
                 raise PlanError(f"the record of the quantization has no {part!r}")
         if not isinstance(data.get("sensitivity", 0), (Mapping, NoneType)):
             raise PlanError("the record of the quantization has no 'sensitivity'")
-        parts = (data["settings"], data["calibration"], data["measured"], data.get("base_model"))
+        results = data.get("evaluation", [])
+        if not isinstance(results, list) or not all(isinstance(result, Mapping) for result in results):
+            raise PlanError("'evaluation' in the record of the quantization is no list of results")
+        evaluation = tuple(EvaluationResult.from_dict(result) for result in results)
+        parts = (data["settings"], data["calibration"], data["measured"], data.get("base_model"), evaluation)
         return cls(plan, SensitivityTable.of_record(data), *parts)
 
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> QuantizationRecord:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ from transformers.utils import logging
 
 from .arithmetic import linears_in_working_dtype
 from .calibration import batches_on
-from .errors import ModelError
+from .errors import CalibrationError, ModelError
 from .grid import dequantize
 from .kernels import reference
 from .modules import packed_modules
@@ -39,6 +40,7 @@ from .sensitivity.taylor import differentiable
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 CLASSES = 128  # remembered for each prediction: on SmolLM2 they hold 85 % of the divergence
+BYTES_OF_CLASS = 8  # its number and its probability
 STEPS = 64
 RATE, BETAS = 1e-3, (0.9, 0.99)  # of Adam; the rate falls linearly to 0
 WARM_UP = 4  # steps
@@ -70,9 +72,17 @@ def remember(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Example]:
         batches: calibration data, a step of training each.
 
     Raises:
+        CalibrationError: the predictions would not fit into what is free of the main memory.
         ModelError: its outputs are no classes.
     """
     examples = []
+    predictions = sum(batch["input_ids"].numel() for batch in batches)
+    needed, free = predictions * CLASSES * BYTES_OF_CLASS, psutil.virtual_memory().available
+    if needed > free:
+        raise CalibrationError(
+            f"recover='scales' remembers what the original predicts for {predictions} tokens, up to"
+            f" {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; lower num_samples or sequence_length"
+        )
     labelled = with_labels(model, batches)
     with linears_in_working_dtype(model):
         for batch, on_device in zip(labelled, batches_on(labelled, model.device), strict=True):

@@ -11,7 +11,9 @@ from rich.text import Text
 
 from .allocation import FrontierPoint
 from .bitmap import COLOURS, BitMap, cell_text, letters_on
+from .doctor import Diagnosis
 from .record import QuantizationRecord
+from .results import HEADINGS, EvaluationResult
 from .table import SensitivityTable
 
 console = Console()
@@ -50,6 +52,8 @@ def show_plan(record: QuantizationRecord) -> None:
     if table is not None and "held_out_losses" in table.settings:
         losses = table.settings["held_out_losses"].items()
         say("loss on held-out calibration data: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses))
+    if record.evaluation:
+        show_evaluation(record.evaluation)
 
 
 def show_map(drawn: BitMap) -> None:
@@ -103,6 +107,29 @@ def show_frontier(points: Sequence[FrontierPoint], unit: str) -> None:
         measured = "–" if point.measured is None else f"{point.measured:.4f}"
         size = f"{point.plan.nbytes / 1e6:.1f}"
         table.add_row(f"{point.plan.bits_per_weight:.3f}", size, f"{point.predicted:.4g}", measured)
+    console.print(table)
+
+
+def show_evaluation(results: Sequence[EvaluationResult]) -> None:
+    """Print what was measured of a model, one figure a line."""
+    table = Table(*HEADINGS, title="evaluation")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for result in results:
+        table.add_row(*result.cells())
+    console.print(table)
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> None:
+    """Print versions, devices, and which kernel every scheme runs on."""
+    say(", ".join(f"{name} {version}" for name, version in diagnosis.versions.items()))
+    for device, description in diagnosis.devices.items():
+        say(f"{device}: {description}")
+    table = Table("scheme", "where", "decode", "prefill", "why not a faster one", title="kernels")
+    table.columns[0].overflow = "fold"
+    for report in diagnosis.kernels:
+        which = f"{report.scheme}\n{report.modules} modules, e.g. {report.example}" if report.modules else report.scheme
+        table.add_row(which, f"{report.device} {report.dtype}", report.decode, report.prefill, report.reason)
     console.print(table)
 
 

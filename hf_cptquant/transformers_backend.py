@@ -11,13 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, save_checkpoint, with_full_table
+from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, with_plan_file
 from .config import CPTQuantCheckpointConfig, CPTQuantConfig
+from .errors import ConfigError
+from .hub import push_to_hub, save_pretrained
 from .pipeline import Preparation, prepare, quantize_model
 from .quantize import dequantize_model
 from .record import QuantizationRecord
@@ -39,33 +42,45 @@ class CPTQuantHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
+        refuse_sharding(model)
         if self.pre_quantized:
             record = read_section(self.quantization_config.to_dict(), model)
             check_files(checkpoint_files or (), record)
-            self.record = with_full_table(record, checkpoint_files or ())
+            self.record = with_plan_file(record, checkpoint_files or ())
             build_skeleton(model, self.record)
         else:
             with torch.device("cpu"):  # transformers builds the model on the meta device; the data are real
                 self._preparation = prepare(model, self.quantization_config.recipe())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        tokenizer = None
         if self.pre_quantized:
             finish_loading(model)
         else:
+            tokenizer = self.quantization_config.tokenizer
             self.record = quantize_model(model, self.quantization_config.recipe(), self._preparation)
             del self._preparation  # the calibration data
             self.quantization_config = CPTQuantCheckpointConfig(write_section(self.record, is_portable(model)))
             model.config.quantization_config = self.quantization_config
-        model.save_pretrained = partial(save_checkpoint, model, self.record)
+        model.save_pretrained = partial(save_pretrained, model, self.record, tokenizer)
+        model.push_to_hub = partial(push_to_hub, model, self.record, tokenizer)
+        model.half, model.float = partial(nn.Module.half, model), partial(nn.Module.float, model)  # theirs refuse
         return model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Make the model dense, in place, in its own dtype unless another is asked for.
 
-        (The base class would cast to `config.dtype`, which `.to()` does not keep up to date.)
+        (The base class would cast to `config.dtype`, which `.to()` does not keep up to date.) Where k-bit preparation
+        of adapters has cast all that is not packed to float32, so is what was packed.
         """
-        dequantize_model(model)
-        del model.save_pretrained
+        dequantized = set(dequantize_model(model))
+        others = {
+            parameter.dtype
+            for name, parameter in model.named_parameters()
+            if name.rpartition(".")[0] not in dequantized and parameter.is_floating_point()
+        }
+        dtype = torch.float32 if dtype is None and others == {torch.float32} else dtype
+        del model.save_pretrained, model.push_to_hub, model.half, model.float
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
@@ -80,6 +95,21 @@ class CPTQuantHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def refuse_sharding(model: PreTrainedModel) -> None:
+    """Raise `ConfigError` where transformers would shard the model's parameters over processes.
+
+    It slices parameters along one dimension; a packed weight is several buffers, sliced along different ones, and a
+    slice need not begin at a group or at a word.
+    """
+    distributed = getattr(model.config, "distributed_config", None)
+    for size in ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size", "pp_size"):
+        if (getattr(distributed, size, None) or 1) > 1:
+            raise ConfigError(
+                f"{size}={getattr(distributed, size)}: packed weights cannot be sharded over processes (tp_plan or"
+                " distributed_config); load with device_map='auto', which puts whole layers on several devices"
+            )
 
 
 class CompressedTensorsDispatch(CompressedTensorsConfig):

@@ -67,6 +67,7 @@ def test_figures_are_those_of_the_record(record):
         in text
     )
     assert "was not evaluated" in text
+    assert "and the sensitivity of every block](cptquant_plan.png)" in text
     units = {module.unit: str(module.scheme.bits) for module in plan.modules}
     for index in range(3):
         leaves = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -160,6 +161,7 @@ def test_saving_writes_the_card_and_keeps_what_is_there(tiny_folder, settings, t
     assert model.hf_quantizer.record.base_model is None  # a folder, which nobody else has
     target = tmp_path / "llama-cptquant"
     model.save_pretrained(target)
+    assert (target / "cptquant_plan.png").read_bytes().startswith(b"\x89PNG")
     card = target / "README.md"
     assert card.read_text() == render_card(model.hf_quantizer.record, FACTS)
     card.write_text(card.read_text().replace(BEGIN, f"Read this first.\n\n{BEGIN}"))

@@ -6,11 +6,13 @@ import json
 import re
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from hf_cptquant import BitPlan, CPTQuantConfig, cli, terminal
+from hf_cptquant import BitPlan, CPTQuantConfig, cli, explain_choice, terminal
 from hf_cptquant.demo import DemoResult
+from hf_cptquant.modules import packed_modules
 from hf_cptquant.options import takes_settings
 from hf_cptquant.plan import LayerScheme, ModulePlan
 from hf_cptquant.recipe import Recipe
@@ -76,9 +78,23 @@ def test_the_class_in_the_config_is_used(tiny_folder, data, tmp_path):
     assert config["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    "command", ["quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "check", "demo"]
-)
+COMMANDS = [
+    "quantize",
+    "sensitivity",
+    "plan",
+    "solve",
+    "frontier",
+    "inspect",
+    "check",
+    "evaluate",
+    "card",
+    "doctor",
+    "demo",
+    "push",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command, capsys):
     assert run(command, "--help") == 0
     assert "Usage: cptquant" in capsys.readouterr().out
@@ -255,6 +271,10 @@ def test_every_setting_is_an_option(command, capsys, monkeypatch):
         "--plot",
         "--points",
         "--measure",
+        "--max-shard-size",
+        "--push-to-hub",
+        "--private",
+        "--public",
     }
     assert shown - settings <= own
 
@@ -532,3 +552,36 @@ def test_a_frontier_of_scores_is_not_said_to_be_of_nats(scored, tmp_path):
         == 0
     )
     assert json.loads((tmp_path / "frontier.json").read_text())["unit"] == "score × error"
+
+
+def test_doctor_says_of_a_model_what_its_modules_say(tiny_folder, tokens, tmp_path, capsys):
+    settings = {"bits": (3, 4, 8), "allocation": "kmeans", "granularity": "module", "group_size": 32}
+    config = CPTQuantConfig(dataset=tokens, sequence_length=32, quality="fast", **settings)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama", torch.bfloat16), quantization_config=config)
+    model.save_pretrained(tmp_path / "out")
+    capsys.readouterr()
+    assert run("doctor", tmp_path / "out", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    on_cpu = [report for report in found["kernels"] if report["device"] == "cpu"]
+    assert sum(report["modules"] for report in on_cpu) == len(packed_modules(model))
+    for report in on_cpu:
+        module = model.get_submodule(report["example"])
+        assert explain_choice(module) == f"{module.layout}: {report['reason']}"
+        assert (report["decode"] == "dequantize, dense product") == (module.layout == "wire")
+        assert report["prefill"] == "dequantize, dense product"
+    assert run("doctor", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert all(str(report["modules"]) in shown for report in on_cpu)
+
+
+def test_doctor_without_a_model_knows_every_kind_of_scheme(tmp_path, capsys):
+    assert run("doctor", "--json") == 0
+    reports = json.loads(capsys.readouterr().out)["kernels"]
+    for dtype in ("bfloat16", "float16", "float32"):
+        schemes = {report["scheme"] for report in reports if report["dtype"] == dtype}
+        assert {int(scheme.split()[0]) for scheme in schemes} == {2, 3, 4, 5, 6, 8}
+    assert all(report["reason"] for report in reports)
+    assert {report["decode"] for report in reports if report["dtype"] == "float32"} == {"dequantize, dense product"}
+    assert run("doctor", tmp_path) == 1
+    assert "cptquant_plan.json does not exist" in capsys.readouterr().err

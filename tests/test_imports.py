@@ -10,12 +10,12 @@ import hf_cptquant
 PACKAGE = Path(hf_cptquant.__file__).parent
 # From the bottom up: a module may import those above it in this list.
 ORDER = [
-    "arithmetic", "errors", "bitmap", "plan", "runtimes", "table", "record", "recipe", "config", "ranks", "work_folder",
-    "grid", "packing", "kernels", "modules", "model_view", "calibration", "self_text", "sensitivity", "allocation",
-    "plots", "rounding", "quantize", "recovery", "section", "card", "checkpoint", "evaluate", "pipeline",
-    "transformers_backend",
+    "arithmetic", "memory", "errors", "bitmap", "plan", "runtimes", "table", "results", "record", "recipe", "config",
+    "ranks", "work_folder", "grid", "packing", "kernels", "doctor", "modules", "model_view", "calibration", "self_text",
+    "sensitivity", "allocation", "plots", "rounding", "quantize", "recovery", "section", "card", "checkpoint", "hub",
+    "predictions", "evaluate", "folder_evaluation", "pipeline", "transformers_backend",
 ]  # fmt: skip
-EDGES = ["demo", "options", "terminal", "cli"]
+EDGES = ["metrics", "demo", "options", "terminal", "cli"]
 
 
 def layer(path: Path) -> str:

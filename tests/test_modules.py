@@ -453,9 +453,7 @@ def test_weights_are_held_packed_and_not_as_parameters(scheme, shape, dtype, lay
     module(random(1, shape[1], dtype=dtype))
     assert list(module.parameters()) == []
     held = sum(buffer.nbytes for buffer in module.buffers())
-    per_group = 2 * dtype.itemsize  # the int4 layout holds a shift beside each scale
-    allowance = shape[0] * scheme.groups(shape[1]) * per_group + module.weight_shape.nbytes
-    assert held <= scheme.nbytes(*shape, dtype.itemsize) + allowance
+    assert held == scheme.nbytes(*shape, dtype.itemsize) + module.weight_shape.nbytes
 
 
 @with_and_without_bias

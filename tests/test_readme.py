@@ -21,8 +21,8 @@ COMMANDS = re.findall(
 
 
 @pytest.fixture
-def offline_hub(monkeypatch, smollm2, texts):
-    """`from_pretrained` of the README's Hub names gives SmolLM2 and a small calibration instead."""
+def offline_hub(monkeypatch, smollm2, texts, hub):
+    """`from_pretrained` of the README's Hub names gives SmolLM2 and a small calibration instead; pushes stay here."""
     original = transformers.AutoModelForCausalLM.from_pretrained
 
     def from_pretrained(name, *args, quantization_config=None, **kwargs):

@@ -1,6 +1,7 @@
 """Recovery: the divergence and its gradients against float64 and plain autograd, and what a user gets of it."""
 
 import math
+from collections import namedtuple
 
 import pytest
 import torch
@@ -135,6 +136,15 @@ def test_what_is_worse_is_not_kept(tokens, minilm, monkeypatch):
     found = recover(model, plan, examples[:-1], examples[-1:], seed=0)
     assert found["kl_after_recovery"] == found["kl_before_recovery"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_too_little_memory_is_said_before_the_first_prediction(tokens, minilm, monkeypatch):
+    memory = namedtuple("memory", "available")(100_000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    batches = batches_for("llama", tokens, minilm)
+    predictions = sum(batch["input_ids"].numel() for batch in batches)
+    with pytest.raises(CalibrationError, match=rf"for {predictions} tokens, up to .* of memory are free; lower"):
+        remember(tiny_model("llama"), batches)
 
 
 def test_a_real_model_comes_nearer_to_the_original(smollm2, texts, tmp_path, monkeypatch):

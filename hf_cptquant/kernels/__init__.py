@@ -7,7 +7,7 @@ in the form its kernel reads; `to_layout` converts losslessly both ways. `"wire"
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ WIRE, CPU_INT4, CPU_INT8 = "wire", "cpu_int4", "cpu_int8"
 # int4 5.8 ms against 9.6 ms at 64 rows, 11.0 against 10.9 at 128; int8 1.6 against 1.9 at 16 rows, 4.2 against 2.2 at
 # 32)
 MAX_ROWS = {CPU_INT4: 64, CPU_INT8: 16}
+KERNELS = {CPU_INT4: "torch int4", CPU_INT8: "torch int8"}
+REFERENCE = "dequantize, dense product"
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class PackedTensors:
     Attributes:
         weight: wire: int32 words `[out, packed_length(in, bits)]`; cpu_int4: uint8 `[out, in / 2]`; cpu_int8: int8
             `[out, in]`.
-        scale: `[out, groups]`; cpu_int4: scale and shift, `[groups, out, 2]`.
-        zero_point: int32 `[packed_length(out, bits), groups]` in every layout, or None.
+        scale: `[out, groups]`, in every layout.
+        zero_point: int32 `[packed_length(out, bits), groups]`, in every layout, or None.
     """
 
     weight: Tensor
@@ -57,7 +59,8 @@ def choose_layout(
         dtype: dtype of the scales, which is the model's.
     """
     if device.type != "cpu":
-        return Choice(WIRE, f"no packed kernel for {device.type}: the reference dequantizes at each call")
+        where = "meta, where offloaded weights are" if device.type == "meta" else device.type
+        return Choice(WIRE, f"no packed kernel for {where}: the reference dequantizes at each call")
     if dtype != torch.bfloat16:
         return Choice(WIRE, f"torch's CPU kernels are fast in bfloat16 only, the model is in {dtype}")
     if scheme.bits == 8 and scheme.symmetric and scheme.group_size == PER_CHANNEL:
@@ -79,20 +82,26 @@ def choose_layout(
     return Choice(CPU_INT4, f"torch's int4 kernel up to {MAX_ROWS[CPU_INT4]} rows, dequantize beyond")
 
 
+def kernel_of(layout: str, rows: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel that multiplies so many rows of a dtype with a weight in a layout: `REFERENCE` or one of torch's."""
+    fast = layout in MAX_ROWS and device.type == "cpu" and dtype == torch.bfloat16 and 0 < rows <= MAX_ROWS[layout]
+    return KERNELS[layout] if fast else REFERENCE
+
+
 def to_layout(tensors: PackedTensors, layout: str, in_features: int) -> PackedTensors:
     """Convert between layouts, bit for bit reversible. The input is not changed."""
-    weight, scale, zero_point = tensors.weight, tensors.scale, tensors.zero_point
+    weight = tensors.weight
     if tensors.layout == layout:
         return tensors
     if tensors.layout == CPU_INT4:
-        weight, scale = cpu.int4_to_wire(weight, scale, in_features)
+        weight = cpu.int4_to_wire(weight, in_features)
     elif tensors.layout == CPU_INT8:
         weight = cpu.int8_to_wire(weight)
     if layout == CPU_INT4:
-        weight, scale = cpu.int4_to_kernel(weight, scale, zero_point, in_features)
+        weight = cpu.int4_to_kernel(weight, in_features)
     elif layout == CPU_INT8:
         weight = cpu.int8_to_kernel(weight, in_features)
-    return PackedTensors(weight, scale, zero_point, layout)
+    return replace(tensors, weight=weight, layout=layout)
 
 
 def dense_weight(tensors: PackedTensors, bits: int, in_features: int) -> Tensor:
@@ -121,10 +130,10 @@ def linear(
     """
     in_features = x.shape[-1]
     rows = x.reshape(-1, in_features)
-    if layout != WIRE and x.dtype == torch.bfloat16 and 0 < len(rows) <= MAX_ROWS[layout]:
+    if kernel_of(layout, len(rows), x.dtype, x.device) != REFERENCE:
         rows = rows.contiguous()
         product = (
-            cpu.int4_linear(rows, weight, scale, group_size)
+            cpu.int4_linear(rows, weight, scale, zero_point, group_size)
             if layout == CPU_INT4
             else cpu.int8_linear(rows, weight, scale)
         )

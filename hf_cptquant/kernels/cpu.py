@@ -8,17 +8,19 @@ known matrix and looking, and the kernel is not offered where no known block exp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..grid import dequantize
-from ..packing import pack, unpack
+from ..packing import pack, packed_length, unpack
 
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 INT4_BLOCKS = (64, 32)  # rows per block: AVX-512, AVX2 and the scalar fallback
 INT8_WIDTH = 16  # the int8 kernel reads whole vectors, beyond the row where the width is not a multiple
+CHUNK = 2**16  # weights that are converted at a time, so that nothing large is left to fragment the heap
 INNER_K_TILES = 1  # an argument that the CPU op takes for symmetry with CUDA and ignores
 
 
@@ -40,48 +42,72 @@ def _from_blocks(packed: Tensor, in_features: int, block: int) -> Tensor:
     return torch.cat((octets & 0xF, octets >> 4), -1).transpose(1, 2).contiguous().view(-1, in_features)
 
 
-def int4_to_kernel(words: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int) -> tuple[Tensor, Tensor]:
-    """Wire tensors → (uint8 `[out, in / 2]` in blocks, bfloat16 `[groups, out, 2]`: scale and value of integer 8).
+def int4_to_kernel(words: Tensor, in_features: int) -> Tensor:
+    """Wire words → uint8 `[out, in / 2]` in blocks."""
+    packed = words.new_empty(len(words), in_features // 2, dtype=torch.uint8)
+    for part, part_words in _parts(packed, words, in_features, _known_block()):
+        unsigned = unpack(part_words, 4, in_features).to(torch.int32) + 8
+        part.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, INNER_K_TILES))
+    return packed
 
-    The kernel computes (q − 8)·scale + zero, hence zero = (8 − z)·scale with z counted from 0.
-    """
-    unsigned = unpack(words, 4, in_features).to(torch.int32) + 8
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, INNER_K_TILES)
-    shift = torch.zeros_like(scale) if zero_point is None else -unpack(zero_point, 4, len(scale), dim=0) * scale
-    return packed, torch.stack((scale, shift), -1).transpose(0, 1).contiguous()
+
+def int4_to_wire(packed: Tensor, in_features: int) -> Tensor:
+    """Exact reverse of `int4_to_kernel`."""
+    words = packed.new_empty(len(packed), packed_length(in_features, 4), dtype=torch.int32)
+    for part, part_packed in _parts(words, packed, in_features, _known_block()):
+        part.copy_(pack(_int4_integers(part_packed, in_features), 4))
+    return words
+
+
+def _parts(first: Tensor, second: Tensor, in_features: int, block: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Corresponding rows of two forms of one weight, whole blocks of rows and about `CHUNK` weights at a time."""
+    rows = max(1, CHUNK // (in_features * block)) * block
+    return zip(first.split(rows), second.split(rows), strict=True)
+
+
+def _known_block() -> int:
+    block = int4_block()
+    assert block is not None, "the layout is only entered where it is known"
+    return block
 
 
 def _int4_integers(packed: Tensor, in_features: int) -> Tensor:
-    block = int4_block()
-    assert block is not None, "the layout is only entered where it is known"
-    return _from_blocks(packed, in_features, block).to(torch.int8) - 8
+    return _from_blocks(packed, in_features, _known_block()).to(torch.int8) - 8
 
 
-def int4_to_wire(packed: Tensor, scale_and_zero: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    """Exact reverse of `int4_to_kernel` for words and scale (the zero point is kept beside them)."""
-    return pack(_int4_integers(packed, in_features), 4), scale_and_zero[..., 0].t().contiguous()
-
-
-def int4_dense(packed: Tensor, scale_and_zero: Tensor, zero_point: Tensor | None, in_features: int) -> Tensor:
+def int4_dense(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int) -> Tensor:
     """Dense weight `[out, in]` from the int4 layout; exact, since the integer zero point is used."""
-    scale = scale_and_zero[..., 0].t()
     unpacked_zero = None if zero_point is None else unpack(zero_point, 4, scale.shape[0], dim=0)
     return dequantize(_int4_integers(packed, in_features), scale, unpacked_zero)
 
 
-def int4_linear(x: Tensor, packed: Tensor, scale_and_zero: Tensor, group_size: int) -> Tensor:
-    """`x` bfloat16 `[rows, in]` times an int4 weight → `[rows, out]`."""
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scale_and_zero)
+def int4_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:
+    """`x` bfloat16 `[rows, in]` times an int4 weight → `[rows, out]`.
+
+    The kernel computes (q − 8)·scale + shift and wants both in one table, bfloat16 `[groups, out, 2]`, with shift =
+    (8 − z)·scale where z is counted from 0. The table lives for the length of one call: held, it would take as much
+    memory again as the scales do.
+    """
+    shift = torch.zeros_like(scale) if zero_point is None else -unpack(zero_point, 4, len(scale), dim=0) * scale
+    table = torch.stack((scale.t(), shift.t()), -1)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, table)
 
 
 def int8_to_kernel(words: Tensor, in_features: int) -> Tensor:
     """Wire words → int8 `[out, in]`."""
-    return unpack(words, 8, in_features)
+    integers = words.new_empty(len(words), in_features, dtype=torch.int8)
+    for part, part_words in _parts(integers, words, in_features):
+        part.copy_(unpack(part_words, 8, in_features))
+    return integers
 
 
 def int8_to_wire(integers: Tensor) -> Tensor:
     """int8 `[out, in]` → wire words."""
-    return pack(integers, 8)
+    in_features = integers.shape[1]
+    words = integers.new_empty(len(integers), packed_length(in_features, 8), dtype=torch.int32)
+    for part, part_integers in _parts(words, integers, in_features):
+        part.copy_(pack(part_integers, 8))
+    return words
 
 
 def int8_linear(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ The walk is greedy; a row that it leaves with a larger error than rounding to ne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -19,16 +18,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..errors import ModelError, in_module
+from ..errors import ModelError
 from ..grid import QuantizedWeight, fit_grid, integer_range
 from ..plan import LayerScheme
+from ..sensitivity.compensation import DAMPING, input_products
 from ..sensitivity.prefix import Call
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 COLUMNS = 128  # finished before the rest of the matrix is touched
-DAMPING = 0.01  # added to the diagonal, as a share of its mean; ten times as much after each failure
-MOST_DAMPING = 1e3
+MOST_DAMPING = 1e3  # ten times as much as at first after each failure
 
 
 def round_block(
@@ -50,48 +49,14 @@ def round_block(
     """
     layers = {name: block.get_submodule(name) for name in schemes}
     rounded: dict[str, QuantizedWeight] = {}
-    for names, hessian in hessians(block, layers, calls):
+    passes = [partial(block, *args, **kwargs) for args, kwargs in calls]
+    for names, hessian in input_products(layers, passes):
         matrices = [_matrix(layers[name]) for name in names]
         found = round_together(matrices, [schemes[name] for name in names], hessian, dtype)
         rounded |= dict(zip(names, found, strict=True))
         if not bool(hessian.any()):
             logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")
     return {name: rounded[name] for name in schemes}
-
-
-@torch.no_grad()
-def hessians(
-    block: nn.Module, layers: Mapping[str, nn.Module], calls: Sequence[Call]
-) -> list[tuple[tuple[str, ...], Tensor]]:
-    """XXᵀ of the inputs of layers, float32 `[in_features, in_features]`, once for layers that share them."""
-    sums: dict[tuple[str, ...], Tensor] = {}
-    for args, kwargs in calls:
-        seen: dict[str, Tensor] = {}
-
-        def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, Tensor] = seen) -> None:
-            seen[name] = inputs[0]
-
-        with ExitStack() as hooks:
-            for name, layer in layers.items():
-                hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
-            block(*args, **kwargs)
-        by_input: dict[int, list[str]] = {}
-        for name, inputs in seen.items():
-            by_input.setdefault(id(inputs), []).append(name)
-        for names in by_input.values():
-            rows = seen[names[0]].flatten(0, -2).float()
-            with in_module(names[0]):
-                if not bool(torch.isfinite(rows).all()):
-                    raise ModelError("its inputs hold NaN or infinity; try dtype=torch.float32")
-            key = tuple(names)
-            product = rows.t() @ rows
-            sums[key] = sums[key] + product if key in sums else product
-    reached = {name for names in sums for name in names}
-    for name in layers:
-        if name not in reached:
-            size = _matrix(layers[name]).shape[1]
-            sums[name,] = torch.zeros(size, size, device=layers[name].weight.device)
-    return list(sums.items())
 
 
 def round_together(

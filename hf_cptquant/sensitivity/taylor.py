@@ -3,7 +3,8 @@
 Rounding changes a weight by ΔW, and the loss by ⟨g, ΔW⟩ + ½ ΔWᵀ H ΔW + …. The first-order term is measured on the
 labels of the data, with its sign: a model is seldom at the minimum of the calibration text, and some rounding errors
 help. Rounding that is tuned (GPTQ, SignRound) makes other errors than those that are priced here, so the sign of their
-first-order term is not relied on; then the second-order term is the price.
+first-order term is not relied on; then the price is the second-order term, times the share of it that is left when the
+weights of a layer make up for each other's errors (`compensation.py`).
 
 For H stands the Fisher information, which for a cross-entropy is the Gauss–Newton matrix: the expectation of g gᵀ under
 labels *drawn from the model*. Gradients of drawn labels are uncorrelated, so the square of their sum has the
@@ -43,10 +44,13 @@ from ..plan import BitPlan, LayerScheme, ModulePlan, scheme_for
 from ..recipe import Recipe
 from ..table import SensitivityTable
 from ..work_folder import fingerprint
+from .compensation import shares_left
 from .engine import backing_off
 from .metrics import Batch, field_of_rows, forward, mean_loss, not_finite
 from .rounding_errors import rounding_errors
 from .scoring import facts_of, open_journal, with_labels
+
+TOKENS_FOR_INPUT = 2  # for each feature of the widest input, to know how inputs depend on each other
 
 
 def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe) -> SensitivityTable:
@@ -70,7 +74,13 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     widths = list(recipe.packed_bits)
     named = {name: getattr(recipe, name) for name in ("group_size", "symmetric", "taylor_samples", "seed")}
     tuned = not recipe.rounds_to_nearest
-    settings = {"estimator": "taylor", **named, "bits": widths, "orders": [2] if tuned else [1, 2]}
+    settings = {
+        "estimator": "taylor",
+        **named,
+        "bits": widths,
+        "orders": [2] if tuned else [1, 2],
+        "compensated": tuned,
+    }
     facts = facts_of(model, plan, calibration, {"method": "tdmpq", **settings})
     journal = open_journal(recipe, facts)
     schemes = {
@@ -78,6 +88,10 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         for module in plan.modules
     }
     batches = with_labels(model, spread_evenly(calibration, recipe.taylor_samples))
+    shares = dict.fromkeys(schemes, 1.0)
+    if tuned:
+        enough = TOKENS_FOR_INPUT * max(module.in_features for module in plan.modules)
+        shares = shares_left(model, plan, spread_evenly(calibration, max(recipe.taylor_samples, enough)))
     ends = itertools.accumulate(len(batch["input_ids"]) for batch in batches)
     spans = [
         (f"sequences {end - len(batch['input_ids'])} to {end - 1}", end - len(batch["input_ids"]), batch)
@@ -87,7 +101,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     total = sum(len(batch["input_ids"]) for _, _, batch in pending)
     with logging.tqdm(total=total, desc="Scoring units", unit="sequence", disable=ranks.rank() > 0) as bar:
         for key, start, batch in pending:
-            journal.add(key, _measured(model, plan, schemes, batch, start, recipe.seed))
+            journal.add(key, _measured(model, plan, schemes, shares, batch, start, recipe.seed))
             bar.update(len(batch["input_ids"]))
     found = {key: parts for gathered in ranks.gather(journal.results) for key, parts in gathered.items()}
     results = [part for key, _, _ in spans for part in found[key]]
@@ -115,6 +129,7 @@ def _measured(
     model: PreTrainedModel,
     plan: BitPlan,
     schemes: Mapping[str, Sequence[LayerScheme]],
+    shares: Mapping[str, float],
     batch: Batch,
     start: int,
     seed: int,
@@ -123,6 +138,7 @@ def _measured(
     over sequences s of [⟨g_s, ΔW⟩, ½ ΔWᵀ F_s ΔW].
 
     Args:
+        shares: of the terms of each module that count.
         start: number of the batch's first sequence, which with the seed decides the drawn labels.
     """
     if not any(schemes.values()):  # nothing to price, only the loss to measure
@@ -135,7 +151,7 @@ def _measured(
         for part in batches_on(parts, model.device):
             numbers = range(number, number := number + len(part["input_ids"]))
             uniform = uniform_numbers(part["labels"], seed, numbers)
-            loss, terms = _expanded(model, plan, schemes, part, uniform)
+            loss, terms = _expanded(model, plan, schemes, shares, part, uniform)
             found = {unit: sums.tolist() for unit, sums in terms.items()}
             results.append({"sequences": len(numbers), "loss": loss, "terms": found})
         return results
@@ -147,12 +163,14 @@ def _expanded(
     model: PreTrainedModel,
     plan: BitPlan,
     schemes: Mapping[str, Sequence[LayerScheme]],
+    shares: Mapping[str, float],
     batch: Batch,
     uniform: Tensor,
 ) -> tuple[float, dict[str, Tensor]]:
     """One forward and two backward passes.
 
     Args:
+        shares: of the terms of each module that count.
         uniform: for `gradient_of_drawn`.
 
     Returns:
@@ -180,7 +198,7 @@ def _expanded(
                 of_weight = gradient_of_weight(rows, of_rows)
                 fisher.addcmul_(of_weight, of_weight, value=count * len(counts) ** 2)
             sums = [(fisher * change.square_()).sum() / 2 for change in changes]
-        terms[module.unit][:, order] += torch.stack(sums).cpu()
+        terms[module.unit][:, order] += shares[module.name] * torch.stack(sums).cpu()
 
     with tapped(model, plan, observe):
         outputs = forward(model, batch)

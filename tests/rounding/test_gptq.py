@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CONFIGS, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.pytorch_utils import Conv1D
 
 from hf_cptquant.errors import ModelError
 from hf_cptquant.grid import dequantize, integer_range
-from hf_cptquant.model_view import find_blocks
 from hf_cptquant.plan import LayerScheme
 from hf_cptquant.rounding import gptq, round_nearest
 
@@ -129,35 +126,6 @@ def test_damping_grows_until_the_decomposition_succeeds():
     change = damped - indefinite.double()
     assert torch.allclose(change, change[0, 0] * torch.eye(8, dtype=torch.float64), atol=1e-4)
     assert change[0, 0] > 0
-
-
-@pytest.mark.parametrize("kind", TINY_CONFIGS)
-@torch.no_grad()
-def test_hessians_are_products_of_the_inputs(kind):
-    model = tiny_model(kind).double()
-    blocks = [model.get_submodule(find_blocks(model)[0])]
-    layers = {
-        name: module for name, module in blocks[0].named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))
-    }
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
-        for name, layer in layers.items()
-    ]
-    calls = []
-    hook = blocks[0].register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    for start in (1, 40):
-        ids = torch.arange(start, start + 20).view(2, 10)
-        model(input_ids=ids, **({"labels": ids} if kind == "t5" else {}))
-    for handle in (*hooks, hook):
-        handle.remove()
-    found = gptq.hessians(blocks[0], layers, calls)
-    assert sorted(name for names, _ in found for name in names) == sorted(layers)
-    for names, hessian in found:
-        for name in names:
-            rows = torch.cat([inputs.flatten(0, -2) for inputs in seen[name]])
-            assert torch.allclose(hessian.double(), rows.t() @ rows, rtol=1e-4, atol=1e-4)
-    assert max(len(names) for names, _ in found) == (1 if kind == "gpt2" else 3)  # q, k and v
 
 
 def test_inputs_that_are_not_finite_name_the_layer():

@@ -1,0 +1,45 @@
+"""Giving memory back to the system, so that a process takes no more than its model does.
+
+Two things keep memory that nobody uses: pages that were read of a mapped safetensors file stay for as long as any
+tensor of the file is in use, and the C library keeps what lies free between tensors in use. Both can be told to let go
+on Linux; elsewhere nothing is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+
+def mapped_ranges() -> list[tuple[int, int]]:
+    """Addresses at which safetensors files are mapped into this process."""
+    if sys.platform != "linux":
+        return []
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    bounds = (line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(".safetensors"))
+    return [(int(start, 16), int(end, 16)) for start, end in bounds]
+
+
+def release(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
+    """Let go of the pages of a tensor in a mapped file that was only read and is not needed any more.
+
+    Args:
+        tensor: nothing else may use its values; one outside mapped files is left alone.
+        mapped: what `mapped_ranges` gave.
+    """
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    if any(low <= start and end <= high for low, high in mapped):
+        start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < end:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def trim() -> None:
+    """Have the C library return what is free between tensors in use; glibc can."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)

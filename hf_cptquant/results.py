@@ -1,0 +1,190 @@
+"""What was measured of a finished model, with confidence intervals: values that go into its record and onto its card.
+
+A figure is a mean over windows of data, and windows are what varies: the interval says what other windows of the same
+kind of text would give. It is found by the bias-corrected and accelerated bootstrap (Efron 1987) over windows, which
+needs no assumption about how losses are distributed. A perplexity and its limits are the exponentials of the mean
+loss and its limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from .errors import PlanError
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+RESAMPLES_AT_A_TIME = 500  # so that thousands of windows take little memory
+LABELS = {
+    "perplexity": "perplexity",
+    "pseudo_perplexity": "pseudo-perplexity",
+    "accuracy": "accuracy",
+    "loss_increase": "rise of the loss (nats)",
+    "kl_divergence": "KL divergence from the original (nats)",
+    "top1_agreement": "top-1 agreement with the original",
+}
+HEADINGS = ("", "dataset", "original", "quantized", "95 % interval", "windows", "tokens")
+_EXPONENTIAL = ("perplexity", "pseudo_perplexity")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with the limits between which it lies with a confidence of 95 %.
+
+    Attributes:
+        value: over all windows.
+        low, high: None where a single window says nothing of others.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One figure of a model on data.
+
+    Attributes:
+        metric: `"perplexity"`, `"pseudo_perplexity"`, `"accuracy"`; against an original also `"loss_increase"` and
+            `"kl_divergence"` (of its predictions from the original's), both in nats per token (per text for a
+            classifier), and `"top1_agreement"` (share of the predictions).
+        dataset: name or file.
+        split: of a dataset on the Hub, otherwise None.
+        windows: sequences that were measured; the interval is over them.
+        sequence_length: tokens in each, special ones included.
+        tokens: predictions that count; for a classifier, one a text.
+        seed: of the choice of windows.
+        sha256: of the data.
+        value, low, high: of the model, see `Interval`.
+        base, base_low, base_high: of the original on the same data; None where it was not measured or has no such
+            figure.
+        against: the original, by its name on the Hub or the name of its folder; None without.
+    """
+
+    metric: str
+    dataset: str
+    split: str | None
+    windows: int
+    sequence_length: int
+    tokens: int
+    seed: int
+    sha256: str
+    value: float
+    low: float | None
+    high: float | None
+    base: float | None = None
+    base_low: float | None = None
+    base_high: float | None = None
+    against: str | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two results have in common of which the later one counts."""
+        return self.metric, self.dataset, self.split, self.windows, self.sequence_length, self.seed
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of a table under `HEADINGS`."""
+        return (
+            LABELS[self.metric],
+            self.dataset if self.split is None else f"{self.dataset}, {self.split}",
+            self._text(self.base) + self._limits(self.base_low, self.base_high, " ({})"),
+            self._text(self.value),
+            self._limits(self.low, self.high, "{}") or "–",
+            f"{self.windows:,}",
+            f"{self.tokens:,}",
+        )
+
+    def _text(self, value: float | None) -> str:
+        if value is None:
+            return "–"
+        return f"{value:.2f}" if self.metric in _EXPONENTIAL else f"{value:.4f}"
+
+    def _limits(self, low: float | None, high: float | None, form: str) -> str:
+        return "" if low is None else form.format(f"{self._text(low)} to {self._text(high)}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EvaluationResult:
+        """The result in its JSON values. Raises `PlanError` for anything else."""
+        try:
+            result = cls(**data)
+        except TypeError as error:
+            raise PlanError(f"a result of the evaluation in the record is incomplete: {error}") from error
+        if result.metric not in LABELS:
+            raise PlanError(f"the record holds a result with the metric {result.metric!r}; known: {', '.join(LABELS)}")
+        for name in ("windows", "sequence_length", "tokens", "value", "low", "high", "base", "base_low", "base_high"):
+            value = getattr(result, name)
+            optional = name not in ("windows", "sequence_length", "tokens", "value")
+            if type(value) not in (int, float) and not (optional and value is None):
+                raise PlanError(f"a result of the evaluation in the record has {name}={value!r}, which is no number")
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where figures come from: the fields of `EvaluationResult` by the same names."""
+
+    dataset: str
+    split: str | None
+    windows: int
+    sequence_length: int
+    tokens: int
+    seed: int
+    sha256: str
+    against: str | None
+
+    def result(self, metric: str, of_windows: np.ndarray, of_original: np.ndarray | None = None) -> EvaluationResult:
+        """A figure from its values in each window (losses for a perplexity), `[windows]`; of the original, too, where
+        it has that figure."""
+        found = interval(metric, of_windows, self.seed)
+        values: dict[str, Any] = {**asdict(self), **asdict(found)}
+        if of_original is not None:
+            base = interval(metric, of_original, self.seed)
+            values |= {"base": base.value, "base_low": base.low, "base_high": base.high}
+        return EvaluationResult(metric=metric, **values)
+
+
+def interval(metric: str, of_windows: np.ndarray, seed: int) -> Interval:
+    """The figure over all windows and its confidence interval.
+
+    Args:
+        metric: perplexities are exponentials of the mean, other figures are the mean.
+        of_windows: float64 `[windows]`; every window counts alike.
+        seed: of the resampling.
+    """
+    limits: tuple[float, ...] = (float(of_windows.mean()),)
+    if len(of_windows) == 1:
+        limits += (math.nan, math.nan)
+    elif np.ptp(of_windows) == 0:  # nothing varies, and the bootstrap would divide by zero
+        limits += limits * 2
+    else:
+        rng = np.random.default_rng(seed)
+        found = bootstrap(
+            (of_windows,),
+            np.mean,
+            n_resamples=RESAMPLES,
+            batch=RESAMPLES_AT_A_TIME,
+            confidence_level=CONFIDENCE,
+            method="BCa",
+            rng=rng,
+        ).confidence_interval
+        limits += (float(found.low), float(found.high))
+    with np.errstate(over="ignore"):  # infinite is what such a perplexity is
+        value, low, high = (float(np.exp(limit)) if metric in _EXPONENTIAL else limit for limit in limits)
+    return Interval(value, None if math.isnan(low) else low, None if math.isnan(high) else high)
+
+
+def merge(old: Sequence[EvaluationResult], new: Sequence[EvaluationResult]) -> tuple[EvaluationResult, ...]:
+    """All results; a new one takes the place of an old one of the same metric, dataset and settings."""
+    replaced = {result.key for result in new}
+    return (*(result for result in old if result.key not in replaced), *new)

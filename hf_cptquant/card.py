@@ -26,6 +26,8 @@ from .results import HEADINGS, LABELS, EvaluationResult
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 BEGIN, END = "<!-- hf-cptquant: begin -->", "<!-- hf-cptquant: end -->"
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+VLLM_TAG = re.compile(r"^\s*- vllm\n", re.MULTILINE)
 OUR_PART = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 GENERIC_DESCRIPTION = (  # of `transformers.utils.hub.create_and_tag_model_card`
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been"
@@ -55,12 +57,14 @@ class CardFacts:
         task: see `model_view.TASKS`.
         portable: whether it is in the format of compressed-tensors.
         limits: where it does not load, in a sentence, or None if plain transformers loads it.
+        vllm: whether it keeps vLLM's rules (`runtimes.py`).
     """
 
     name: str
     task: str
     portable: bool
     limits: str | None = None
+    vllm: bool = False
 
 
 def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | None = None) -> str:
@@ -69,8 +73,11 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
     Args:
         record: of the run.
         facts: of the model.
-        existing: a card that is there already. Only our part of it is replaced, or put behind it.
+        existing: a card that is there already. Only our part of it is replaced, or put behind it; a tag `vllm` that is
+            not true goes.
     """
+    if existing is not None and not facts.vllm:
+        existing = FRONT_MATTER.sub(lambda front: VLLM_TAG.sub("", front[0]), existing, count=1)
     results = _eval_results(record, facts)
     widths = sorted({module.scheme.bits for module in record.plan.packed})
     data = ModelCardData(
@@ -78,7 +85,12 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         base_model_relation="quantized" if record.base_model else None,
         library_name="transformers",
         pipeline_tag=PIPELINE_TAGS[facts.task],
-        tags=["cptquant", "mixed-precision", *(["compressed-tensors"] if facts.portable else [])]
+        tags=[
+            "cptquant",
+            "mixed-precision",
+            *(["compressed-tensors"] if facts.portable else []),
+            *(["vllm"] if facts.vllm else []),
+        ]
         + [f"{bits}-bit" for bits in widths],
         eval_results=results or None,
         model_name=facts.name if results else None,

@@ -31,6 +31,7 @@ from .plots import plot_plan
 from .quantize import replace_module
 from .record import QuantizationRecord
 from .results import EvaluationResult, merge
+from .runtimes import RUNTIMES, SERVED_TASK, Problem, in_one_line, model_problems, problems
 from .section import read_section
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
@@ -191,13 +192,18 @@ def save_checkpoint(
         limits = limits_of(model)
         if limits is not None:
             logger.warning(limits)
+        target_runtime = record.settings.get("target_runtime") or "vllm"
+        if task_of(model) == SERVED_TASK and (unloadable := problems_of(model, record, target_runtime)):
+            logger.warning(in_one_line(unloadable, RUNTIMES[target_runtime]))
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             type(model).save_pretrained(model, staging, **kwargs)
             record.save(staging / PLAN_FILE)
             plot_plan(record.plan, record.table, staging / PLAN_PICTURE)
-            (staging / CARD_FILE).write_text(_card(record, _facts(model, target, limits), target), encoding="utf-8")
+            (staging / CARD_FILE).write_text(
+                _card(record, _facts(model, record, target, limits), target), encoding="utf-8"
+            )
             _move_into_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -217,8 +223,9 @@ def describe(folder: Path) -> CardFacts:
         raise CheckpointError(f"{folder} holds no model that cptquant has quantized")
     with torch.device("meta"):
         model = model_class(config)
-    build_skeleton(model, read_section(section, model))
-    return _facts(model, folder, limits_of(model))
+    record = read_section(section, model)
+    build_skeleton(model, record)
+    return _facts(model, record, folder, limits_of(model))
 
 
 def rewrite_record(folder: Path, record: QuantizationRecord) -> None:
@@ -251,16 +258,23 @@ def add_results(folder: Path, results: Sequence[EvaluationResult]) -> None:
     rewrite_record(folder, replace(record, evaluation=merge(record.evaluation, results)))
 
 
-def _facts(model: PreTrainedModel, folder: Path, limits: str | None) -> CardFacts:
+def _facts(model: PreTrainedModel, record: QuantizationRecord, folder: Path, limits: str | None) -> CardFacts:
     task = task_of(model)
     assert task is not None, "a model without a loss is not quantized"
-    return CardFacts(folder.absolute().name, task, is_portable(model), limits)
+    served = not problems_of(model, record, "vllm")
+    return CardFacts(folder.absolute().name, task, is_portable(model), limits, served)
 
 
 def _card(record: QuantizationRecord, facts: CardFacts, folder: Path) -> str:
     """The text of the card, with what others wrote into the one that is in the folder already."""
     card = folder / CARD_FILE
     return render_card(record, facts, card.read_text(encoding="utf-8") if card.exists() else None)
+
+
+def problems_of(model: nn.Module, record: QuantizationRecord, runtime: str) -> tuple[Problem, ...]:
+    """What a runtime (a name in `RUNTIMES`) would not load of a quantized model."""
+    rules = RUNTIMES[runtime]
+    return (*model_problems(task_of(model), is_portable(model), rules), *problems(record.plan, rules))
 
 
 def limits_of(model: PreTrainedModel) -> str | None:

@@ -27,7 +27,7 @@ from .doctor import diagnose
 from .errors import CheckpointError, CPTQuantError, ModelError
 from .folder_evaluation import evaluate_folder
 from .hub import Target, check_can_push, push_folder
-from .model_view import class_named_in, read_config
+from .model_view import TASKS, class_named_in, read_config
 from .options import (
     AllocationOption,
     BatchSizeOption,
@@ -37,6 +37,7 @@ from .options import (
     RegularizationOption,
     TargetBitsOption,
     TargetCompressionOption,
+    TargetRuntimeOption,
     TargetSizeOption,
     TextColumnOption,
     TokenizerOption,
@@ -48,6 +49,7 @@ from .pipeline import decide, make_plan, measure_frontier, measure_record, measu
 from .plan import PLAN_FILE, BitPlan, read_json
 from .plots import plot_frontier, plot_plan, plot_sensitivity
 from .record import QuantizationRecord
+from .runtimes import RUNTIMES, Problem, Runtime, model_problems, problems
 from .table import SensitivityTable
 from .terminal import (
     console,
@@ -67,6 +69,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+HARDWARE = {
+    ("vllm", "cuda"): RUNTIMES["vllm"],
+    ("vllm", "cpu"): RUNTIMES["vllm-cpu"],
+    ("sglang", "cuda"): RUNTIMES["sglang"],
+}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 EXPORT_FORMATS = ("llama-cpp",)
 TYPES_SUFFIX = ".tensor-types.txt"
@@ -180,6 +187,7 @@ def solve(
     max_loss_increase: MaxLossIncreaseOption = None,
     bits_override: BitsOverrideOption = None,
     regularization: RegularizationOption = 0.0,
+    target_runtime: TargetRuntimeOption = None,
 ) -> None:
     """Make a plan from scores that were measured before: no model, in a second."""
     check_files(output, plot)
@@ -196,6 +204,7 @@ def solve(
         max_loss_increase=max_loss_increase,
         bits_override=parse_overrides(bits_override or []) or None,
         regularization=regularization,
+        target_runtime=target_runtime,
         group_size=record.table.group_size,
         symmetric=record.table.symmetric,
     )
@@ -270,6 +279,49 @@ def inspect(
         show_units(record)
     if plot is not None:
         plot_plan(record.plan, record.table, plot)
+
+
+@app.command()
+def check(
+    source: Annotated[Path, typer.Argument(help="A quantized model's folder, or the file of a plan.")],
+    engine: Annotated[str, typer.Option("--for", help="vllm or sglang.")] = "vllm",
+    hardware: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share each matrix.")] = 1,
+) -> None:
+    """Tell whether vLLM or SGLang loads SOURCE, and if not, which modules break which rules, and what helps.
+
+    Exit status 1 if there are problems. Whether a model is one that can be loaded is only known of a folder.
+    """
+    runtime = HARDWARE.get((engine, hardware))
+    if runtime is None:
+        known = ", ".join(f"--for {engine} --hardware {hardware}" for engine, hardware in HARDWARE)
+        raise CPTQuantError(f"there are no rules for --for {engine} --hardware {hardware}; there are: {known}")
+    found = (*problems_of_folder(source, runtime), *problems(BitPlan.load(source), runtime, tensor_parallel))
+    for problem in found:
+        say(str(problem))
+    subject = f"{runtime.title} ({runtime.kernel})" + (f" on {tensor_parallel} ranks" if tensor_parallel > 1 else "")
+    if found:
+        say(f"{subject} would not load {source}: {len(found)} {'problem' if len(found) == 1 else 'problems'}.")
+        raise typer.Exit(1)
+    say(f"{source} keeps the rules of {subject}.")
+
+
+def problems_of_folder(source: Path, runtime: Runtime) -> tuple[Problem, ...]:
+    """What keeps a runtime from loading the model in a folder with any plan; nothing is known of a plan's file.
+
+    Raises:
+        CheckpointError: the folder's `config.json` cannot be read.
+    """
+    if not source.is_dir():
+        return ()
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        portable = config["quantization_config"]["quant_method"] == "compressed-tensors"
+        (architecture,) = config["architectures"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{source / 'config.json'} is not that of a quantized model: {error!r}") from error
+    task = next((task for task, classes in TASKS.items() if architecture in classes.values()), None)
+    return model_problems(task, portable, runtime)
 
 
 @app.command()

@@ -86,6 +86,11 @@ class CPTQuantConfig(QuantizationConfigMixin):
         batch_size: sequences at a time; by default as many as keep the logits within 256 MiB. No score depends on it.
         modules_to_not_convert: names, suffixes or regular expressions of modules to leave alone.
         allow_skipped: accept that most of the weights of the blocks are in modules that cannot be quantized.
+        target_runtime: `"vllm"` (on CUDA), `"vllm-cpu"` or `"sglang"`: choose only plans that it loads (`runtimes.py`):
+            of `bits` those that its kernels take for all modules of a unit, and one scheme for what it fuses. Clusters
+            give a unit the next wider bits that it takes. It needs `granularity="group"` or `"block"`.
+        strict: raise an error before anything is rounded, instead of a warning when saving, if the target runtime
+            (`"vllm"` if none is named) would not load the checkpoint.
         work_dir: folder where every finished measurement is written at once; a run that was killed goes on from it.
         seed: of the choice of windows, the masking and the disturbances.
 
@@ -134,6 +139,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         batch_size: int | None = None,
         modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
         allow_skipped: bool = False,
+        target_runtime: str | None = None,
+        strict: bool = False,
         work_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
         **unknown: Any,
@@ -179,6 +186,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.batch_size = batch_size
         self.modules_to_not_convert = modules_to_not_convert
         self.allow_skipped = allow_skipped
+        self.target_runtime = target_runtime
+        self.strict = strict
         self.work_dir = work_dir
         self.seed = seed
         self.recipe()

@@ -23,26 +23,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import ModelError
 from .plan import UNTOUCHED, BitPlan, LeftAlone, ModulePlan
+from .runtimes import matrices
 
-# Projections of the same inputs that inference engines fuse into one matrix: (name of the group, names of its members).
-# Where a model has them fused already (`qkv_proj`, `c_attn`, `gate_up_proj`, …) they are one module.
-FUSED_GROUPS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("qkv_proj", frozenset({"q_proj", "k_proj", "v_proj"})),
-    ("qkv_proj", frozenset({"query_proj", "key_proj", "value_proj"})),
-    ("qkv", frozenset({"query", "key", "value"})),
-    ("qkv", frozenset({"q", "k", "v"})),
-    ("qkv", frozenset({"Wq", "Wk", "Wv"})),
-    ("qkv", frozenset({"q_lin", "k_lin", "v_lin"})),
-    ("qkv", frozenset({"project_q", "project_k", "project_v"})),
-    ("qkv_a_proj", frozenset({"q_a_proj", "kv_a_proj_with_mqa"})),
-    ("in_proj_qkvz", frozenset({"in_proj_qkv", "in_proj_z"})),
-    ("in_proj_ba", frozenset({"in_proj_b", "in_proj_a"})),
-    ("gate_up_proj", frozenset({"gate_proj", "up_proj"})),
-    ("gate_up_proj", frozenset({"w1", "w3"})),
-    ("wi", frozenset({"wi_0", "wi_1"})),
-)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 # What a model is trained to do, by the table of transformers that lists its class.
 TASKS = {
@@ -202,23 +185,13 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 def units(view: ModelView, granularity: str) -> dict[str, tuple[QuantizableModule, ...]]:
     """Unit name → its modules, in the model's order.
 
-    `"block"`: the paper's layer. `"group"`: projections that inference engines fuse share a unit, and so do the experts
-    of a block, which they stack. `"module"`: each alone.
+    `"block"`: the paper's layer. `"group"`: projections that inference engines fuse share a unit, and so do all
+    projections of the experts of a block, which they stack. `"module"`: each alone.
     """
+    fused = matrices(module.name for module in view.modules)
     grouped: dict[str, tuple[QuantizableModule, ...]] = {}
-    siblings: dict[str, set[str]] = {}
     for module in view.modules:
-        parent, _, leaf = module.name.rpartition(".")
-        siblings.setdefault(parent, set()).add(leaf)
-    for module in view.modules:
-        if granularity == "block":
-            unit = module.block
-        elif granularity == "module":
-            unit = module.name
-        else:
-            parent, _, leaf = module.name.rpartition(".")
-            fused = (group for group, members in FUSED_GROUPS if leaf in members and members <= siblings[parent])
-            unit = EXPERT.sub("experts.", f"{parent}.{next(fused, leaf)}")
+        unit = {"block": module.block, "module": module.name}.get(granularity, fused[module.name])
         grouped[unit] = (*grouped.get(unit, ()), module)
     return grouped
 

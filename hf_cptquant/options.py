@@ -23,6 +23,9 @@ TargetSizeOption = Annotated[str | None, typer.Option(help="Budget: size of the 
 TargetCompressionOption = Annotated[float | None, typer.Option(help="Budget: compression ratio.")]
 MaxLossIncreaseOption = Annotated[float | None, typer.Option(help="Smallest model within this loss (nats).")]
 BitsOverrideOption = Annotated[list[str] | None, typer.Option(help="PATTERN=BITS decided beforehand; may be repeated.")]
+TargetRuntimeOption = Annotated[
+    str | None, typer.Option(help="vllm, vllm-cpu or sglang: choose only plans that it loads.")
+]
 TokenizerOption = Annotated[str | None, typer.Option(help="Name or folder; by default the model's own.")]
 TextColumnOption = Annotated[str | None, typer.Option(help="Column of the texts.")]
 LabelColumnOption = Annotated[str | None, typer.Option(help="Column of the labels (classifiers).")]
@@ -77,6 +80,10 @@ def read_settings(
     allow_skipped: Annotated[
         bool, typer.Option(help="Accept that most weights of the blocks cannot be quantized.")
     ] = False,
+    target_runtime: TargetRuntimeOption = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop before rounding if vLLM, or the target runtime, would not load it.")
+    ] = False,
     work_dir: Annotated[
         Path | None, typer.Option(help="Folder for finished measurements; a killed run goes on from it.")
     ] = None,
@@ -118,6 +125,8 @@ def read_settings(
         batch_size=batch_size,
         modules_to_not_convert=modules_to_not_convert or None,
         allow_skipped=allow_skipped,
+        target_runtime=target_runtime,
+        strict=strict,
         work_dir=work_dir,
         seed=seed,
     )

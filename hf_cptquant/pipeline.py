@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .allocation import FrontierPoint, allocate, check_budget, frontier
+from .allocation import FrontierPoint, allocate, check_budget, fixed_bits, frontier, loadable_bits
 from .arithmetic import linears_in_working_dtype
 from .calibration import CalibrationSet, facts_of, hold_out, in_batches, load_calibration
 from .config import CPTQuantConfig
@@ -29,6 +30,7 @@ from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_mem
 from .recipe import BUDGETS, Recipe
 from .record import QuantizationRecord
 from .recovery import recover, remember
+from .runtimes import RUNTIMES, model_problems, problems, refuse
 from .self_text import sample_text
 from .sensitivity import METHODS, score_by_all
 from .sensitivity.metrics import Batch, mean_loss
@@ -38,7 +40,7 @@ from .table import SensitivityTable
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
-DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "regularization")
+DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "regularization", "target_runtime")
 LEARNING = ("quality", "rounding", "iters", "recover")
 PREDICTED = "predicted_loss_increase"
 TOKENS_IN_A_STEP = 1024  # of tuning
@@ -70,7 +72,8 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
 
     Raises:
         ModelError: no task that gives a loss, nothing to quantize, or most of it unsupported.
-        PlanError: the budget cannot be met, an override does not fit, or the given plan is for another model.
+        PlanError: the budget cannot be met, an override does not fit, the given plan is for another model, or the
+            target runtime cannot load what the model becomes.
         CalibrationError: the data or the tokenizer cannot be used.
     """
     if task_of(model) is None:
@@ -85,9 +88,27 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
     else:
         plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
         check_budget(plan, recipe)
+    _check_runtime(model, plan if given is None else given.plan, recipe)
     later = recipe.names_no_data and task_of(model) == "causal-lm"
     calibration = _calibration_for(model, recipe) if recipe.measures and not later else None
     return Preparation(plan, calibration, given)
+
+
+def _check_runtime(model: PreTrainedModel, plan: BitPlan, recipe: Recipe) -> None:
+    """Find out before any work whether a runtime that the checkpoint is for, or must be for, can load it.
+
+    Args:
+        model: dense.
+        plan: finished, or undecided.
+        recipe: `target_runtime`, `strict`; what an undecided plan can become.
+    """
+    if recipe.target_runtime is None and not recipe.strict:
+        return
+    runtime = RUNTIMES[recipe.target_runtime or "vllm"]
+    portable = not any(isinstance(model.get_submodule(module.name), Conv1D) for module in plan.modules)
+    refuse((*model_problems(task_of(model), portable, runtime), *problems(plan, runtime)), runtime)
+    if not plan.packed and recipe.target_runtime is None:  # which the budget has minded otherwise
+        loadable_bits(plan, recipe.bits, recipe, runtime, fixed_bits(plan, recipe).keys())
 
 
 def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
@@ -129,7 +150,8 @@ def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
         data = read_json(given)
         given = QuantizationRecord.from_dict(data) if "settings" in data else BitPlan.from_dict(data)
     if isinstance(given, BitPlan):
-        given = QuantizationRecord(given, None, {**_portable(recipe), "granularity": given.granularity}, {})
+        settings = {**_portable(recipe), "granularity": given.granularity, "target_runtime": None}  # of nobody's choice
+        given = QuantizationRecord(given, None, settings, {})
     assert given is not None, "there is a plan"
     if not given.plan.packed:
         raise PlanError("the plan leaves everything at 16 bits; make one from its scores with `cptquant solve`")
@@ -265,11 +287,14 @@ def decide(record: QuantizationRecord, recipe: Recipe) -> QuantizationRecord:
     """The record with the plan that a recipe's allocation makes of its table.
 
     Raises:
-        PlanError: as `solve`.
+        PlanError: as `solve`; with `strict`, the runtime would not load the plan.
     """
     table = record.table
     assert table is not None, "there are scores to decide by"
     plan = allocate(table, recipe)
+    if recipe.strict:
+        runtime = RUNTIMES[recipe.target_runtime or "vllm"]
+        refuse(problems(plan, runtime), runtime)
     measured = {name: value for name, value in record.measured.items() if name != PREDICTED}
     if table.costs:
         bits = {module.unit: module.scheme.bits for module in plan.modules}

@@ -16,6 +16,7 @@ from typing import Any
 from .errors import ConfigError
 from .plan import BitPlan
 from .record import QuantizationRecord
+from .runtimes import RUNTIMES
 
 METHOD_NAMES = ("cmpq", "pmpq", "tdmpq", "auto")
 ESTIMATOR_NAMES = ("perturbation", "taylor")
@@ -42,6 +43,7 @@ _LEAST = {
 }
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
+RUNTIME_NAMES = (None, *RUNTIMES)
 HUB_IDS = {  # what `datasets.load_dataset` calls them: dataset, configuration
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
@@ -97,6 +99,8 @@ class Recipe:
     batch_size: int | None = None
     modules_to_not_convert: tuple[str, ...] | None = None
     allow_skipped: bool = False
+    target_runtime: str | None = None
+    strict: bool = False
     work_dir: str | os.PathLike[str] | None = None
     seed: int = 0
 
@@ -113,6 +117,8 @@ class Recipe:
         _check_choice("group_size", self.group_size, GROUP_SIZES)
         _check_choice("symmetric", self.symmetric, (True, False))
         _check_choice("allow_skipped", self.allow_skipped, (True, False))
+        _check_choice("target_runtime", self.target_runtime, RUNTIME_NAMES)
+        _check_choice("strict", self.strict, (True, False))
         for width in self.bits or ():
             _check_choice("bits", width, BIT_WIDTHS)
         if not self.bits or len(set(self.bits)) != len(self.bits):
@@ -123,6 +129,7 @@ class Recipe:
             _check_integer("batch_size", self.batch_size, 1)
         self._check_budget()
         self._check_plan()
+        self._check_runtime()
         scale = self.perturbation_scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ConfigError(f"perturbation_scale={scale!r} must be a positive number")
@@ -151,6 +158,29 @@ class Recipe:
         deciding = [name for name in (*BUDGETS, "bits_override") if getattr(self, name)]
         if self.plan is not None and deciding:
             raise ConfigError(f"with plan= every module is decided; leave out {deciding[0]}, or make another plan")
+
+    def _check_runtime(self) -> None:
+        """Refuse what leaves the runtime no choice, whatever the model is."""
+        if self.target_runtime is None or self.plan is not None:
+            return
+        runtime = RUNTIMES[self.target_runtime]
+        wanted = f"target_runtime={self.target_runtime!r} ({runtime.title}, {runtime.kernel})"
+        if self.granularity == "module":
+            raise ConfigError(
+                f"{wanted} loads fused projections of one scheme only, which granularity='module' would decide one by"
+                " one; use granularity='group'"
+            )
+        if not self.offered_bits:
+            raise ConfigError(f"{wanted} takes {runtime.bits_in_words} and 16; bits={list(self.bits)} has none of them")
+        for pattern, width in self.bits_override:
+            if not runtime.takes_bits(width, self.symmetric):
+                raise ConfigError(
+                    f"{wanted} takes {runtime.bits_in_words} and 16, not bits_override[{pattern!r}]={width}"
+                )
+        if min(self.offered_bits) < 8 and not runtime.takes_group_size(self.group_size):
+            raise ConfigError(
+                f"{wanted} takes groups of {runtime.group_sizes_in_words}, not group_size={self.group_size}"
+            )
 
     def _check_budget(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -205,9 +235,17 @@ class Recipe:
         return self.dataset is None or (isinstance(self.dataset, str) and self.dataset == SELF)
 
     @property
+    def offered_bits(self) -> tuple[int, ...]:
+        """The bit widths to choose from, in their order: those that the runtime takes, if one is named."""
+        if self.target_runtime is None:
+            return self.bits
+        runtime = RUNTIMES[self.target_runtime]
+        return tuple(bits for bits in self.bits if runtime.takes_bits(bits, self.symmetric))
+
+    @property
     def packed_bits(self) -> tuple[int, ...]:
         """The bit widths below 16 that a unit may get, ascending, those of `bits_override` included."""
-        return tuple(sorted({bits for bits in (*self.bits, *dict(self.bits_override).values()) if bits < 16}))
+        return tuple(sorted({bits for bits in (*self.offered_bits, *dict(self.bits_override).values()) if bits < 16}))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. Objects that are no settings (datasets, tensors, tokenizers, plans) become

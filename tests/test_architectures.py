@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_cptquant.model_view import FUSED_GROUPS, ModelView, units, view_model
+from hf_cptquant.model_view import ModelView, units, view_model
+from hf_cptquant.runtimes import FUSED_GROUPS
 
 # Projections that no engine fuses with others: they stand alone, or are fused already.
 # fmt: off

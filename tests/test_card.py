@@ -132,6 +132,19 @@ def test_what_somebody_wrote_is_kept(record):
     assert render_card(record, FACTS, second) == first + "\nThe end.\n"
 
 
+def test_a_tag_that_is_no_longer_true_goes(record):
+    served = dataclasses.replace(FACTS, vllm=True)
+    card = render_card(record, served)
+    assert "vllm" in ModelCard(card).data.tags
+    assert "It keeps the rules of vLLM" in card
+    assert render_card(record, served, card) == card
+    mine = card.replace("\n- vllm\n", "\n- mine\n- vllm\n") + "\n- vllm\n"
+    after = render_card(record, FACTS, mine)
+    assert set(ModelCard(card).data.tags) - {"vllm"} | {"mine"} == set(ModelCard(after).data.tags)
+    assert after.endswith("\n- vllm\n")
+    assert "It keeps the rules" not in after
+
+
 @pytest.mark.parametrize("kind", TINY_CONFIGS)
 def test_every_task_has_its_card(kind, record):
     task = task_of(tiny_model(kind))

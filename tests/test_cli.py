@@ -14,6 +14,7 @@ from hf_cptquant import BitPlan, CPTQuantConfig, cli, explain_choice, terminal
 from hf_cptquant.demo import DemoResult
 from hf_cptquant.modules import packed_modules
 from hf_cptquant.options import takes_settings
+from hf_cptquant.plan import LayerScheme, ModulePlan
 from hf_cptquant.recipe import Recipe
 from hf_cptquant.record import QuantizationRecord
 from hf_cptquant.table import SensitivityTable
@@ -78,8 +79,8 @@ def test_the_class_in_the_config_is_used(tiny_folder, data, tmp_path):
 
 
 COMMANDS = [
-    "quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "evaluate", "card", "export", "doctor", "demo",
-    "push",
+    "quantize", "sensitivity", "plan", "solve", "frontier", "inspect", "check", "evaluate", "card", "export", "doctor",
+    "demo", "push",
 ]  # fmt: skip
 
 
@@ -291,14 +292,14 @@ def test_every_option_reaches_its_setting():
     given = {
         "method": "pmpq",
         "metric": "accuracy",
-        "bits": "2,3",
-        "granularity": "module",
+        "bits": "3,4",
+        "granularity": "block",
         "allocation": "integer",
         "target_bits": 4.5,
         "target_size": None,
         "target_compression": None,
         "max_loss_increase": None,
-        "bits_override": ["*.down_proj=8", "a.*=16"],
+        "bits_override": ["*.down_proj=4", "a.*=16"],
         "regularization": 0.5,
         "plan": None,
         "quality": "best",
@@ -323,19 +324,89 @@ def test_every_option_reaches_its_setting():
         "cca_samples": 11,
         "modules_to_not_convert": ["a", "b"],
         "allow_skipped": True,
+        "target_runtime": "vllm-cpu",
+        "strict": True,
         "work_dir": "work",
         "seed": 13,
     }
     command(**given)
-    overrides = (("*.down_proj", 8), ("a.*", 16))
+    overrides = (("*.down_proj", 4), ("a.*", 16))
     converted = {
         "bits_override": overrides,
-        "bits": (2, 3),
+        "bits": (3, 4),
         "sparsity_levels": (0.125, 0.5),
         "modules_to_not_convert": ("a", "b"),
     }
     assert given.keys() == {field.name for field in dataclasses.fields(Recipe)}
     assert seen == [Recipe(**{**given, **converted})]
+
+
+# What runtimes load
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    """bits of the value projection → the file of a plan of one attention with 8 bits elsewhere, per channel."""
+
+    def write(value_bits, name="plan.json"):
+        modules = tuple(
+            ModulePlan(f"l.0.{leaf}", "l.0", "l.0", 576, 576, 2, LayerScheme(value_bits if leaf == "v_proj" else 8))
+            for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
+        BitPlan(modules).save(tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def test_check_names_module_rule_and_change(plan_file, capsys):
+    assert run("check", plan_file(8)) == 0
+    assert capsys.readouterr().out.endswith("keeps the rules of vLLM on CUDA (Marlin).\n")
+    assert run("check", plan_file(4), "--for", "vllm") == 1
+    problem, total = capsys.readouterr().out.splitlines()
+    assert problem == (
+        "l.0.q_proj (with k_proj, v_proj): vLLM on CUDA keeps them in one matrix of one scheme, and they have"
+        " 4 sym channel and 8 sym channel; give all 8 bits, group_size -1, symmetric"
+    )
+    assert total.endswith("1 problem.")
+    assert run("check", plan_file(8), "--hardware", "cpu") == 1
+    assert "CPUWNA16 takes 4 bits, not 8 sym channel; give all 16 bits" in capsys.readouterr().out
+    assert run("check", plan_file(8), "--for", "sglang") == 1
+    assert "multiples of 64 × 128 or 128 × 64 (outputs × inputs), not 576 × 576" in capsys.readouterr().out
+    assert run("check", plan_file(8), "--tensor-parallel", 5) == 1
+    assert "576 output features cannot be split over 5 ranks; use fewer ranks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--for", "tgi"], "no rules for --for tgi --hardware cuda; there are: --for vllm --hardware cuda, --for"),
+        (["--for", "sglang", "--hardware", "cpu"], "no rules for --for sglang --hardware cpu"),
+    ],
+)
+def test_check_refuses_what_it_has_no_rules_for(options, message, plan_file, capsys):
+    assert run("check", plan_file(8), *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_check_of_a_folder_minds_the_model_too(quantized, plan_file, tmp_path, capsys):
+    _, folder = quantized
+    assert run("check", folder) == 0
+    assert run("check", folder, "--hardware", "cpu") == 1  # which has 8 bits
+    capsys.readouterr()
+    plan_file(8, "cptquant_plan.json")
+    assert run("check", tmp_path) == 1
+    assert "config.json is not that of a quantized model" in capsys.readouterr().err
+    config = {"architectures": ["GPT2LMHeadModel"], "quantization_config": {"quant_method": "cptquant"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run("check", tmp_path) == 1
+    assert "compressed-tensors, which cannot say Conv1D layers" in capsys.readouterr().out
+    config = {"architectures": ["BertForMaskedLM"], "quantization_config": {"quant_method": "compressed-tensors"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run("check", tmp_path) == 1
+    assert "only known to load causal language models" in capsys.readouterr().out
+    assert run("check", tmp_path / "missing") == 1
+    assert "missing does not exist" in capsys.readouterr().err
 
 
 # Plans

@@ -18,12 +18,12 @@ MANY = {
     "method": "tdmpq",
     "bits": [3, 6, 16],
     "allocation": "integer",
-    "granularity": "module",
+    "granularity": "block",
     "target_bits": 5.5,
     "target_size": None,
     "target_compression": None,
     "max_loss_increase": None,
-    "bits_override": {"*.fc2": 8},
+    "bits_override": {"*.fc2": 4},
     "regularization": 0.25,
     "plan": None,
     "group_size": 64,
@@ -49,6 +49,8 @@ MANY = {
     "batch_size": 2,
     "modules_to_not_convert": ["lm_head", r".*\.fc2"],
     "allow_skipped": True,
+    "target_runtime": "vllm-cpu",
+    "strict": True,
     "work_dir": "work",
     "seed": 7,
 }
@@ -116,7 +118,7 @@ def test_the_pipeline_of_the_paper_is_one_call(method):
 def test_recipe_has_the_settings_given():
     recipe = CPTQuantConfig(**MANY).recipe()
     lists = {"bits": (3, 6, 16), "sparsity_levels": (0.2, 0.4), "modules_to_not_convert": ("lm_head", r".*\.fc2")}
-    assert dataclasses.asdict(recipe) == {**MANY, **lists, "bits_override": (("*.fc2", 8),)}
+    assert dataclasses.asdict(recipe) == {**MANY, **lists, "bits_override": (("*.fc2", 4),)}
 
 
 def test_recipe_is_frozen():
@@ -178,6 +180,8 @@ def test_unknown_setting_like_no_other_is_named_alone():
         *(("group_size", value) for value in (0, 100, -2, 128.0, "128", None, True)),
         *(("symmetric", value) for value in (None, 1, 0, "yes")),
         *(("allow_skipped", value) for value in (None, 1, "yes")),
+        *(("strict", value) for value in (None, 1, "yes")),
+        *(("target_runtime", value) for value in ("vLLM", "vllm-gpu", True, 8, ["vllm"])),
         *(
             ("bits", value)
             for value in (4, 4.5, "4", None, (), [], (7,), (1,), (4, 4), (4, "8"), (4.0,), (True,), [[4]])
@@ -395,6 +399,16 @@ def test_a_size_is_read_with_its_unit(text, size):
         ({"target_bits": 4.5, "target_size": "1GB"}, "target_bits and target_size are two budgets; give one"),
         ({"allocation": "kmeans", "target_bits": 4.5}, "allocation='kmeans' takes no budget"),
         ({"max_loss_increase": 0.1, "method": "pmpq"}, "costs in nats, which only .* estimator='taylor' gives"),
+        ({"target_runtime": "vlm"}, "'vllm-cpu', 'sglang'; did you mean 'vllm'"),
+        ({"target_runtime": "vllm", "granularity": "module"}, "decide one by one; use granularity='group'"),
+        (
+            {"target_runtime": "vllm", "bits": (2, 3)},
+            r"takes 4 and 8 bits \(4 with zero points\) and 16; bits=\[2, 3\] has",
+        ),
+        ({"target_runtime": "sglang", "bits": (8,), "symmetric": False}, r"bits=\[8\] has none"),
+        ({"target_runtime": "vllm-cpu", "bits": (5, 8)}, r"CPUWNA16\) takes 4 bits and 16; bits=\[5, 8\] has none"),
+        ({"target_runtime": "vllm", "group_size": 256}, "takes groups of -1, 32, 64 and 128, not group_size=256"),
+        ({"target_runtime": "vllm", "bits_override": {"*.fc2": 3}}, r"not bits_override\['\*.fc2'\]=3"),
         ({"bits_override": {"*.fc2": 7}}, r"bits_override\['\*.fc2'\]=7 is not one of 2, 3, 4"),
         (
             {"method": "auto", "allocation": "kmeans"},

@@ -116,10 +116,8 @@ def test_experts_of_a_block_share_a_unit():
     modules = tuple(QuantizableModule(name, ".".join(name.split(".")[:3]), 8, 64, 2) for name in names)
     found = units(ModelView(("m.layers.0", "m.layers.1"), modules, (), 0), "group")
     assert {unit: len(members) for unit, members in found.items()} == {
-        "m.layers.0.mlp.experts.gate_up_proj": 6,
-        "m.layers.0.mlp.experts.down_proj": 3,
-        "m.layers.1.mlp.experts.gate_up_proj": 6,
-        "m.layers.1.mlp.experts.down_proj": 3,
+        "m.layers.0.mlp.experts": 9,
+        "m.layers.1.mlp.experts": 9,
         "m.layers.0.mlp.shared_expert.gate_up_proj": 2,
         "m.layers.0.mlp.shared_expert.down_proj": 1,
     }

@@ -72,6 +72,18 @@ def test_tables_are_made_from_the_results(monkeypatch):
     assert tables.with_tables(README) == README
 
 
+def test_what_vllm_did_is_told():
+    results = json.loads((ROOT / "benchmarks" / "results" / "vllm_serving.json").read_text())
+    assert results["rules"]["different"] == []
+    assert f"on all {results['rules']['cases']:,}\ncombinations" in README
+    runs = [run for served in results["served"].values() for run in served["agreement"]]
+    same = sum(run["same"] == run["of"] for run in runs)
+    assert f"Of {len(runs)} greedy continuations of {runs[0]['of']} tokens {same} are the same as ours" in README
+    apart = max(abs(run.get("logits_apart", 0.0)) for run in runs)
+    assert f"at most {apart} apart" in README
+    assert {served["vllm"] for served in results["served"].values()} == {"0.32.0"}
+
+
 def test_figures_are_those_of_the_benchmark():
     results = json.loads((ROOT / "benchmarks" / "results" / "scale_sign.json").read_text())["results"]
     signed, zero_point, unsigned, original = (

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from ..plan import BitPlan
 from ..recipe import Recipe
 from ..table import SensitivityTable
-from .budget import check_budget, check_grid, fixed_bits, integer_program
+from .budget import check_budget, check_grid, fixed_bits, integer_program, loadable_bits, unit_sizes
 from .clusters import k_harmonic_means, kmeans
 from .frontier import FrontierPoint, frontier
 
-__all__ = ["FrontierPoint", "allocate", "check_budget", "frontier"]
+__all__ = ["FrontierPoint", "allocate", "check_budget", "fixed_bits", "frontier", "loadable_bits"]
 
 CLUSTERS: dict[str, Callable[..., dict[str, int]]] = {"kmeans": kmeans, "k-harmonic-means": k_harmonic_means}
 
@@ -21,8 +21,8 @@ def allocate(table: SensitivityTable, recipe: Recipe) -> BitPlan:
 
     Args:
         table: their scores, or their costs.
-        recipe: `allocation`, `bits`, `bits_override`, the budget, `regularization`; `group_size` and `symmetric` as in
-            the table.
+        recipe: `allocation`, `bits`, `bits_override`, the budget, `regularization`, `target_runtime`; `group_size` and
+            `symmetric` as in the table.
 
     Raises:
         PlanError: the budget cannot be met (the feasible range is named); the table has no figures for a bit width, or
@@ -34,5 +34,10 @@ def allocate(table: SensitivityTable, recipe: Recipe) -> BitPlan:
     else:
         fixed = fixed_bits(table.plan, recipe)
         free = {unit: score for unit, score in table.scores.items() if unit not in fixed}
-        bits = {**(CLUSTERS[recipe.allocation](free, recipe.bits) if free else {}), **fixed}
+        clustered = CLUSTERS[recipe.allocation](free, recipe.offered_bits) if free else {}
+        choices = unit_sizes(table.plan, recipe)
+        bits = {
+            unit: next((bits for bits in choices[unit] if bits >= wanted), max(choices[unit]))
+            for unit, wanted in clustered.items()
+        } | fixed
     return table.plan.with_bits(bits, recipe.group_size, recipe.symmetric)

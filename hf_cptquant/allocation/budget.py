@@ -7,11 +7,14 @@ score it is score · R, because the loss grows linearly with the relative square
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from ..errors import PlanError
 from ..plan import BitPlan, scheme_for
 from ..recipe import Recipe
+from ..runtimes import RUNTIMES, Runtime, matrices, problems
 from ..table import SensitivityTable
 from .integer import Option, cheapest, smallest
 
@@ -96,16 +99,75 @@ def options(table: SensitivityTable, recipe: Recipe) -> dict[str, list[Option]]:
 
 
 def unit_sizes(plan: BitPlan, recipe: Recipe) -> dict[str, dict[int, int]]:
-    """Unit → bit width that it may have, ascending → bytes."""
+    """Unit → bit width that it may have, ascending → bytes.
+
+    Raises:
+        PlanError: as `fixed_bits` and `loadable_bits`; an override is not among what the target runtime loads; fused
+            modules are in different units.
+    """
     fixed = fixed_bits(plan, recipe)
+    loadable = _loadable(plan, recipe, fixed)
     sizes: dict[str, dict[int, int]] = {}
     for module in plan.modules:
-        allowed = (fixed[module.unit],) if module.unit in fixed else sorted(recipe.bits)
+        allowed = (fixed[module.unit],) if module.unit in fixed else loadable[module.unit]
         of_unit = sizes.setdefault(module.unit, dict.fromkeys(allowed, 0))
         for bits in of_unit:
             scheme = scheme_for(bits, module.in_features, recipe.group_size, recipe.symmetric)
             of_unit[bits] += scheme.nbytes(module.out_features, module.in_features, module.element_size)
     return sizes
+
+
+def _loadable(plan: BitPlan, recipe: Recipe, fixed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Unit → bit widths to choose from, ascending: all, or those that the target runtime loads."""
+    if recipe.target_runtime is None:
+        return dict.fromkeys((module.unit for module in plan.modules), tuple(sorted(recipe.bits)))
+    runtime = RUNTIMES[recipe.target_runtime]
+    unit_of_matrix: dict[str, str] = {}
+    matrix_of = matrices(module.name for module in plan.modules)
+    for module in plan.modules:
+        if unit_of_matrix.setdefault(matrix_of[module.name], module.unit) != module.unit:
+            raise PlanError(
+                f"{runtime.title} keeps {module.name} in one matrix with modules of other units; measure with"
+                " granularity='group'"
+            )
+    for bits in set(fixed.values()):
+        decided = replace(plan, modules=tuple(module for module in plan.modules if fixed.get(module.unit) == bits))
+        loadable_bits(decided, (bits,), recipe, runtime)
+    return loadable_bits(plan, recipe.offered_bits, recipe, runtime, decided=fixed.keys())
+
+
+def loadable_bits(
+    plan: BitPlan, widths: Sequence[int], recipe: Recipe, runtime: Runtime, decided: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Unit → the bit widths with which a runtime loads it, ascending.
+
+    What a runtime asks for concerns one matrix, so a plan of equal bits shows it for every unit at once.
+
+    Args:
+        plan: its units; their schemes have no effect.
+        widths: to choose from.
+        recipe: `group_size`, `symmetric`.
+        runtime: one of `RUNTIMES`.
+        decided: units that need no choice.
+
+    Raises:
+        PlanError: a unit can have none of the widths.
+    """
+    units = {module.unit for module in plan.modules}
+    unit_of = {module.name: module.unit for module in plan.modules}
+    found: dict[str, dict[int, str]] = {}
+    for bits in sorted(widths):
+        uniform = plan.with_bits(dict.fromkeys(units, bits), recipe.group_size, recipe.symmetric)
+        for problem in problems(uniform, runtime):
+            for name in problem.modules:
+                found.setdefault(unit_of[name], {}).setdefault(bits, f"{problem.modules[0]}: {problem.rule}")
+    for unit, of_unit in found.items():
+        if len(of_unit) == len(widths) and unit not in decided:
+            raise PlanError(
+                f"{runtime.title} loads {unit} with none of the bits {', '.join(map(str, sorted(widths)))}"
+                f" ({next(iter(of_unit.values()))}); allow other bits, such as 16, or another group_size"
+            )
+    return {unit: tuple(bits for bits in sorted(widths) if bits not in found.get(unit, ())) for unit in units}
 
 
 def fixed_bits(plan: BitPlan, recipe: Recipe) -> dict[str, int]:
@@ -156,6 +218,6 @@ def _infeasible(least: int, most: int, plan: BitPlan, recipe: Recipe) -> str:
         ratios = (plan.original_bytes / (size + plan.other_bytes) for size in (most, least))
         span = " to ".join(f"{ratio:.4f}" for ratio in ratios)
     return (
-        f"{given} cannot be met: bits={list(recipe.bits)} in this model give {span} (with scales); allow fewer bits or"
-        " another budget"
+        f"{given} cannot be met: bits={list(recipe.offered_bits)} in this model give {span} (with scales); allow fewer"
+        " bits or another budget"
     )

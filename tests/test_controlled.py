@@ -18,7 +18,7 @@ UNIT = "model.layers.14"
 METHODS = {
     "taylor": {"method": "tdmpq", "estimator": "taylor"},
     "perturbation": {"method": "tdmpq", "estimator": "perturbation"},
-    "pmpq": {"method": "pmpq"},
+    "pmpq": {"method": "pmpq", "sparsity_levels": [0.5]},
     "cmpq": {"method": "cmpq"},
 }
 BITS, TARGET = (3, 4, 8), 5.3  # what one block of four needs for 8 bits, and the others for 4

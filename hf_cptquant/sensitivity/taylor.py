@@ -50,7 +50,7 @@ from .metrics import Batch, field_of_rows, forward, mean_loss, not_finite
 from .rounding_errors import rounding_errors
 from .scoring import facts_of, open_journal, with_labels
 
-TOKENS_FOR_INPUT = 2  # for each feature of the widest input, to know how inputs depend on each other
+TOKENS_FOR_INPUT = 4  # for each feature of the widest input, to know how inputs depend on each other
 
 
 def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, recipe: Recipe) -> SensitivityTable:

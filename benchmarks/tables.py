@@ -99,6 +99,9 @@ def allocation_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+PLANS = {"default": "ours", "default, signed costs": "ours, with the costs of rounding to nearest"}
+
+
 def tuned_plans_table(result: dict[str, Any]) -> str:
     """What plans are worth when rounding is tuned."""
     lines = [
@@ -106,8 +109,8 @@ def tuned_plans_table(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name, found in result["plans"].items():
-        label = "ours (Taylor, integer program)" if name == "default" else name
-        lines.append(f"| {label} | {found['bits_per_weight']:.2f} | {found['perplexity']:.2f} | {found['kl']:.4f} |")
+        figures = f"{found['bits_per_weight']:.2f} | {found['perplexity']:.2f} | {found['kl']:.4f}"
+        lines.append(f"| {PLANS.get(name, name)} | {figures} |")
     lines += [
         "",
         f"{result['model']}, {result['calibration_tokens']:,} calibration tokens, groups of {result['group_size']},"

@@ -141,9 +141,11 @@ def finish_loading(model: PreTrainedModel) -> None:
             with align_module_device(module):
                 _check_values(module)
         module.weight_shape = module.weight_shape.clone()  # or these bytes alone would keep the whole file mapped
-        loaded = module.weight_packed
-        if module.settle().weight_packed is not loaded:
-            release(loaded, mapped)
+        loaded = module.tensors
+        settled = module.settle().tensors
+        for before, after in ((loaded.weight, settled.weight), (loaded.scale, settled.scale)):
+            if after is not before:
+                release(before, mapped)
     trim()
 
 

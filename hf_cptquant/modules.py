@@ -160,7 +160,7 @@ class PackedLayer(nn.Module):
         return module
 
     def _hold(self, tensors: PackedTensors) -> PackedLayer:
-        self.weight_packed, self.layout = tensors.weight, tensors.layout
+        self.weight_packed, self.weight_scale, self.layout = tensors.weight, tensors.scale, tensors.layout
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
@@ -173,7 +173,8 @@ class PackedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight_packed"] = to_layout(self.tensors, WIRE, self.in_features).weight
+        wire = to_layout(self.tensors, WIRE, self.in_features)
+        destination[prefix + "weight_packed"], destination[prefix + "weight_scale"] = wire.weight, wire.scale
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._hold(to_layout(self.tensors, WIRE, self.in_features))
@@ -182,7 +183,8 @@ class PackedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies hold the wire format, since they may be opened on another device or processor."""
-        buffers = {**self._buffers, "weight_packed": to_layout(self.tensors, WIRE, self.in_features).weight}
+        wire = to_layout(self.tensors, WIRE, self.in_features)
+        buffers = {**self._buffers, "weight_packed": wire.weight, "weight_scale": wire.scale}
         return {**self.__dict__, "_buffers": buffers, "layout": WIRE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

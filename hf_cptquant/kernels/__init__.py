@@ -32,7 +32,7 @@ class PackedTensors:
     Attributes:
         weight: wire: int32 words `[out, packed_length(in, bits)]`; cpu_int4: uint8 `[out, in / 2]`; cpu_int8: int8
             `[out, in]`.
-        scale: `[out, groups]`, in every layout.
+        scale: `[out, groups]`; cpu_int4: scale and shift, `[groups, out, 2]`.
         zero_point: int32 `[packed_length(out, bits), groups]`, in every layout, or None.
     """
 
@@ -90,18 +90,18 @@ def kernel_of(layout: str, rows: int, dtype: torch.dtype, device: torch.device) 
 
 def to_layout(tensors: PackedTensors, layout: str, in_features: int) -> PackedTensors:
     """Convert between layouts, bit for bit reversible. The input is not changed."""
-    weight = tensors.weight
+    weight, scale = tensors.weight, tensors.scale
     if tensors.layout == layout:
         return tensors
     if tensors.layout == CPU_INT4:
-        weight = cpu.int4_to_wire(weight, in_features)
+        weight, scale = cpu.int4_to_wire(weight, in_features), cpu.scale_of(scale).contiguous()
     elif tensors.layout == CPU_INT8:
         weight = cpu.int8_to_wire(weight)
     if layout == CPU_INT4:
-        weight = cpu.int4_to_kernel(weight, in_features)
+        weight, scale = cpu.int4_to_kernel(weight, in_features), cpu.scale_and_shift(scale, tensors.zero_point)
     elif layout == CPU_INT8:
         weight = cpu.int8_to_kernel(weight, in_features)
-    return replace(tensors, weight=weight, layout=layout)
+    return replace(tensors, weight=weight, scale=scale, layout=layout)
 
 
 def dense_weight(tensors: PackedTensors, bits: int, in_features: int) -> Tensor:
@@ -133,7 +133,7 @@ def linear(
     if kernel_of(layout, len(rows), x.dtype, x.device) != REFERENCE:
         rows = rows.contiguous()
         product = (
-            cpu.int4_linear(rows, weight, scale, zero_point, group_size)
+            cpu.int4_linear(rows, weight, scale, group_size)
             if layout == CPU_INT4
             else cpu.int8_linear(rows, weight, scale)
         )

@@ -75,21 +75,35 @@ def _int4_integers(packed: Tensor, in_features: int) -> Tensor:
     return _from_blocks(packed, in_features, _known_block()).to(torch.int8) - 8
 
 
-def int4_dense(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int) -> Tensor:
+def scale_and_shift(scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The int4 kernel's table, bfloat16 `[groups, out, 2]`.
+
+    The kernel computes (q − 8)·scale + shift, hence shift = (8 − z)·scale where z is counted from 0. To make the table
+    at each call would slow decoding by a tenth (4096 × 4096) to a half (576 × 576), so it is held: as much memory again
+    as the scales take.
+
+    Args:
+        scale: `[out, groups]`.
+        zero_point: packed, or None.
+    """
+    shift = torch.zeros_like(scale) if zero_point is None else -unpack(zero_point, 4, len(scale), dim=0) * scale
+    return torch.stack((scale.t(), shift.t()), -1)
+
+
+def scale_of(table: Tensor) -> Tensor:
+    """The scales `[out, groups]` in the int4 kernel's table, as a view."""
+    return table[..., 0].t()
+
+
+def int4_dense(packed: Tensor, table: Tensor, zero_point: Tensor | None, in_features: int) -> Tensor:
     """Dense weight `[out, in]` from the int4 layout; exact, since the integer zero point is used."""
-    unpacked_zero = None if zero_point is None else unpack(zero_point, 4, scale.shape[0], dim=0)
+    scale = scale_of(table)
+    unpacked_zero = None if zero_point is None else unpack(zero_point, 4, len(scale), dim=0)
     return dequantize(_int4_integers(packed, in_features), scale, unpacked_zero)
 
 
-def int4_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:
-    """`x` bfloat16 `[rows, in]` times an int4 weight → `[rows, out]`.
-
-    The kernel computes (q − 8)·scale + shift and wants both in one table, bfloat16 `[groups, out, 2]`, with shift =
-    (8 − z)·scale where z is counted from 0. The table lives for the length of one call: held, it would take as much
-    memory again as the scales do.
-    """
-    shift = torch.zeros_like(scale) if zero_point is None else -unpack(zero_point, 4, len(scale), dim=0) * scale
-    table = torch.stack((scale.t(), shift.t()), -1)
+def int4_linear(x: Tensor, packed: Tensor, table: Tensor, group_size: int) -> Tensor:
+    """`x` bfloat16 `[rows, in]` times an int4 weight → `[rows, out]`."""
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, table)
 
 

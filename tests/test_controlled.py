@@ -18,7 +18,7 @@ UNIT = "model.layers.14"
 METHODS = {
     "taylor": {"method": "tdmpq", "estimator": "taylor"},
     "perturbation": {"method": "tdmpq", "estimator": "perturbation"},
-    "pmpq": {"method": "pmpq", "sparsity_levels": [0.5]},
+    "pmpq": {"method": "pmpq"},
     "cmpq": {"method": "cmpq"},
 }
 BITS, TARGET = (3, 4, 8), 5.3  # what one block of four needs for 8 bits, and the others for 4

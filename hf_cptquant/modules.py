@@ -24,8 +24,8 @@ from .plan import LayerScheme
 
 
 class ComputedWeight(Tensor):
-    """A dequantized weight. Operations on it give plain tensors; writing to its `data`, as merging of adapters does,
-    is refused, since it would be lost."""
+    """A dequantized weight. Operations on it give plain tensors, and so do copies and files of it; writing to its
+    `data`, as merging of adapters does, is refused, since it would be lost."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -39,6 +39,12 @@ class ComputedWeight(Tensor):
             "the weight of a packed layer is computed when it is asked for and cannot be written; call dequantize() on"
             " the transformers model first, for example before adapters are merged"
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.as_subclass(Tensor).__deepcopy__(memo)
 
 
 class PackedLayer(nn.Module):

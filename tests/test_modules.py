@@ -444,6 +444,12 @@ def test_weight_is_the_dequantized_weight(scheme, shape, dtype, layout, cls):
     assert module.weight.dtype == dtype
     assert torch.equal(module.weight, expected)
     assert module.weight.is_contiguous()
+    file = io.BytesIO()
+    torch.save(module.weight, file)
+    file.seek(0)
+    for copied in (torch.load(file), copy.deepcopy(module.weight)):
+        assert type(copied) is torch.Tensor
+        assert torch.equal(copied, expected)
 
 
 @SETTLED

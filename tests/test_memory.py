@@ -11,6 +11,7 @@ from hf_cptquant import BitPlan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
+OWN_BUFFERS = 4 * 2**20  # of thread pools and compiled code
 # Memory over that of the interpreter, which has run a tiny packed model before, so that all libraries are loaded
 PRELUDE = """
 import gc, json, re, sys
@@ -87,8 +88,8 @@ def test_a_loaded_model_takes_what_its_plan_says(quantized, tmp_path):
     for what, size in found.items():
         if what.endswith("footprint"):
             assert size == pytest.approx(planned, rel=0.02), found
-        else:
-            assert size <= 1.1 * planned, found
+        else:  # the process grows by some buffers of its own, too
+            assert size <= 1.1 * found[f"{what}, footprint"] + OWN_BUFFERS, found
 
 
 def test_rounding_to_nearest_takes_less_than_the_model_and_two_blocks(quantized, smollm2, tmp_path):

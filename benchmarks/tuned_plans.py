@@ -1,8 +1,8 @@
 """Whether the default's plan is worth its scores when rounding is tuned, on SmolLM2-135M and WikiText-2.
 
-`benchmarks/allocation.py` rounds to nearest, which is `quality="fast"`. Here the plan of `CPTQuantConfig()` (costs of
-second order, 4.5 bits per weight) and plans of its size that need no scores are each rounded as the default does, on
-the same calibration tokens, and measured on other text. A plan takes minutes; several processes may divide
+`benchmarks/allocation.py` rounds to nearest, which is `quality="fast"`. Here the plan of `CPTQuantConfig()` (costs that
+know what tuning leaves, 4.5 bits per weight) and plans of its size that need no scores are each rounded as the default
+does, on the same calibration tokens, and measured on other text. A plan takes minutes; several processes may divide
 them, and all add to one result file.
 
     uv run python benchmarks/tuned_plans.py --calibration wikitext2_valid.txt --evaluation wikitext2_test.txt

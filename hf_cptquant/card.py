@@ -26,7 +26,6 @@ from .results import HEADINGS, LABELS, EvaluationResult
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 BEGIN, END = "<!-- hf-cptquant: begin -->", "<!-- hf-cptquant: end -->"
-FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 VLLM_TAG = re.compile(r"^\s*- vllm\n", re.MULTILINE)
 OUR_PART = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 GENERIC_DESCRIPTION = (  # of `transformers.utils.hub.create_and_tag_model_card`
@@ -77,7 +76,7 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
             not true goes.
     """
     if existing is not None and not facts.vllm:
-        existing = FRONT_MATTER.sub(lambda front: VLLM_TAG.sub("", front[0]), existing, count=1)
+        existing = REGEX_YAML_BLOCK.sub(lambda front: VLLM_TAG.sub("", front[0]), existing, count=1)
     results = _eval_results(record, facts)
     widths = sorted({module.scheme.bits for module in record.plan.packed})
     data = ModelCardData(

@@ -30,7 +30,7 @@ from .model_view import TASKS, task_of
 from .plan import BitPlan
 from .predictions import predictions, predictions_per_window, targets
 from .recipe import Recipe
-from .results import EvaluationResult, Provenance
+from .results import EvaluationResult, Provenance, figure
 from .rounding import round_nearest
 from .sensitivity.engine import changed_weights
 from .sensitivity.metrics import LOSS_CHUNK, Batch, mean_loss, not_finite
@@ -250,12 +250,12 @@ def results_of(
     results = []
     metric, of_windows = (LOSS_METRICS[task], "loss") if task in LOSS_METRICS else ("accuracy", "accuracy")
     if of_windows in figures:
-        results.append(source.result(metric, figures[of_windows], figures.get(f"base_{of_windows}")))
+        results.append(figure(source, metric, figures[of_windows], figures.get(f"base_{of_windows}")))
     if "base_loss" in figures:
-        results.append(source.result("loss_increase", figures["loss"] - figures["base_loss"]))
+        results.append(figure(source, "loss_increase", figures["loss"] - figures["base_loss"]))
     for metric in ("kl_divergence", "top1_agreement"):
         if metric in figures:
-            results.append(source.result(metric, figures[metric]))
+            results.append(figure(source, metric, figures[metric]))
     return results
 
 

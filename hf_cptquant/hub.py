@@ -28,14 +28,13 @@ from transformers.utils import logging
 
 from .calibration import find_tokenizer
 from .card import OUR_PART, for_repository, is_generic, text_around, with_our_part
-from .checkpoint import save_checkpoint
+from .checkpoint import CARD_FILE, save_checkpoint
 from .errors import CalibrationError, CheckpointError, CPTQuantError, HubError
 from .plan import PLAN_FILE
 from .record import QuantizationRecord
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
-CARD = "README.md"
 TOKENIZER_FILES = frozenset(("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 WAITS = (1.0, 4.0)  # seconds before the commit is tried again
@@ -230,12 +229,12 @@ def _operations(
     if not TOKENIZER_FILES & (local.keys() | remote):
         local |= _tokenizer_files(folder, target, sources, scratch / "tokenizer")
     existing = None
-    if CARD in remote:
-        path = api.hf_hub_download(target.repo_id, CARD, revision=there.sha, local_dir=scratch / str(there.sha))
+    if CARD_FILE in remote:
+        path = api.hf_hub_download(target.repo_id, CARD_FILE, revision=there.sha, local_dir=scratch / str(there.sha))
         existing = _text(Path(path))
     added: dict[str, Path | bytes] = {**local}
-    if CARD in local:
-        added[CARD] = _card(_text(local[CARD]), existing, target).encode()
+    if CARD_FILE in local:
+        added[CARD_FILE] = _card(_text(local[CARD_FILE]), existing, target).encode()
     stale = [name for name in sorted(remote - local.keys()) if WEIGHTS.fullmatch(name)]
     return [
         *(CommitOperationAdd(name, content) for name, content in added.items()),
@@ -254,8 +253,9 @@ def _card(ours: str, existing: str | None, target: Target) -> str:
         return for_repository(ours, target.repo_id, target.tags)
     if text_around(ours) not in ("", text_around(existing)):
         logger.warning(
-            f"{CARD} in the folder and in {target.repo_id} have different text around the part of hf-cptquant; that in"
-            f" the repository stays. To have the folder's, remove {CARD} from the repository and push again."
+            f"{CARD_FILE} in the folder and in {target.repo_id} have different text around the part of hf-cptquant;"
+            f" that in the repository stays. To have the folder's, remove {CARD_FILE} from the repository and push"
+            " again."
         )
     if OUR_PART.search(ours) is None:
         return existing

@@ -48,27 +48,20 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class EvaluationResult:
-    """One figure of a model on data.
+class Provenance:
+    """What figures were measured on.
 
     Attributes:
-        metric: `"perplexity"`, `"pseudo_perplexity"`, `"accuracy"`; against an original also `"loss_increase"` and
-            `"kl_divergence"` (of its predictions from the original's), both in nats per token (per text for a
-            classifier), and `"top1_agreement"` (share of the predictions).
         dataset: name or file.
         split: of a dataset on the Hub, otherwise None.
-        windows: sequences that were measured; the interval is over them.
+        windows: sequences that were measured; intervals are over them.
         sequence_length: tokens in each, special ones included.
         tokens: predictions that count; for a classifier, one a text.
         seed: of the choice of windows.
         sha256: of the data.
-        value, low, high: of the model, see `Interval`.
-        base, base_low, base_high: of the original on the same data; None where it was not measured or has no such
-            figure.
         against: the original, by its name on the Hub or the name of its folder; None without.
     """
 
-    metric: str
     dataset: str
     split: str | None
     windows: int
@@ -76,13 +69,29 @@ class EvaluationResult:
     tokens: int
     seed: int
     sha256: str
+    against: str | None
+
+
+@dataclass(frozen=True)
+class EvaluationResult(Provenance):
+    """One figure of a model on data.
+
+    Attributes:
+        metric: `"perplexity"`, `"pseudo_perplexity"`, `"accuracy"`; against an original also `"loss_increase"` and
+            `"kl_divergence"` (of its predictions from the original's), both in nats per token (per text for a
+            classifier), and `"top1_agreement"` (share of the predictions).
+        value, low, high: of the model, see `Interval`.
+        base, base_low, base_high: of the original on the same data; None where it was not measured or has no such
+            figure.
+    """
+
+    metric: str
     value: float
     low: float | None
     high: float | None
     base: float | None = None
     base_low: float | None = None
     base_high: float | None = None
-    against: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -130,28 +139,16 @@ class EvaluationResult:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where figures come from: the fields of `EvaluationResult` by the same names."""
-
-    dataset: str
-    split: str | None
-    windows: int
-    sequence_length: int
-    tokens: int
-    seed: int
-    sha256: str
-    against: str | None
-
-    def result(self, metric: str, of_windows: np.ndarray, of_original: np.ndarray | None = None) -> EvaluationResult:
-        """A figure from its values in each window (losses for a perplexity), `[windows]`; of the original, too, where
-        it has that figure."""
-        found = interval(metric, of_windows, self.seed)
-        values: dict[str, Any] = {**asdict(self), **asdict(found)}
-        if of_original is not None:
-            base = interval(metric, of_original, self.seed)
-            values |= {"base": base.value, "base_low": base.low, "base_high": base.high}
-        return EvaluationResult(metric=metric, **values)
+def figure(
+    source: Provenance, metric: str, of_windows: np.ndarray, of_original: np.ndarray | None = None
+) -> EvaluationResult:
+    """A result from its values in each window (losses for a perplexity), float64 `[windows]`; and from those of the
+    original, where it has that figure."""
+    found = asdict(interval(metric, of_windows, source.seed))
+    if of_original is not None:
+        base = interval(metric, of_original, source.seed)
+        found |= {"base": base.value, "base_low": base.low, "base_high": base.high}
+    return EvaluationResult(**asdict(source), metric=metric, **found)
 
 
 def interval(metric: str, of_windows: np.ndarray, seed: int) -> Interval:

@@ -42,8 +42,7 @@ def sample_text(model: PreTrainedModel, count: int, length: int, seed: int) -> T
         count, length: of the sequences.
         seed: of the draws; the state of torch's generators is restored.
     """
-    device = model.get_input_embeddings().weight.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), linears_in_working_dtype(model):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), linears_in_working_dtype(model):
         return find_executable_batch_size(_sample, starting_batch_size=min(count, AT_A_TIME))(
             model, count, length, seed
         )

@@ -42,6 +42,18 @@ SMALL_SETTINGS = {
     "quality": "fast",
 }  # for scores of tiny models
 
+
+def run_command(*arguments: object) -> int:
+    """Exit status of `cptquant` with these arguments."""
+    from hf_cptquant import cli
+
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
 TINY_CONFIGS: dict[str, tuple[str, str, dict]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 64}),

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from conftest import run_command as run
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -25,15 +26,6 @@ def data(tmp_path, texts):
     path = tmp_path / "data.txt"
     path.write_text("\n\n".join(texts[:4]))
     return path
-
-
-def run(*arguments) -> int:
-    """Exit status of a command."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 def test_quantize_and_inspect(smollm2, data, tmp_path, capsys, logged):

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import run_command as run
 from conftest import tiny_model
 from huggingface_hub import ModelCard
 from test_card import rows_of
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from hf_cptquant import CPTQuantConfig, cli, evaluate_model, folder_evaluation
+from hf_cptquant import CPTQuantConfig, evaluate_model, folder_evaluation
 from hf_cptquant.checkpoint import add_results, describe, rewrite_record, save_checkpoint
 from hf_cptquant.errors import CheckpointError, EvaluationError, PlanError
 from hf_cptquant.folder_evaluation import evaluate_folder
@@ -23,15 +24,6 @@ from hf_cptquant.plan import PLAN_PICTURE
 from hf_cptquant.record import QuantizationRecord
 
 SMALL = {"sequence_length": 32, "batch_size": 3}
-
-
-def run(*arguments) -> int:
-    """Exit status of a command."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 @pytest.fixture(scope="module")

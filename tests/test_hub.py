@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from conftest import run_command as run
 from conftest import tiny_model
 from hub_server import DROP, HALVE, LOSE, READING, WRITING, Repository
 from huggingface_hub import HfApi, ModelCard
@@ -358,14 +359,6 @@ def test_the_token_is_nowhere(model, hub, logged, tmp_path):
 
 
 # Commands
-
-
-def run(*arguments) -> int:
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 def test_push_command(model, hub, tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from hf_cptquant.errors import PlanError
-from hf_cptquant.results import EvaluationResult, Provenance, interval, merge
+from hf_cptquant.results import EvaluationResult, Provenance, figure, interval, merge
 
 SOURCE = Provenance("data.txt", None, 40, 32, 1240, 3, "0" * 64, "original")
 
@@ -51,11 +51,11 @@ def test_one_window_has_no_interval_and_equal_windows_one_of_no_width():
     assert (alone.value, alone.low, alone.high) == (pytest.approx(np.exp(1.5)), None, None)
     equal = interval("accuracy", np.ones(5), 0)
     assert (equal.value, equal.low, equal.high) == (1.0, 1.0, 1.0)
-    assert SOURCE.result("accuracy", np.array([0.5])).cells()[-3:] == ("–", "40", "1,240")
+    assert figure(SOURCE, "accuracy", np.array([0.5])).cells()[-3:] == ("–", "40", "1,240")
 
 
 def test_results_come_back_from_json(losses):
-    result = SOURCE.result("perplexity", losses, losses - 0.1)
+    result = figure(SOURCE, "perplexity", losses, losses - 0.1)
     assert EvaluationResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     assert result.base == pytest.approx(result.value * np.exp(-0.1))
     assert result.base_low < result.base < result.base_high
@@ -72,7 +72,7 @@ def test_results_come_back_from_json(losses):
     ],
 )
 def test_damaged_results_are_told(change, message, losses):
-    damaged = SOURCE.result("perplexity", losses).to_dict()
+    damaged = figure(SOURCE, "perplexity", losses).to_dict()
     change(damaged)
     with pytest.raises(PlanError, match=message):
         EvaluationResult.from_dict(damaged)
@@ -81,7 +81,7 @@ def test_damaged_results_are_told(change, message, losses):
 def test_new_results_replace_those_of_the_same_data_and_keep_others(losses):
     def run(shift, **source):
         provenance = dataclasses.replace(SOURCE, **source)
-        return [provenance.result(metric, losses + shift) for metric in ("perplexity", "kl_divergence")]
+        return [figure(provenance, metric, losses + shift) for metric in ("perplexity", "kl_divergence")]
 
     first, again = run(0.0), run(0.5, sha256="1" * 64)
     others = [run(0.0, **change) for change in ({"windows": 9}, {"dataset": "b.txt"}, {"seed": 4}, {"split": "test"})]

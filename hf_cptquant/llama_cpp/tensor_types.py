@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from ..errors import CheckpointError, ExportError
+from ..errors import ExportError
+from ..model_view import read_config
 from ..plan import BitPlan, ModulePlan
 
 SUPER_BLOCK = 256
@@ -67,25 +68,13 @@ def write_tensor_types(folder: str | Path, path: str | Path) -> None:
         ExportError: as `tensor_types`, or the file exists.
     """
     refuse_existing(Path(path))
-    types = tensor_types(BitPlan.load(folder), read_config(folder))
+    types = tensor_types(BitPlan.load(folder), read_config(str(folder)))
     Path(path).write_text(as_lines(types), encoding="utf-8")
 
 
 def as_lines(types: Mapping[str, str]) -> str:
     """One anchored pattern a line."""
     return "".join(f"^{re.escape(name)}$={kind}\n" for name, kind in types.items())
-
-
-def read_config(folder: str | Path) -> PretrainedConfig:
-    """The config of a model in a folder.
-
-    Raises:
-        CheckpointError: there is none that transformers can read.
-    """
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no model at {folder}: {error}") from error
 
 
 def name_map(config: PretrainedConfig) -> TensorNameMap:

@@ -31,11 +31,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Pretr
 from transformers.utils import logging
 
 from ..errors import ExportError, in_module
+from ..model_view import read_config
 from ..modules import QuantLinear, packed_modules
 from ..plan import LayerScheme
 from ..record import QuantizationRecord
 from .blocks import block_type, encode, largest_difference
-from .tensor_types import gguf_name, name_map, read_config, refuse_existing
+from .tensor_types import gguf_name, name_map, refuse_existing
 from .vocabulary import Vocabulary, read_vocabulary
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
@@ -107,12 +108,12 @@ def export_gguf(folder: str | Path, path: str | Path) -> GGUFReport:
     Raises:
         ExportError: another architecture or tokenizer than described above, groups that are no multiples of 32, zero
             points of 8 bits, scales beyond float16, or the file exists.
-        CheckpointError, PlanError: the folder holds no quantized model of ours.
+        ModelError, PlanError: the folder holds no quantized model of ours.
     """
     folder, path = Path(folder), Path(path)
     refuse_existing(path)
     record = QuantizationRecord.load(folder)
-    config = read_config(folder)
+    config = read_config(str(folder))
     _check_config(config)
     vocabulary = _load_vocabulary(folder, config.vocab_size)
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")

@@ -5,22 +5,14 @@ import sys
 
 import gguf
 import pytest
+from conftest import run_command as run
 from conftest import tiny_model
 from transformers import AutoConfig
 
-from hf_cptquant import BitPlan, cli
+from hf_cptquant import BitPlan
 from hf_cptquant.errors import ExportError
 from hf_cptquant.llama_cpp import tensor_types
 from hf_cptquant.model_view import view_model
-
-
-def run(*arguments) -> int:
-    """Exit status of a command."""
-    try:
-        cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 def test_every_module_has_its_name_and_a_type_of_about_its_bits(quantized):

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from hf_cptquant.errors import CheckpointError, ExportError, PlanError
+from hf_cptquant.errors import ExportError, ModelError, PlanError
 from hf_cptquant.grid import dequantize
 from hf_cptquant.llama_cpp import export_gguf, writer
 from hf_cptquant.modules import packed_modules
@@ -142,7 +142,7 @@ def test_a_folder_that_lacks_something_is_refused(quantized_folder, tmp_path):
     with pytest.raises(ExportError, match="has no tokenizer, which is a part of GGUF"):
         export_gguf(folder, file)
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="no model at"):
+    with pytest.raises(ModelError, match="no model at"):
         export_gguf(folder, file)
     with pytest.raises(PlanError, match="does not exist"):
         export_gguf(tmp_path / "nothing", file)

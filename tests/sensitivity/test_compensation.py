@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_CONFIGS, tiny_model
@@ -49,6 +50,18 @@ def test_gptq_leaves_about_that_share(directions):
         change = (found.integers.float() * found.scale) - weight
         errors.append(float(((change @ product) * change).sum()))
     assert share_left(product) == pytest.approx(errors[0] / errors[1], rel=0.25, abs=0.02)  # the damping is a hundredth
+
+
+def test_inputs_of_few_directions_are_decomposed_in_float64(monkeypatch):
+    """Whole numbers, so that XXᵀ is exact; of rank 3, so that float32 comes to negative pivots."""
+    monkeypatch.setattr(compensation, "DAMPING", 1e-7)
+    inputs = torch.randint(-8, 9, (3, 64), generator=torch.Generator().manual_seed(0)).float()
+    product = inputs.t() @ inputs
+    order = product.diagonal().argsort(stable=True)
+    damped = product[order][:, order] + 1e-7 * product.diagonal().mean() * torch.eye(64)
+    assert int(torch.linalg.cholesky_ex(damped)[1]) > 0
+    pivots = np.diag(np.linalg.cholesky(damped.double().numpy())) ** 2
+    assert share_left(product) == pytest.approx(pivots.sum() / float(damped.diagonal().sum()), rel=1e-5)
 
 
 def test_independent_inputs_leave_everything():

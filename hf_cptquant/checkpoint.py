@@ -23,12 +23,12 @@ from transformers.utils import logging
 
 from .card import CardFacts, render_card
 from .errors import CheckpointError, PlanError, in_module
+from .experts import fused_experts, has_linear_experts, take_apart
 from .memory import mapped_ranges, release, trim
 from .model_view import class_named_in, read_config, task_of
-from .modules import PACKED_CLASSES, PackedLayer, QuantConv1D, QuantLinear, packed_modules
+from .modules import PACKED_CLASSES, PackedLayer, QuantConv1D, QuantLinear, packed_modules, replace_module
 from .plan import PLAN_FILE, PLAN_PICTURE, ModulePlan
 from .plots import plot_plan
-from .quantize import replace_module
 from .record import QuantizationRecord
 from .results import EvaluationResult, merge
 from .runtimes import RUNTIMES, SERVED_TASK, Problem, in_one_line, model_problems, problems
@@ -64,7 +64,7 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
                         found.setdefault(name, set()).add(leaf)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); fetch or write the checkpoint again") from error
-    if found.keys() & modules.keys():  # otherwise transformers renames this model's weights on loading
+    if found.keys() <= modules.keys():  # otherwise transformers renames some of this model's weights on loading
         for name, module in modules.items():
             for leaf in sorted(_expected_shapes(module).keys() - found.get(name, set())):
                 raise CheckpointError(f"{name}: {leaf} is missing from the checkpoint")
@@ -111,7 +111,11 @@ def _expected_shapes(module: ModulePlan) -> dict[str, tuple[int, ...]]:
 
 
 def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
-    """Swap the dense modules of a model whose weights are not loaded yet for empty packed ones."""
+    """Swap the dense modules of a model whose weights are not loaded yet for empty packed ones, and fused experts for
+    linear layers if any are."""
+    names = tuple(f"{name}." for name in fused_experts(model))
+    if any(module.name.startswith(names) for module in record.plan.packed):
+        take_apart(model)
     for module in record.plan.packed:
         dense = model.get_submodule(module.name)
         packed = PACKED_CLASSES[type(dense)](
@@ -284,6 +288,11 @@ def limits_of(model: PreTrainedModel) -> str | None:
     packed = packed_modules(model)
     if not is_portable(model):
         return "compressed-tensors cannot say Conv1D layers: reloading needs `import hf_cptquant`."
+    if has_linear_experts(model):
+        return (
+            "Packed experts: transformers by itself keeps experts fused and cannot load them; reloading needs"
+            " `import hf_cptquant`, or an inference engine."
+        )
     if not _initializes_without_weights(model, packed):
         return (
             f"{type(model).__name__} reads the weights of its layers when built, which fails in plain transformers"

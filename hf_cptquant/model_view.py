@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
@@ -22,9 +22,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import ModelError
+from .experts import LinearExperts, fused_experts, matrices_of, projection_names
 from .plan import UNTOUCHED, BitPlan, LeftAlone, ModulePlan
 from .runtimes import matrices
 
+ROUTERS = {"gate", "router", "shared_expert_gate"}  # what modules beside the experts are called that choose among them
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 # What a model is trained to do, by the table of transformers that lists its class.
@@ -104,13 +106,11 @@ def view_model(
     blocks = find_blocks(model)
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     float32_modules = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
+    mixtures = _mixtures(model)
     modules, left, skipped = [], [], []
-    for name, module in model.named_modules():
-        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
-        if not matrices:
-            continue
+    for name, kind, parameters in _with_matrices(model):
         block = next((block for block in blocks if name.startswith(block + ".")), None)
-        weights = sum(parameter.numel() for parameter in matrices)
+        weights = sum(parameter.numel() for parameter in parameters)
         if f"{name}.weight" in model.all_tied_weights_keys:
             weights = 0  # counted where they come from
         if not should_convert_module(name, modules_to_not_convert):
@@ -119,15 +119,17 @@ def view_model(
             reason = "shares its weight with another module"
         elif block is None:
             reason = "outside the blocks"
+        elif any(name.startswith(mixture) and ROUTERS & set(name[len(mixture) :].split(".")) for mixture in mixtures):
+            reason = "routes tokens to experts"
         elif float32_modules.intersection(name.split(".")):
             reason = "kept in float32 by the model"
             skipped.append(LeftAlone(name, reason, weights))
-        elif type(module) not in (nn.Linear, Conv1D):
-            reason = f"{type(module).__name__} is not supported"
+        elif kind not in (nn.Linear, Conv1D):
+            reason = f"{kind.__name__} is not supported"
             skipped.append(LeftAlone(name, reason, weights))
         else:
-            weight = matrices[0]
-            out_features, in_features = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
+            (weight,) = parameters
+            out_features, in_features = reversed(weight.shape) if kind is Conv1D else weight.shape
             modules.append(QuantizableModule(name, block, out_features, in_features, weight.element_size()))
             continue
         left.append(LeftAlone(name, reason, weights))
@@ -141,6 +143,24 @@ def view_model(
         _refuse_skipping(model, sum(module.out_features * module.in_features for module in modules), skipped)
     quantizable = sum(module.out_features * module.in_features * module.element_size for module in modules)
     return ModelView(blocks, tuple(modules), tuple(left), _saved_bytes(model) - quantizable)
+
+
+def _with_matrices(model: PreTrainedModel) -> Iterator[tuple[str, type[nn.Module], list[Tensor]]]:
+    """Name, class and matrices of the modules that have some; each projection of fused experts as the linear layer that
+    it becomes."""
+    fused = fused_experts(model)
+    for name, module in model.named_modules():
+        if name in fused:
+            for leaf, weight, _ in matrices_of(module, projection_names(model, name, module)):
+                yield f"{name}.{leaf}", nn.Linear, [weight]
+        elif parameters := [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]:
+            yield name, type(module), parameters
+
+
+def _mixtures(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the modules that hold experts, and beside them what routes tokens to them."""
+    names = [*fused_experts(model), *(name for name, module in model.named_modules() if type(module) is LinearExperts)]
+    return tuple(name.rpartition(".")[0] + "." for name in names)
 
 
 def _saved_bytes(model: PreTrainedModel) -> int:

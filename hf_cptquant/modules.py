@@ -242,6 +242,12 @@ def packed_modules(model: nn.Module) -> dict[str, PackedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one with that dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
 def explain_choice(module: PackedLayer) -> str:
     """Which kernel a packed module runs on, and why not a faster one."""
     return f"{module.layout}: {module.choice.reason}"

@@ -24,6 +24,7 @@ from .calibration import CalibrationSet, facts_of, hold_out, in_batches, load_ca
 from .config import CPTQuantConfig
 from .errors import ConfigError, ModelError, PlanError
 from .evaluate import evaluating, losses_of_plans
+from .experts import linear_experts
 from .model_view import TASKS, hub_name_of, max_length_of, task_of, view_model
 from .plan import BitPlan, LeftAlone, read_json
 from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
@@ -105,7 +106,8 @@ def _check_runtime(model: PreTrainedModel, plan: BitPlan, recipe: Recipe) -> Non
     if recipe.target_runtime is None and not recipe.strict:
         return
     runtime = RUNTIMES[recipe.target_runtime or "vllm"]
-    portable = not any(isinstance(model.get_submodule(module.name), Conv1D) for module in plan.modules)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    portable = not any(kinds.get(module.name) is Conv1D for module in plan.modules)
     refuse((*model_problems(task_of(model), portable, runtime), *problems(plan, runtime)), runtime)
     if not plan.packed and recipe.target_runtime is None:  # which the budget has minded otherwise
         loadable_bits(plan, recipe.bits, recipe, runtime, fixed_bits(plan, recipe).keys())
@@ -198,7 +200,8 @@ def measure_record(model: PreTrainedModel, config: CPTQuantConfig) -> Quantizati
     """The table of `measure_sensitivity` with where it came from; the plan is undecided."""
     recipe = config.recipe()
     preparation = _prepare_to_measure(model, recipe)
-    with evaluating(model):
+    with evaluating(model), linear_experts(model):
+        check_fits(model, preparation.plan)
         return _scored(model, _with_own_text(model, recipe, preparation), recipe)
 
 
@@ -228,7 +231,8 @@ def measure_frontier(model: PreTrainedModel, config: CPTQuantConfig, count: int)
     """
     recipe = config.recipe()
     preparation = _prepare_to_measure(model, recipe)
-    with evaluating(model):
+    with evaluating(model), linear_experts(model):
+        check_fits(model, preparation.plan)
         preparation = _with_own_text(model, recipe, preparation)
         measured, judged = hold_out(preparation.data)
         table = score(model, replace(preparation, calibration=measured), recipe)
@@ -244,7 +248,6 @@ def _prepare_to_measure(model: PreTrainedModel, recipe: Recipe) -> Preparation:
     preparation = prepare(model, recipe)
     if preparation.given is not None:
         raise ConfigError("plan= is for quantizing; without it, there is something to measure")
-    check_fits(model, preparation.plan)
     return preparation
 
 
@@ -316,6 +319,11 @@ def quantize_model(model: PreTrainedModel, recipe: Recipe, preparation: Preparat
         ModelError: a weight holds NaN or infinity.
         CalibrationError: the loss is not finite.
     """
+    with linear_experts(model):
+        return _quantized(model, recipe, preparation)
+
+
+def _quantized(model: PreTrainedModel, recipe: Recipe, preparation: Preparation) -> QuantizationRecord:
     check_fits(model, preparation.plan)
     if recipe.learns:
         check_in_memory(model, preparation.plan)

@@ -13,6 +13,7 @@ from .table import SensitivityTable
 
 MATRIX_WIDTH = 5.5  # inches
 LABELS = 20  # of blocks, at most
+LEGEND_COLUMNS = 4
 CELL = 0.24  # inches
 METRIC_LABELS = {
     "loss": "rise of the loss (nats)",
@@ -59,7 +60,8 @@ def plot_plan(plan: BitPlan, table: SensitivityTable | None, path: str | Path) -
     columns = max(len(drawn.columns) for drawn in maps)
     heights = [0.9 + CELL * len(drawn.rows) for drawn in maps] + ([2.2] if table else [])
     margin = 0.09 * max(len(row) for drawn in maps for row in drawn.rows) + 1
-    figure = Figure(figsize=(max(5.0, CELL * columns + margin), sum(heights)), layout="constrained", dpi=150)
+    width = max(5.0, CELL * columns + margin, _legend_width(table) if table else 0.0)
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=150)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, drawn in zip(axes, maps, strict=False):
         _draw_map(axis, drawn)
@@ -117,6 +119,12 @@ def plot_frontier(points: Sequence[FrontierPoint], unit: str, path: str | Path) 
     figure.savefig(path, format="png")
 
 
+def _legend_width(table: SensitivityTable) -> float:
+    """Inches that the legend of the bars takes, and the labels beside them."""
+    kinds = {unit.removeprefix(table.blocks[unit]) for unit in table.raw}
+    return min(LEGEND_COLUMNS, len(kinds)) * (0.075 * max(len(kind) for kind in kinds) + 0.4) + 1
+
+
 def _title(table: SensitivityTable) -> str:
     estimator = f" ({table.settings['estimator']})" if "estimator" in table.settings else ""
     return f"{table.method.upper()}{estimator}: sensitivity of each block"
@@ -137,7 +145,7 @@ def _draw_bars(axes, table: SensitivityTable, blocks: list[str]) -> None:
         axes.bar(range(len(blocks)), [values.get(block, 0.0) for block in blocks], bottom=bottoms, label=kind)
     if len(kinds) > 1:
         above_axes = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
-        axes.legend(fontsize="small", ncols=min(4, len(kinds)), **above_axes)
+        axes.legend(fontsize="small", ncols=min(LEGEND_COLUMNS, len(kinds)), **above_axes)
     labels = [block.rpartition(".")[2] for block in blocks]
     step = math.ceil(len(blocks) / LABELS)
     axes.set_xticks(range(0, len(blocks), step), labels[::step])

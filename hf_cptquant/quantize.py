@@ -22,9 +22,10 @@ from transformers.utils import logging
 from .arithmetic import working_dtype
 from .calibration import batches_on
 from .errors import ModelError, PlanError, in_module
+from .experts import fuse_again
 from .grid import QuantizedWeight, dequantize
 from .memory import mapped_ranges, release
-from .modules import PACKED_CLASSES, packed_modules
+from .modules import PACKED_CLASSES, packed_modules, replace_module
 from .plan import BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
 from .rounding import BLOCK_ROUNDINGS, Tuning, round_nearest
@@ -203,15 +204,10 @@ def _check_fits(module: nn.Module | None, decision: ModulePlan) -> None:
         raise ModelError("the weight was never loaded; load the model with from_pretrained")
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one with that dotted name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
 def dequantize_model(model: nn.Module) -> tuple[str, ...]:
     """Swap every packed module back for a dense one with the dequantized weight, in place, and give their names."""
     packed = packed_modules(model)
     for name, module in packed.items():
         replace_module(model, name, module.dense().train(module.training))
+    fuse_again(model)
     return tuple(packed)

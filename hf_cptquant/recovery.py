@@ -30,9 +30,8 @@ from .calibration import batches_on
 from .errors import CalibrationError, ModelError
 from .grid import dequantize
 from .kernels import reference
-from .modules import packed_modules
+from .modules import packed_modules, replace_module
 from .plan import BitPlan
-from .quantize import replace_module
 from .sensitivity.metrics import Batch, forward, mean
 from .sensitivity.scoring import with_labels
 from .sensitivity.taylor import differentiable

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, with_plan_file
 from .config import CPTQuantCheckpointConfig, CPTQuantConfig
 from .errors import ConfigError
+from .experts import without_merging
 from .hub import push_to_hub, save_pretrained
 from .pipeline import Preparation, prepare, quantize_model
 from .quantize import dequantize_model
@@ -66,6 +67,10 @@ class CPTQuantHfQuantizer(HfQuantizer):
         model.push_to_hub = partial(push_to_hub, model, self.record, tokenizer)
         model.half, model.float = partial(nn.Module.half, model), partial(nn.Module.float, model)  # theirs refuse
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Experts that are packed one by one are loaded one by one."""
+        return super().update_weight_conversions(without_merging(weight_conversions, model), model)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Make the model dense, in place, in its own dtype unless another is asked for.

@@ -68,6 +68,28 @@ TINY_CONFIGS: dict[str, tuple[str, str, dict]] = {
     "bert-classifier": ("BertForSequenceClassification", "BertConfig", {"hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 30522, "max_position_embeddings": 64}),
 }  # fmt: skip
+# Two projections in one parameter, and other names on disk; a shared expert; transposed, in turn, with biases; fused on
+# disk, too; one projection before the activation.
+TINY_MIXTURES: dict[str, tuple[str, str, dict]] = {
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+        "vocab_size": 512, "max_position_embeddings": 64}),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {"hidden_size": 64, "intermediate_size": 128,
+        "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
+        "vocab_size": 512, "max_position_embeddings": 64}),
+    "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "vocab_size": 512, "eos_token_id": 0, "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    "granite-moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", {"hidden_size": 64, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+        "vocab_size": 512, "max_position_embeddings": 64}),
+    "nemotron-h": ("NemotronHForCausalLM", "NemotronHConfig", {"hidden_size": 64, "intermediate_size": 64,
+        "layers_block_type": ["attention", "moe"], "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "moe_shared_expert_intermediate_size": 64, "n_group": 1, "topk_group": 1, "vocab_size": 512}),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +136,7 @@ def quantized(smollm2: Path, small_config, tmp_path_factory: pytest.TempPathFact
 
 def tiny_model(kind: str, **changes) -> PreTrainedModel:
     """A random model of a few thousand weights, the same at every call."""
-    model_class, config_class, settings = TINY_CONFIGS[kind]
+    model_class, config_class, settings = {**TINY_CONFIGS, **TINY_MIXTURES}[kind]
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**{**settings, **changes})
     model = getattr(transformers, model_class)(config)

@@ -28,6 +28,11 @@ from ..model_view import task_of
 
 Batch = Mapping[str, Tensor]
 
+CACHES = {
+    "cache",
+    "past_key_values",
+    "use_cache",
+}  # arguments of models that remember keys and values unless told not to
 LARGEST_LOSS = math.log(sys.float_info.max)
 LOSS_CHUNK = 2**21  # logits that are turned into float32 at a time: 8 MiB, which stays in a CPU's cache
 
@@ -51,9 +56,9 @@ class Metric:
 
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
     """The model's outputs for a batch with labels, its loss among them; without a cache of keys and values."""
-    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    caches = CACHES & inspect.signature(model.forward).parameters.keys()
     with _chunked_loss(model):
-        return model(**batch, **cache)
+        return model(**batch, **({"use_cache": False} if caches else {}))
 
 
 @torch.no_grad()

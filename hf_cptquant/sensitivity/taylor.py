@@ -37,8 +37,9 @@ from transformers.utils import logging
 
 from .. import ranks
 from ..arithmetic import working_dtype
-from ..calibration import CalibrationSet, batches_on, spread_evenly
+from ..calibration import CalibrationSet, batches_on, in_batches, spread_evenly
 from ..errors import CalibrationError, ModelError
+from ..experts import has_linear_experts
 from ..model_view import task_of
 from ..plan import BitPlan, LayerScheme, ModulePlan, scheme_for
 from ..recipe import Recipe
@@ -88,6 +89,8 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         for module in plan.modules
     }
     batches = with_labels(model, spread_evenly(calibration, recipe.taylor_samples))
+    if has_linear_experts(model):  # whose rows do not tell which sequence they are from
+        batches = in_batches(batches, 1)
     shares = dict.fromkeys(schemes, 1.0)
     if tuned:
         enough = TOKENS_FOR_INPUT * max(module.in_features for module in plan.modules)
@@ -183,7 +186,7 @@ def _expanded(
     order = 0
 
     def observe(module: ModulePlan, inputs: Tensor, gradient: Tensor) -> None:
-        if field_of_rows(inputs, batch) is None:
+        if len(counts) > 1 and field_of_rows(inputs, batch) is None:
             raise ModelError(
                 f"{module.name} sees {tuple(inputs.shape)}, not one row for each token; use another method"
             )

@@ -13,8 +13,8 @@ from hf_cptquant import CPTQuantConfig
 from hf_cptquant.errors import ModelError
 from hf_cptquant.evaluate import perplexity
 from hf_cptquant.model_view import view_model
-from hf_cptquant.modules import PACKED_CLASSES, packed_modules
-from hf_cptquant.quantize import apply_plan, apply_plan_by_blocks, replace_module
+from hf_cptquant.modules import PACKED_CLASSES, packed_modules, replace_module
+from hf_cptquant.quantize import apply_plan, apply_plan_by_blocks
 from hf_cptquant.recipe import Recipe
 from hf_cptquant.rounding import BLOCK_ROUNDINGS, Tuning
 from hf_cptquant.rounding.curvature import curvature_of_outputs

@@ -10,7 +10,8 @@ Both find the scheme of a fused matrix by the exact names of its parts: all of t
 the `targets` of `config_groups`, of which the first decides for all (vLLM
 `compressed_tensors/utils.py: should_ignore_layer, find_matched_target`; SGLang has the same functions, and raises where
 a name is in neither). A difference in bits or groups is found when the shapes of the tensors do not fit. Experts must
-agree in all projections (`CompressedTensorsMoEMethod.get_moe_method`).
+agree in all projections, which are looked up as `gate_proj`, `up_proj` and `down_proj` whatever the model calls them
+(`CompressedTensorsMoEMethod.get_moe_method`).
 
 Kernels that only some GPUs or installations have (Machete, Exllama, Conch, Triton, Humming, which takes all widths)
 are not counted on: what passes runs on Marlin, which every NVIDIA GPU since Turing (vLLM) or Ampere (SGLang) has.
@@ -46,6 +47,7 @@ FUSED_GROUPS: tuple[tuple[str, frozenset[str]], ...] = (
     ("wi", frozenset({"wi_0", "wi_1"})),
 )
 EXPERT = re.compile(r"\bexperts\.\d+\..*")
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # what engines call them when they look for the scheme
 
 # Projections whose inputs are split over the ranks of tensor parallelism (`RowParallelLinear` in vLLM's and SGLang's
 # models); the outputs of all others are.
@@ -215,6 +217,9 @@ def _problem_of(parts: Sequence[ModulePlan], left: str | None, runtime: Runtime,
     """
     names = tuple(module.name for module in parts)
     schemes = sorted({module.scheme for module in parts})
+    if any(EXPERT.search(name) and name.rpartition(".")[2] not in EXPERT_PROJECTIONS for name in names):
+        rule = f"{runtime.title} asks for the scheme of experts by the names {_listed(EXPERT_PROJECTIONS)}"
+        return Problem(names, rule, "give 16 bits", UNTOUCHED)
     if left is not None:
         rule = f"{runtime.title} keeps {left} in the same matrix, which is left alone, so all of it must be"
         return Problem(names, rule, "give 16 bits, or do not leave that one alone", UNTOUCHED)

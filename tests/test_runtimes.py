@@ -142,6 +142,14 @@ def test_all_projections_of_all_experts_have_one_scheme():
     assert str(problem).startswith("l.0.experts.0.gate_proj (with up_proj, down_proj and 6 more): ")
 
 
+def test_experts_by_other_names_are_not_found():
+    shapes = {f"experts.{expert}.{leaf}": (512, 512) for expert in range(3) for leaf in ("w1", "w3", "w2")}
+    (problem,) = problems(everywhere(LayerScheme(4, 64), shapes), RUNTIMES["vllm"])
+    assert "by the names gate_proj, up_proj and down_proj" in str(problem)
+    assert problem.scheme == UNTOUCHED
+    assert problems(everywhere(UNTOUCHED, shapes), RUNTIMES["vllm"]) == ()
+
+
 @pytest.mark.parametrize(
     ("scheme", "ranks", "broken"),
     [  # o_proj and down_proj have 1,024 and 2,816 = 22 × 128 inputs, which are split; of the others, the outputs are

@@ -67,7 +67,7 @@ def test_figures_are_those_of_the_record(record):
         in text
     )
     assert "was not evaluated" in text
-    assert "and the sensitivity of every block](cptquant_plan.png)" in text
+    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == ["cptquant_plan.png", "cptquant_sensitivity.png"]
     units = {module.unit: str(module.scheme.bits) for module in plan.modules}
     for index in range(3):
         leaves = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")

@@ -19,10 +19,9 @@ from .model_view import HUB_NAME
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 INHERITED = ("license", "license_name", "license_link", "language", "tags")
-NOT_INHERITED = frozenset(  # tags that say in which formats a repository has its weights, and what runs them
-    "safetensors pytorch tf jax flax rust onnx gguf ggml mlx coreml openvino tflite transformers transformers.js vllm"
-    " tensorboard".split()
-)
+FORMATS = ("safetensors", "pytorch", "tf", "jax", "flax", "rust", "onnx", "gguf", "ggml", "mlx", "coreml", "openvino")
+# what a repository's files are, and what runs them
+NOT_INHERITED = frozenset((*FORMATS, "tflite", "transformers", "transformers.js", "vllm", "tensorboard"))
 SECONDS = 5.0  # that the Hub may take
 
 

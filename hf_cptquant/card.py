@@ -142,7 +142,7 @@ def _new_card(record: QuantizationRecord, facts: CardFacts) -> str:
         plan_picture=PLAN_PICTURE,
         sensitivity_picture=SENSITIVITY_PICTURE,
         cell_text=cell_text,
-        code=_code(record.settings),
+        code=_code({**record.settings, **({"dataset": record.calibration["source"]} if source else {})}),
         compressed_tensors="0.18" if {3, 5, 6} & set(widths) else "0.17",
         kept_bytes=plan.nbytes - sum(module.nbytes for module in plan.packed),
         kept_layers=len(plan.packed) < len(plan.modules),

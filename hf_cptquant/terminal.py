@@ -136,6 +136,8 @@ def show_evaluation(results: Sequence[EvaluationResult]) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    for control in sorted({result.control_plan for result in results if result.control_plan is not None}):
+        say(f"Control: the original with all quantizable weights alike, rounded to nearest ({control}).")
 
 
 def show_diagnosis(diagnosis: Diagnosis) -> None:

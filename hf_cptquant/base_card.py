@@ -37,9 +37,9 @@ def inherited_from(source: str) -> dict[str, Any]:
         logger.info(f"The card of {source} could not be read, so licence and languages are not inherited: {error}")
         return {}
     found = {name: data[name] for name in INHERITED if data.get(name)}
-    if isinstance(found.get("tags"), list):
-        found["tags"] = [tag for tag in found["tags"] if tag not in NOT_INHERITED]
-    return found
+    tags = found.pop("tags", ())
+    kept = [tag for tag in ([tags] if isinstance(tags, str) else tags) if tag not in NOT_INHERITED]
+    return {**found, "tags": kept} if kept else found
 
 
 def _metadata(source: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from .base_card import INHERITED
 from .bitmap import cell_text
 from .config import CPTQuantConfig
 from .errors import CheckpointError
@@ -110,7 +111,7 @@ def _new_card(record: QuantizationRecord, facts: CardFacts) -> str:
     source = HUB_IDS.get(record.calibration.get("source", ""))
     headings, rows = tabulate(record.evaluation) if record.evaluation else ((), ())
     data = ModelCardData(
-        **{name: value for name, value in record.inherited.items() if name != "tags"},
+        **{name: record.inherited[name] for name in INHERITED if name in record.inherited and name != "tags"},
         base_model=record.base_model,
         base_model_relation="quantized" if record.base_model else None,
         library_name="transformers",

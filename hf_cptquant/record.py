@@ -66,14 +66,9 @@ class QuantizationRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizationRecord:
         plan = BitPlan.from_dict(data)
-        for part, default in (
-            ("settings", None),
-            ("calibration", None),
-            ("measured", None),
-            ("inherited", {}),
-            ("run", {}),
-        ):
-            if not isinstance(data.get(part, default), Mapping):
+        data = {"inherited": {}, "run": {}, **data}  # which not every plan has
+        for part in ("settings", "calibration", "measured", "inherited", "run"):
+            if not isinstance(data.get(part), Mapping):
                 raise PlanError(f"the record of the quantization has no {part!r}")
         if not isinstance(data.get("sensitivity", 0), (Mapping, NoneType)):
             raise PlanError("the record of the quantization has no 'sensitivity'")
@@ -82,7 +77,7 @@ class QuantizationRecord:
             raise PlanError("'evaluation' in the record of the quantization is no list of results")
         evaluation = tuple(EvaluationResult.from_dict(result) for result in results)
         parts = (data["settings"], data["calibration"], data["measured"], data.get("base_model"), evaluation)
-        return cls(plan, SensitivityTable.of_record(data), *parts, data.get("inherited", {}), data.get("run", {}))
+        return cls(plan, SensitivityTable.of_record(data), *parts, data["inherited"], data["run"])
 
     def to_json(self) -> str:
         """The text of the file."""

@@ -137,7 +137,7 @@ def show_evaluation(results: Sequence[EvaluationResult]) -> None:
         table.add_row(*row)
     console.print(table)
     for control in sorted({result.control_plan for result in results if result.control_plan is not None}):
-        say(f"Control: the original with all quantizable weights alike, rounded to nearest ({control}).")
+        say(f"Control: the original with the same bits for all quantizable weights, rounded to nearest ({control}).")
 
 
 def show_diagnosis(diagnosis: Diagnosis) -> None:

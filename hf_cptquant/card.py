@@ -16,16 +16,22 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from .base_card import INHERITED
 from .bitmap import cell_text
 from .config import CPTQuantConfig
 from .errors import CheckpointError
-from .plan import PLAN_PICTURE
+from .plan import PLAN_PICTURE, SENSITIVITY_PICTURE
 from .recipe import HUB_IDS, Recipe
 from .record import QuantizationRecord
-from .results import HEADINGS, LABELS, EvaluationResult
+from .results import LABELS, EvaluationResult, tabulate
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 BEGIN, END = "<!-- hf-cptquant: begin -->", "<!-- hf-cptquant: end -->"
+NAMED = (
+    re.compile("^(# ).*$", re.MULTILINE),
+    re.compile(r'(from_pretrained\(")[^"]*'),
+    re.compile("^([$] vllm serve ).*$", re.MULTILINE),
+)
 VLLM_TAG = re.compile(r"^\s*- vllm\n", re.MULTILINE)
 OUR_PART = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 GENERIC_DESCRIPTION = (  # of `transformers.utils.hub.create_and_tag_model_card`
@@ -66,7 +72,12 @@ class CardFacts:
     vllm: bool = False
 
 
-def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | None = None) -> str:
+def render_card(
+    record: QuantizationRecord,
+    facts: CardFacts,
+    existing: str | None = None,
+    before: QuantizationRecord | None = None,
+) -> str:
     """The text of `README.md`.
 
     Args:
@@ -74,23 +85,46 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         facts: of the model.
         existing: a card that is there already. Only our part of it is replaced, or put behind it; a tag `vllm` that is
             not true goes.
+        before: the record that the existing card was written from, if it is known. Metadata that nobody has touched
+            since are replaced, too.
     """
-    if existing is not None and not facts.vllm:
+    card = _new_card(record, facts)
+    if existing is None:
+        return card
+    if before is not None and _front(existing) == _front(_new_card(before, facts)):
+        existing = REGEX_YAML_BLOCK.sub(lambda _: _front(card), existing, count=1)
+    elif not facts.vllm:
         existing = REGEX_YAML_BLOCK.sub(lambda front: VLLM_TAG.sub("", front[0]), existing, count=1)
+    return with_our_part(existing, card)
+
+
+def _front(card: str) -> str:
+    """The metadata at the head of a card, as text."""
+    found = REGEX_YAML_BLOCK.search(card)
+    return "" if found is None else found[0]
+
+
+def _new_card(record: QuantizationRecord, facts: CardFacts) -> str:
     results = _eval_results(record, facts)
-    widths = sorted({module.scheme.bits for module in record.plan.packed})
+    plan, table = record.plan, record.table
+    widths = sorted({module.scheme.bits for module in plan.packed})
+    source = HUB_IDS.get(record.calibration.get("source", ""))
+    headings, rows = tabulate(record.evaluation) if record.evaluation else ((), ())
     data = ModelCardData(
+        **{name: record.inherited[name] for name in INHERITED if name in record.inherited and name != "tags"},
         base_model=record.base_model,
         base_model_relation="quantized" if record.base_model else None,
         library_name="transformers",
         pipeline_tag=PIPELINE_TAGS[facts.task],
+        datasets=source and [source[0]],
         tags=[
             "cptquant",
             "mixed-precision",
             *(["compressed-tensors"] if facts.portable else []),
             *(["vllm"] if facts.vllm else []),
-        ]
-        + [f"{bits}-bit" for bits in widths],
+            *(f"{bits}-bit" for bits in widths),
+            *record.inherited.get("tags", ()),
+        ],
         eval_results=results or None,
         model_name=facts.name if results else None,
         ignore_metadata_errors=True,
@@ -103,18 +137,24 @@ def render_card(record: QuantizationRecord, facts: CardFacts, existing: str | No
         facts=facts,
         auto_class=AUTO_CLASSES[facts.task],
         record=record,
-        plan=record.plan,
-        table=record.table,
-        maps=record.plan.maps(),
-        picture=PLAN_PICTURE,
+        plan=plan,
+        table=table,
+        maps=plan.maps(),
+        plan_picture=PLAN_PICTURE,
+        sensitivity_picture=SENSITIVITY_PICTURE,
         cell_text=cell_text,
-        code=_code(record.settings),
-        headings=HEADINGS,
+        code=_code({**record.settings, **({"dataset": record.calibration["source"]} if source else {})}),
+        compressed_tensors="0.18" if {3, 5, 6} & set(widths) else "0.17",
+        kept_bytes=plan.nbytes - sum(module.nbytes for module in plan.packed),
+        kept_layers=len(plan.packed) < len(plan.modules),
+        headings=headings,
+        rows=rows,
+        controls=_distinct(result.control_plan for result in record.evaluation),
         comparisons=_distinct(result.against for result in record.evaluation),
         calibrated_on=_distinct(result.dataset for result in record.evaluation if _calibrated_on(record, result)),
-        held_out=dict(record.table.settings.get("held_out_losses", {})) if record.table else {},
+        held_out=dict(table.settings.get("held_out_losses", {})) if table else {},
     )
-    return str(card) if existing is None else with_our_part(existing, str(card))
+    return str(card)
 
 
 def with_our_part(existing: str, card: str) -> str:
@@ -142,8 +182,10 @@ def for_repository(card: str, repo_id: str, tags: Sequence[str] = ()) -> str:
     """A card of ours with the name of a repository in title and code, and more tags in the metadata."""
 
     def renamed(part: re.Match[str]) -> str:
-        titled = re.sub(r"^# .*$", lambda _: f"# {repo_id}", part[0], count=1, flags=re.MULTILINE)
-        return re.sub(r'from_pretrained\(".*?"\)', lambda _: f'from_pretrained("{repo_id}")', titled, count=1)
+        named = part[0]
+        for pattern in NAMED:
+            named = pattern.sub(lambda found: f"{found[1]}{repo_id}", named, count=1)
+        return named
 
     named = OUR_PART.sub(renamed, card, count=1)
     if not tags:

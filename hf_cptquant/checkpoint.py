@@ -27,8 +27,8 @@ from .experts import fused_experts, has_linear_experts, take_apart
 from .memory import mapped_ranges, release, trim
 from .model_view import class_named_in, read_config, task_of
 from .modules import PACKED_CLASSES, PackedLayer, QuantConv1D, QuantLinear, packed_modules, replace_module
-from .plan import PLAN_FILE, PLAN_PICTURE, ModulePlan
-from .plots import plot_plan
+from .plan import PLAN_FILE, PLAN_PICTURE, SENSITIVITY_PICTURE, ModulePlan
+from .plots import plot_plan, plot_sensitivity
 from .record import QuantizationRecord
 from .results import EvaluationResult, merge
 from .runtimes import RUNTIMES, SERVED_TASK, Problem, in_one_line, model_problems, problems
@@ -72,7 +72,7 @@ def check_files(files: Sequence[str], record: QuantizationRecord) -> None:
 
 def with_plan_file(record: QuantizationRecord, files: Sequence[str]) -> QuantizationRecord:
     """The record with what stands in the plan file beside the weights alone, if it is there: the costs, errors and
-    correlations of the table, and the results of evaluations.
+    correlations of the table, the results of evaluations, the base model and the run.
 
     `config.json` has only the scores, so that it stays small; nothing but saving again needs the rest.
     """
@@ -85,7 +85,8 @@ def with_plan_file(record: QuantizationRecord, files: Sequence[str]) -> Quantiza
         logger.warning(f"{path} is damaged and is not used: {error}")
         return record
     if beside.plan == record.plan:
-        record = replace(record, evaluation=beside.evaluation)
+        own = ("base_model", "evaluation", "inherited", "run")
+        record = replace(record, **{name: getattr(beside, name) for name in own})
     if record.table is None or beside.table is None or record.table.fingerprint != beside.table.fingerprint:
         return record
     return replace(record, table=beside.table)
@@ -178,8 +179,8 @@ def save_checkpoint(
     save_directory: str | os.PathLike,
     **kwargs: Any,
 ) -> None:
-    """Write a quantized model: what transformers writes, `cptquant_plan.json` and a model card with a picture of the
-    plan, all or nothing.
+    """Write a quantized model: what transformers writes, `cptquant_plan.json` and a model card with pictures of
+    plan and scores, all or nothing.
 
     Everything is written to a temporary folder beside the target and moved into place when it is complete.
 
@@ -206,7 +207,7 @@ def save_checkpoint(
         try:
             type(model).save_pretrained(model, staging, **kwargs)
             record.save(staging / PLAN_FILE)
-            plot_plan(record.plan, record.table, staging / PLAN_PICTURE)
+            _draw_missing_pictures(record, staging)
             (staging / CARD_FILE).write_text(
                 _card(record, _facts(model, record, target, limits), target), encoding="utf-8"
             )
@@ -235,8 +236,8 @@ def describe(folder: Path) -> CardFacts:
 
 
 def rewrite_record(folder: Path, record: QuantizationRecord) -> None:
-    """Write the plan file and the card of a quantized model anew, and the picture on the card if it is missing. Each
-    file is replaced when it is complete, and the weights are not touched.
+    """Write the plan file and the card of a quantized model anew, and the pictures on it that are missing. Each file is
+    replaced when it is complete, and the weights are not touched.
 
     Raises:
         ModelError, CheckpointError: as `describe`, or the metadata of the card cannot be read; nothing is written.
@@ -249,8 +250,14 @@ def rewrite_record(folder: Path, record: QuantizationRecord) -> None:
             complete.replace(path)
         finally:
             complete.unlink(missing_ok=True)
+    _draw_missing_pictures(record, folder)
+
+
+def _draw_missing_pictures(record: QuantizationRecord, folder: Path) -> None:
     if not (folder / PLAN_PICTURE).exists():
-        plot_plan(record.plan, record.table, folder / PLAN_PICTURE)
+        plot_plan(record.plan, None, folder / PLAN_PICTURE)
+    if record.table is not None and not (folder / SENSITIVITY_PICTURE).exists():
+        plot_sensitivity(record.table, folder / SENSITIVITY_PICTURE)
 
 
 def add_results(folder: Path, results: Sequence[EvaluationResult]) -> None:
@@ -274,7 +281,13 @@ def _facts(model: PreTrainedModel, record: QuantizationRecord, folder: Path, lim
 def _card(record: QuantizationRecord, facts: CardFacts, folder: Path) -> str:
     """The text of the card, with what others wrote into the one that is in the folder already."""
     card = folder / CARD_FILE
-    return render_card(record, facts, card.read_text(encoding="utf-8") if card.exists() else None)
+    if not card.exists():
+        return render_card(record, facts)
+    try:
+        before = QuantizationRecord.load(folder)
+    except PlanError:  # nothing is known of who wrote what
+        before = None
+    return render_card(record, facts, card.read_text(encoding="utf-8"), before)
 
 
 def problems_of(model: nn.Module, record: QuantizationRecord, runtime: str) -> tuple[Problem, ...]:

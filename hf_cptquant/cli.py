@@ -7,7 +7,10 @@ Under `accelerate launch` or `torchrun` all processes measure, and the first one
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +23,13 @@ from transformers.utils import logging
 
 from . import ranks
 from .allocation import frontier as frontier_of
+from .base_card import inherited_from
 from .checkpoint import add_results, describe, refuse_foreign, rewrite_record
 from .config import CPTQuantConfig
 from .demo import run_demo
 from .doctor import diagnose
 from .errors import CheckpointError, CPTQuantError, ModelError
-from .folder_evaluation import evaluate_folder
+from .folder_evaluation import evaluate_folder, uniform_control
 from .hub import Target, check_can_push, push_folder
 from .model_view import TASKS, class_named_in, read_config
 from .options import (
@@ -89,6 +93,7 @@ DeviceMapOption = Annotated[str | None, typer.Option(help="As in transformers, e
 @app.command()
 @takes_settings
 def quantize(
+    context: typer.Context,
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the quantized model.")],
     dtype: DtypeOption = "auto",
@@ -108,6 +113,7 @@ def quantize(
     if ranks.rank() > 0:
         return
     quantized.save_pretrained(output, max_shard_size=max_shard_size)
+    add_command(output, context.obj)
     AutoTokenizer.from_pretrained(config.tokenizer or model).save_pretrained(output)
     say(f"Written to {output}. See the plan with: cptquant inspect {output}")
     if push_to_hub is not None:
@@ -331,6 +337,9 @@ def evaluate(
         str | None,
         typer.Option(help="The original, name or folder: also its figures and how far the predictions are from its."),
     ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also the original, rounded to the one bit width nearest in size.")
+    ] = False,
     dataset: Annotated[
         str, typer.Option(help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file.")
     ] = "wikitext2",
@@ -354,6 +363,8 @@ def evaluate(
     record = QuantizationRecord.load(folder) if (folder / PLAN_FILE).exists() else None
     if record is not None:
         describe(folder)  # find out before the work whether the results can be kept
+    if control and (record is None or against is None):
+        raise CPTQuantError("--control needs a quantized model, and --against with the original to round")
     config = CPTQuantConfig(
         dataset=dataset,
         tokenizer=tokenizer,
@@ -364,7 +375,9 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
     )
-    results = evaluate_folder(source, config, against, device_map)
+    results = evaluate_folder(
+        source, config, against, device_map, uniform_control(record) if record is not None and control else None
+    )
     show_evaluation(results)
     found = json.dumps({"model": source, "against": against, "results": [result.to_dict() for result in results]})
     if output is not None:
@@ -378,9 +391,18 @@ def evaluate(
 
 
 @app.command()
-def card(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized model's folder.")]) -> None:
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized model's folder.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="NAME/MODEL on the Hub of a model that was quantized from a folder.")
+    ] = None,
+) -> None:
     """Write the model card of DIR anew from its record. What others wrote around our part is kept."""
-    rewrite_record(folder, QuantizationRecord.load(folder))
+    record = QuantizationRecord.load(folder)
+    if base_model is not None:
+        inherited = {**inherited_from(base_model), **record.inherited}
+        record = replace(record, base_model=base_model, inherited=inherited)
+    rewrite_record(folder, record)
     say(f"Written to {folder / 'README.md'}.")
 
 
@@ -454,6 +476,14 @@ def export(
     )
 
 
+def add_command(folder: Path, arguments: list[str]) -> None:
+    """Put the command that wrote a model into its record and onto its card. Of absolute paths only the last part, since
+    the rest is nobody's but the user's."""
+    record = QuantizationRecord.load(folder)
+    command = shlex.join(["cptquant", *(re.sub("^(--[^=]*=)?/.*/(?=.)", r"\1", argument) for argument in arguments)])
+    rewrite_record(folder, replace(record, run={**record.run, "command": command}))
+
+
 def write_plan(record: QuantizationRecord, output: Path, plot: Path | None) -> None:
     """Save a plan and show it."""
     record.save(output)
@@ -522,7 +552,7 @@ def main(arguments: list[str] | None = None) -> Any:
     """Entry point: our errors become one line on standard error and exit status 1."""
     logging.set_verbosity_warning()
     try:
-        return app(args=arguments, prog_name="cptquant")
+        return app(args=arguments, prog_name="cptquant", obj=sys.argv[1:] if arguments is None else arguments)
     except CPTQuantError as error:
         Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CPTQuantConfig
@@ -75,6 +76,8 @@ def write_bundled_model(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.bfloat16, **dense)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(folder)
+    known = ModelCardData(license="apache-2.0", language="en")  # as the GGUF file says
+    (folder / "README.md").write_text(f"---\n{known}\n---\n", encoding="utf-8")
 
 
 def demo_config() -> CPTQuantConfig:

@@ -71,7 +71,7 @@ def diagnose(folder: Path | None = None) -> Diagnosis:
     Raises:
         PlanError, CheckpointError: the folder holds no model of this package.
     """
-    devices = _devices()
+    devices = describe_devices()
     if folder is None:
         kernels = tuple(
             _report(scheme, *SHAPE, torch.device(device), dtype)
@@ -81,11 +81,16 @@ def diagnose(folder: Path | None = None) -> Diagnosis:
         )
     else:
         kernels = tuple(report for device in devices for report in _of_model(folder, torch.device(device)))
-    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    return Diagnosis(versions, devices, kernels)
+    return Diagnosis(library_versions(), devices, kernels)
 
 
-def _devices() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Python and the libraries that figures depend on → version."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def describe_devices() -> dict[str, str]:
+    """Device of this machine → what it is."""
     native = working_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
     found = {
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, bfloat16"

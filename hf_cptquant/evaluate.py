@@ -227,13 +227,21 @@ def compare(logits: Tensor, wanted: Tensor | None, original: Tensor | None) -> d
 
 
 def results_of(
-    figures: Mapping[str, np.ndarray], model: PreTrainedModel, data: CalibrationSet, recipe: Recipe, against: str | None
+    figures: Mapping[str, np.ndarray],
+    model: PreTrainedModel,
+    data: CalibrationSet,
+    recipe: Recipe,
+    against: str | None,
+    of_control: Mapping[str, np.ndarray] | None = None,
+    control_plan: str | None = None,
 ) -> list[EvaluationResult]:
     """What goes into the record: the figures of all windows with their intervals.
 
     Args:
         figures: of `measure_windows`.
         against: name of the original.
+        of_control: figures of the control against the same original.
+        control_plan: what the control is, in words.
     """
     task = str(task_of(model))
     windows = data.description["sequences"]
@@ -247,16 +255,22 @@ def results_of(
         sha256=data.description["sha256"],
         against=against,
     )
-    results = []
-    metric, of_windows = (LOSS_METRICS[task], "loss") if task in LOSS_METRICS else ("accuracy", "accuracy")
-    if of_windows in figures:
-        results.append(figure(source, metric, figures[of_windows], figures.get(f"base_{of_windows}")))
+    own, others = (_by_metric(task, each) for each in (figures, of_control or {}))
+    base = figures.get("base_loss" if task in LOSS_METRICS else "base_accuracy")
+    of_original = dict.fromkeys((*LOSS_METRICS.values(), "accuracy"), base)
+    return [
+        figure(source, metric, of_windows, of_original.get(metric), others.get(metric), control_plan)
+        for metric, of_windows in own.items()
+    ]
+
+
+def _by_metric(task: str, figures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Figures of `measure_windows` by the metrics of results."""
+    metric, measured = (LOSS_METRICS[task], "loss") if task in LOSS_METRICS else ("accuracy", "accuracy")
+    found = {metric: figures[measured]} if measured in figures else {}
     if "base_loss" in figures:
-        results.append(figure(source, "loss_increase", figures["loss"] - figures["base_loss"]))
-    for metric in ("kl_divergence", "top1_agreement"):
-        if metric in figures:
-            results.append(figure(source, metric, figures[metric]))
-    return results
+        found["loss_increase"] = figures["loss"] - figures["base_loss"]
+    return found | {name: figures[name] for name in ("kl_divergence", "top1_agreement") if name in figures}
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 8, desc: str | None = "Perplexity") -> float:

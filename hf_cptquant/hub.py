@@ -30,6 +30,7 @@ from .calibration import find_tokenizer
 from .card import OUR_PART, for_repository, is_generic, text_around, with_our_part
 from .checkpoint import CARD_FILE, save_checkpoint
 from .errors import CalibrationError, CheckpointError, CPTQuantError, HubError
+from .leaderboard import leaderboard_files
 from .plan import PLAN_FILE
 from .record import QuantizationRecord
 
@@ -171,15 +172,17 @@ def push_folder(folder: str | os.PathLike, target: Target, tokenizers: Sequence[
     for name in (PLAN_FILE, "config.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no quantized model: there is no {name}")
-    sources = (*tokenizers, QuantizationRecord.load(folder).base_model)
+    record = QuantizationRecord.load(folder)
+    sources = (*tokenizers, record.base_model)
     api = HfApi(token=target.token)
     with _errors_told(target.repo_id), tempfile.TemporaryDirectory() as scratch:
         repo_id = api.create_repo(target.repo_id, private=target.private, exist_ok=True).repo_id
         target = replace(target, repo_id=repo_id)
         _make_branch(api, target)
+        results = leaderboard_files(record, api)
         for wait in (*WAITS, None):
             there = api.model_info(repo_id, revision=target.revision)
-            operations = _operations(api, folder, there, target, sources, Path(scratch))
+            operations = _operations(api, folder, there, target, sources, results, Path(scratch))
             additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
             where: dict[str, Any] = {"revision": target.revision, "create_pr": target.create_pr}
             api.preupload_lfs_files(repo_id, additions, free_memory=False, **where)
@@ -217,7 +220,13 @@ def _make_branch(api: HfApi, target: Target) -> None:
 
 
 def _operations(
-    api: HfApi, folder: Path, there: ModelInfo, target: Target, sources: Sequence[Any], scratch: Path
+    api: HfApi,
+    folder: Path,
+    there: ModelInfo,
+    target: Target,
+    sources: Sequence[Any],
+    results: Mapping[str, bytes],
+    scratch: Path,
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What makes a repository, in the state that it is in, the folder's."""
     remote = {sibling.rfilename for sibling in there.siblings or ()}
@@ -232,7 +241,7 @@ def _operations(
     if CARD_FILE in remote:
         path = api.hf_hub_download(target.repo_id, CARD_FILE, revision=there.sha, local_dir=scratch / str(there.sha))
         existing = _text(Path(path))
-    added: dict[str, Path | bytes] = {**local}
+    added: dict[str, Path | bytes] = {**local, **results}
     if CARD_FILE in local:
         added[CARD_FILE] = _card(_text(local[CARD_FILE]), existing, target).encode()
     stale = [name for name in sorted(remote - local.keys()) if WEIGHTS.fullmatch(name)]

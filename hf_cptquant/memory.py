@@ -1,4 +1,4 @@
-"""Giving memory back to the system, so that a process takes no more than its model does.
+"""Giving memory back to the system, so that a process takes no more than its model does, and how much it took.
 
 Two things keep memory that nobody uses: pages that were read of a mapped safetensors file stay for as long as any
 tensor of the file is in use, and the C library keeps what lies free between tensors in use. Both can be told to let go
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+import torch
 from torch import Tensor
 
 
@@ -43,3 +45,20 @@ def trim() -> None:
     """Have the C library return what is free between tensors in use; glibc can."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_bytes() -> dict[str, int]:
+    """The most memory that this process has had since it began, in bytes: of the system's, and of each GPU's that it
+    has used."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    peaks = {f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in gpus}
+    return {"cpu": _peak_of_process(), **{name: peak for name, peak in peaks.items() if peak}}
+
+
+def _peak_of_process() -> int:
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

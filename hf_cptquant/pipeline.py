@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,14 @@ from transformers.utils import logging
 
 from .allocation import FrontierPoint, allocate, check_budget, fixed_bits, frontier, loadable_bits
 from .arithmetic import linears_in_working_dtype
+from .base_card import inherited_from
 from .calibration import CalibrationSet, facts_of, hold_out, in_batches, load_calibration
 from .config import CPTQuantConfig
+from .doctor import describe_devices, library_versions
 from .errors import ConfigError, ModelError, PlanError
 from .evaluate import evaluating, losses_of_plans
 from .experts import linear_experts
+from .memory import peak_bytes
 from .model_view import TASKS, hub_name_of, max_length_of, task_of, view_model
 from .plan import BitPlan, LeftAlone, read_json
 from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
@@ -339,15 +342,31 @@ def _quantized(model: PreTrainedModel, recipe: Recipe, preparation: Preparation)
     else:
         apply_plan_by_blocks(model, record.plan, _steps_of(preparation.data), recipe)
     rounded = time.perf_counter()
-    seconds = {"seconds_scoring": scored - remembered, "seconds_rounding": rounded - scored}
+    seconds = {} if preparation.given else {"scoring": scored - remembered}
+    seconds["rounding"] = rounded - scored
     recovered: dict[str, float] = {}
     if examples:
         training, judging = examples
         recovered = recover(model, record.plan, training, judging, recipe.seed)
-        seconds["seconds_recovering"] = time.perf_counter() - rounded + remembered - start
-    measured = {**record.measured, **{name: round(value, 2) for name, value in seconds.items()}, **recovered}
+        seconds["recovering"] = time.perf_counter() - rounded + remembered - start
     logger.warning(report(record.plan))  # the default verbosity: nothing is left out silently
-    return replace(record, measured=measured, base_model=hub_name_of(model))
+    return replace(
+        record,
+        measured={**record.measured, **recovered},
+        base_model=hub_name_of(model),
+        inherited=inherited_from(model.name_or_path),
+        run=_description_of_run(model, seconds),
+    )
+
+
+def _description_of_run(model: PreTrainedModel, seconds: Mapping[str, float]) -> dict[str, Any]:
+    used = {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
+    return {
+        "seconds": {step: round(value, 2) for step, value in seconds.items()},
+        "peak_bytes": peak_bytes(),
+        "hardware": {name: what for name, what in describe_devices().items() if name in used},
+        "versions": library_versions(),
+    }
 
 
 def _steps_of(calibration: CalibrationSet) -> Sequence[Batch]:

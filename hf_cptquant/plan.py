@@ -20,7 +20,7 @@ from .bitmap import BitMap, as_html, bit_map
 from .errors import PlanError, in_module
 
 PLAN_FILE = "cptquant_plan.json"
-PLAN_PICTURE = "cptquant_plan.png"
+PLAN_PICTURE, SENSITIVITY_PICTURE = "cptquant_plan.png", "cptquant_sensitivity.png"
 PLAN_VERSION = 1
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 BITS = (*PACKED_BITS, 16)
@@ -73,6 +73,14 @@ class LayerScheme:
         scales = out_features * groups * element_size
         zero_points = 0 if self.symmetric else math.ceil(out_features * self.bits / 32) * 4 * groups
         return integers + scales + zero_points
+
+    @property
+    def in_words(self) -> str:
+        """Such as `"4 bits in groups of 64"`."""
+        grouped = "per channel" if self.group_size == PER_CHANNEL else f"in groups of {self.group_size}"
+        return (
+            f"{self.bits} bits {grouped}{'' if self.symmetric else ' with zero points'}" if self.packed else "16 bits"
+        )
 
     def __str__(self) -> str:
         if not self.packed:

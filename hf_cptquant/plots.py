@@ -1,10 +1,16 @@
-"""Pictures of scores, plans and frontiers: PNG files. matplotlib is loaded only when one is drawn."""
+"""Pictures of scores, plans and frontiers: PNG files. matplotlib is loaded only when one is drawn.
+
+They lie on pages with a light or a dark theme, which a picture cannot know: so they have no background, and letters and
+lines of the grey that is as far from white as from near-black.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .allocation import FrontierPoint
 from .bitmap import COLOURS, BitMap, cell_text, letters_on
@@ -12,6 +18,12 @@ from .plan import BitPlan
 from .table import SensitivityTable
 
 MATRIX_WIDTH = 5.5  # inches
+GREY = "#7a7a7a"  # contrast 4.3 on white, 4.4 on #0d1117
+STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color"), GREY),
+    **dict.fromkeys(("ytick.color", "legend.labelcolor", "grid.color"), GREY),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), "none"),
+}
 LABELS = 20  # of blocks, at most
 LEGEND_COLUMNS = 4
 CELL = 0.24  # inches
@@ -32,18 +44,15 @@ def plot_sensitivity(table: SensitivityTable, path: str | Path) -> None:
         table: of any method and granularity.
         path: PNG file to write.
     """
-    from matplotlib.figure import Figure
-
     blocks = list(table.by_block())
-    width = max(6.0, 0.16 * len(blocks) + 2)
-    figure = Figure(figsize=(width + (MATRIX_WIDTH if table.correlations else 0), 4), layout="constrained", dpi=150)
+    width = max(6.0, 0.16 * len(blocks) + 2, _legend_width(table))
     ratios = [width, MATRIX_WIDTH] if table.correlations else [width]
-    axes = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
-    _draw_bars(axes[0], table, blocks)
-    if table.correlations:
-        _draw_matrix(axes[1], table)
-    figure.suptitle(_title(table))
-    figure.savefig(path, format="png")
+    with _picture(path, (sum(ratios), 4)) as figure:
+        axes = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
+        _draw_bars(axes[0], table, blocks)
+        if table.correlations:
+            _draw_matrix(axes[1], table)
+        figure.suptitle(_title(table))
 
 
 def plot_plan(plan: BitPlan, table: SensitivityTable | None, path: str | Path) -> None:
@@ -54,23 +63,32 @@ def plot_plan(plan: BitPlan, table: SensitivityTable | None, path: str | Path) -
         table: the scores that they came from, if there are any.
         path: PNG file to write.
     """
-    from matplotlib.figure import Figure
-
     maps = plan.maps()
     columns = max(len(drawn.columns) for drawn in maps)
     heights = [0.9 + CELL * len(drawn.rows) for drawn in maps] + ([2.2] if table else [])
     margin = 0.09 * max(len(row) for drawn in maps for row in drawn.rows) + 1
     width = max(5.0, CELL * columns + margin, _legend_width(table) if table else 0.0)
-    figure = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=150)
-    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, drawn in zip(axes, maps, strict=False):
-        _draw_map(axis, drawn)
-    if table:
-        blocks = list(table.by_block())
-        _draw_bars(axes[-1], table, blocks)
-        axes[-1].set_xlim(-0.5, max(columns, len(blocks)) - 0.5)
-    figure.suptitle(plan.summary.replace("; ", "\n"), fontsize="medium")
-    figure.savefig(path, format="png")
+    with _picture(path, (width, sum(heights))) as figure:
+        axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axis, drawn in zip(axes, maps, strict=False):
+            _draw_map(axis, drawn)
+        if table:
+            blocks = list(table.by_block())
+            _draw_bars(axes[-1], table, blocks)
+            axes[-1].set_xlim(-0.5, max(columns, len(blocks)) - 0.5)
+        figure.suptitle(plan.summary.replace("; ", "\n"), fontsize="medium")
+
+
+@contextmanager
+def _picture(path: str | Path, inches: tuple[float, float]) -> Iterator[Any]:
+    """A figure to draw on, which becomes a PNG file."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=inches, layout="constrained", dpi=150)
+        yield figure
+        figure.savefig(path, format="png")
 
 
 def _draw_map(axes, drawn: BitMap) -> None:
@@ -103,20 +121,17 @@ def plot_frontier(points: Sequence[FrontierPoint], unit: str, path: str | Path) 
         unit: of the predictions.
         path: PNG file to write.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=150)
-    axes = figure.subplots()
     bits = [point.plan.bits_per_weight for point in points]
-    axes.plot(bits, [point.predicted for point in points], "o-", label=f"predicted ({unit})")
     measured = {point.plan.bits_per_weight: point.measured for point in points if point.measured is not None}
-    if measured:
-        axes.plot(list(measured), list(measured.values()), "s--", label="measured on held-out data (nats)")
-    axes.set_xlabel("bits per weight")
-    axes.set_ylabel("rise of the loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, format="png")
+    with _picture(path, (6.4, 4)) as figure:
+        axes = figure.subplots()
+        axes.plot(bits, [point.predicted for point in points], "o-", label=f"predicted ({unit})")
+        if measured:
+            axes.plot(list(measured), list(measured.values()), "s--", label="measured on held-out data (nats)")
+        axes.set_xlabel("bits per weight")
+        axes.set_ylabel("rise of the loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def _legend_width(table: SensitivityTable) -> float:
@@ -151,7 +166,7 @@ def _draw_bars(axes, table: SensitivityTable, blocks: list[str]) -> None:
     axes.set_xticks(range(0, len(blocks), step), labels[::step])
     axes.set_xlabel("block")
     axes.set_ylabel(METRIC_LABELS[table.metric])
-    axes.axhline(0, color="black", linewidth=0.5)
+    axes.axhline(0, color=GREY, linewidth=0.5)
 
 
 def _draw_matrix(axes, table: SensitivityTable) -> None:

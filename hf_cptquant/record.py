@@ -29,9 +29,12 @@ class QuantizationRecord:
         table: the scores they came from, or None if they came from elsewhere.
         settings: the recipe as plain JSON values.
         calibration: what the calibration data were (source, sizes, hash); empty without a table.
-        measured: figures taken around the run (seconds, losses); may be empty.
+        measured: figures that the run gave (losses); may be empty.
         base_model: name on the Hub of the model that was quantized, if it came from there.
         evaluation: what was measured of the finished model afterwards (`cptquant evaluate`).
+        inherited: what the card of the base model says that is true of this one, too (see `base_card.py`).
+        run: seconds, bytes, machine, versions and command of the run, none of which comes out alike again; only this
+            file has them.
     """
 
     plan: BitPlan
@@ -41,6 +44,8 @@ class QuantizationRecord:
     measured: Mapping[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     evaluation: tuple[EvaluationResult, ...] = ()
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         table = None if self.table is None else self.table.to_dict()
@@ -54,12 +59,15 @@ class QuantizationRecord:
             "measured": dict(self.measured),
             "base_model": self.base_model,
             "evaluation": [result.to_dict() for result in self.evaluation],
+            "inherited": dict(self.inherited),
+            "run": dict(self.run),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizationRecord:
         plan = BitPlan.from_dict(data)
-        for part in ("settings", "calibration", "measured"):
+        data = {"inherited": {}, "run": {}, **data}  # which not every plan has
+        for part in ("settings", "calibration", "measured", "inherited", "run"):
             if not isinstance(data.get(part), Mapping):
                 raise PlanError(f"the record of the quantization has no {part!r}")
         if not isinstance(data.get("sensitivity", 0), (Mapping, NoneType)):
@@ -69,7 +77,7 @@ class QuantizationRecord:
             raise PlanError("'evaluation' in the record of the quantization is no list of results")
         evaluation = tuple(EvaluationResult.from_dict(result) for result in results)
         parts = (data["settings"], data["calibration"], data["measured"], data.get("base_model"), evaluation)
-        return cls(plan, SensitivityTable.of_record(data), *parts)
+        return cls(plan, SensitivityTable.of_record(data), *parts, data["inherited"], data["run"])
 
     def to_json(self) -> str:
         """The text of the file."""

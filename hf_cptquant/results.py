@@ -29,7 +29,6 @@ LABELS = {
     "kl_divergence": "KL divergence from the original (nats)",
     "top1_agreement": "top-1 agreement with the original",
 }
-HEADINGS = ("", "dataset", "original", "quantized", "95 % interval", "windows", "tokens")
 _EXPONENTIAL = ("perplexity", "pseudo_perplexity")
 
 
@@ -83,6 +82,8 @@ class EvaluationResult(Provenance):
         value, low, high: of the model, see `Interval`.
         base, base_low, base_high: of the original on the same data; None where it was not measured or has no such
             figure.
+        control, control_low, control_high: of the control, a uniform plan of nearly the same size; None without.
+        control_plan: what that is, in words.
     """
 
     metric: str
@@ -92,23 +93,27 @@ class EvaluationResult(Provenance):
     base: float | None = None
     base_low: float | None = None
     base_high: float | None = None
+    control: float | None = None
+    control_low: float | None = None
+    control_high: float | None = None
+    control_plan: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What two results have in common of which the later one counts."""
         return self.metric, self.dataset, self.split, self.windows, self.sequence_length, self.seed
 
-    def cells(self) -> tuple[str, ...]:
-        """A row of a table under `HEADINGS`."""
-        return (
-            LABELS[self.metric],
-            self.dataset if self.split is None else f"{self.dataset}, {self.split}",
-            self._text(self.base) + self._limits(self.base_low, self.base_high, " ({})"),
-            self._text(self.value),
-            self._limits(self.low, self.high, "{}") or "–",
-            f"{self.windows:,}",
-            f"{self.tokens:,}",
-        )
+    def cells(self) -> dict[str, str]:
+        """A row of a table: heading → text."""
+        return {
+            "": LABELS[self.metric],
+            "dataset": self.dataset if self.split is None else f"{self.dataset}, {self.split}",
+            "original": self._text(self.base) + self._limits(self.base_low, self.base_high, " ({})"),
+            "control": self._text(self.control) + self._limits(self.control_low, self.control_high, " ({})"),
+            "quantized": self._text(self.value) + self._limits(self.low, self.high, " ({})"),
+            "windows": f"{self.windows:,} × {self.sequence_length:,}",
+            "tokens": f"{self.tokens:,}",
+        }
 
     def _text(self, value: float | None) -> str:
         if value is None:
@@ -127,9 +132,11 @@ class EvaluationResult(Provenance):
             raise PlanError(f"a result of the evaluation in the record is incomplete: {error}") from error
         if result.metric not in LABELS:
             raise PlanError(f"the record holds a result with the metric {result.metric!r}; known: {', '.join(LABELS)}")
-        for name in ("windows", "sequence_length", "tokens", "value", "low", "high", "base", "base_low", "base_high"):
+        required = ("windows", "sequence_length", "tokens", "value")
+        limits = [f"{of}{limit}" for of in ("", "base_", "control_") for limit in ("low", "high")]
+        for name in (*required, "base", "control", *limits):
             value = getattr(result, name)
-            optional = name not in ("windows", "sequence_length", "tokens", "value")
+            optional = name not in required
             if type(value) not in (int, float) and not (optional and value is None):
                 raise PlanError(f"a result of the evaluation in the record has {name}={value!r}, which is no number")
         return result
@@ -140,15 +147,28 @@ class EvaluationResult(Provenance):
 
 
 def figure(
-    source: Provenance, metric: str, of_windows: np.ndarray, of_original: np.ndarray | None = None
+    source: Provenance,
+    metric: str,
+    of_windows: np.ndarray,
+    of_original: np.ndarray | None = None,
+    of_control: np.ndarray | None = None,
+    control_plan: str | None = None,
 ) -> EvaluationResult:
     """A result from its values in each window (losses for a perplexity), float64 `[windows]`; and from those of the
-    original, where it has that figure."""
-    found = asdict(interval(metric, of_windows, source.seed))
-    if of_original is not None:
-        base = interval(metric, of_original, source.seed)
-        found |= {"base": base.value, "base_low": base.low, "base_high": base.high}
-    return EvaluationResult(**asdict(source), metric=metric, **found)
+    original, where it has that figure, and of the control, where there is one."""
+    found: dict[str, Any] = asdict(interval(metric, of_windows, source.seed))
+    for name, others in (("base", of_original), ("control", of_control)):
+        if others is not None:
+            other = interval(metric, others, source.seed)
+            found |= {name: other.value, f"{name}_low": other.low, f"{name}_high": other.high}
+    return EvaluationResult(**asdict(source), metric=metric, **found, control_plan=control_plan)
+
+
+def tabulate(results: Sequence[EvaluationResult]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Headings and rows of a table of results, without columns in which nothing stands."""
+    rows = [result.cells() for result in results]
+    headings = tuple(heading for heading in rows[0] if any(row[heading] != "–" for row in rows))
+    return headings, tuple(tuple(row[heading] for heading in headings) for row in rows)
 
 
 def interval(metric: str, of_windows: np.ndarray, seed: int) -> Interval:

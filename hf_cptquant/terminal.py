@@ -15,7 +15,7 @@ from .bitmap import COLOURS, BitMap, cell_text, letters_on
 from .doctor import Diagnosis
 from .plan import BitPlan
 from .record import QuantizationRecord
-from .results import HEADINGS, EvaluationResult
+from .results import EvaluationResult, tabulate
 from .table import SensitivityTable
 
 if TYPE_CHECKING:  # it needs an optional library
@@ -129,12 +129,15 @@ def show_gguf(report: GGUFReport, plan: BitPlan) -> None:
 
 def show_evaluation(results: Sequence[EvaluationResult]) -> None:
     """Print what was measured of a model, one figure a line."""
-    table = Table(*HEADINGS, title="evaluation")
+    headings, rows = tabulate(results)
+    table = Table(*headings, title="evaluation")
     for column in table.columns[2:]:
         column.justify = "right"
-    for result in results:
-        table.add_row(*result.cells())
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
+    for control in sorted({result.control_plan for result in results if result.control_plan is not None}):
+        say(f"Control: the original with the same bits for all quantizable weights, rounded to nearest ({control}).")
 
 
 def show_diagnosis(diagnosis: Diagnosis) -> None:

@@ -1,4 +1,4 @@
-"""A small Hub on loopback, for the real `huggingface_hub` client: model repositories with commits, branches and pull
+"""A small Hub on loopback, for the real `huggingface_hub` client: repositories with commits, branches and pull
 requests, preupload, LFS batch and upload, resolve with ETag, redirect and range.
 
 It keeps all in memory, checks what it gets (tokens, digests, parents, LFS objects that a commit names) and can be told
@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 WRITING, READING = "hf_writesTheModels", "hf_readsTheModels"
 TOKENS = {WRITING: ("me", "write"), READING: ("me", "read")}
@@ -241,7 +243,10 @@ class Handler(BaseHTTPRequestHandler):
         found = self.repository(repo)
         sha = self.revision(found, revision)
         siblings = [{"rfilename": path} for path in found.commits[sha]]
-        return {"id": repo, "modelId": repo, "sha": sha, "private": found.private, "siblings": siblings, "tags": []}
+        about = {"id": repo, "modelId": repo, "sha": sha, "private": found.private, "siblings": siblings, "tags": []}
+        card, _ = found.commits[sha].get("README.md", (b"", False))
+        head = re.match(r"---\n(.*?)\n---\n", card.decode(), re.DOTALL)
+        return about if head is None else {**about, "cardData": yaml.safe_load(head[1])}
 
     def tree(self, repo: str, revision: str, folder: str | None = None):
         found = self.repository(repo)
@@ -381,5 +386,5 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("POST", rf"/{MODEL}\.git/info/lfs/verify", Handler.lfs_verify),
     ("PUT", f"/storage/{MODEL}/(?P<oid>[0-9a-f]+)", Handler.lfs_upload),
     ("GET", f"/cdn/{MODEL}/(?P<oid>[0-9a-f]+)", Handler.deliver),
-    ("GET", f"/{MODEL}/resolve/(?P<revision>refs/pr/[^/]+|[^/]+)/(?P<file>.+)", Handler.resolve),
+    ("GET", f"(/datasets)?/{MODEL}/resolve/(?P<revision>refs/pr/[^/]+|[^/]+)/(?P<file>.+)", Handler.resolve),
 ]

@@ -53,6 +53,46 @@ def test_metadata_are_what_the_hub_reads(record):
     assert "compressed-tensors" not in other.data.tags
 
 
+def test_what_is_known_of_base_and_data_is_in_the_metadata(record):
+    inherited = {"license": "other", "license_name": "mine", "language": ["en", "de"], "tags": ["chat"]}
+    calibration = {**record.calibration, "source": "wikitext2"}
+    text = render_card(dataclasses.replace(record, inherited=inherited, calibration=calibration), FACTS)
+    data = ModelCard(text).data
+    assert (data.license, data.license_name, data.language) == ("other", "mine", ["en", "de"])
+    assert data.datasets == ["Salesforce/wikitext"]
+    assert "chat" in data.tags
+    assert "CPTQuantConfig(" in text
+    assert "dataset='wikitext2'" in text
+    unknown = ModelCard(render_card(record, FACTS)).data.to_dict()
+    assert not unknown.keys() & {"license", "language", "datasets"}
+
+
+def test_the_hub_finds_no_fault_with_it(record, hub):
+    card = ModelCard(render_card(dataclasses.replace(record, inherited={"license": "mit"}), FACTS))
+    card.validate()
+    assert hub.count("POST", "/api/validate-yaml") == 1
+
+
+def test_the_run_is_told(record):
+    assert "peak memory" not in render_card(record, FACTS)
+    run = {
+        "seconds": {"scoring": 12.4, "rounding": 3.6},
+        "peak_bytes": {"cpu": 1_234_000_000, "cuda:0": 5_000_000},
+        "hardware": {"cuda:0": "NVIDIA H100"},
+        "versions": {"python": "3.11.7", "torch": "2.15.0"},
+    }
+    text = render_card(dataclasses.replace(record, run=run), FACTS)
+    rows = rows_of(text)
+    assert ["cuda:0", "NVIDIA H100"] in rows
+    assert ["seconds", "scoring 12, rounding 4"] in rows
+    assert ["peak memory, MB", "cpu 1234, cuda:0 5"] in rows
+    assert ["versions", "python 3.11.7, torch 2.15.0"] in rows
+    assert "CPTQuantConfig(" in text
+    by_command = render_card(dataclasses.replace(record, run={**run, "command": "cptquant quantize a -o b"}), FACTS)
+    assert "```console\n$ cptquant quantize a -o b\n```" in by_command
+    assert "CPTQuantConfig(" not in by_command
+
+
 def test_figures_are_those_of_the_record(record):
     text, plan = render_card(record, FACTS), record.plan
     rows = rows_of(text)
@@ -67,7 +107,7 @@ def test_figures_are_those_of_the_record(record):
         in text
     )
     assert "was not evaluated" in text
-    assert "and the sensitivity of every block](cptquant_plan.png)" in text
+    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == ["cptquant_plan.png", "cptquant_sensitivity.png"]
     units = {module.unit: str(module.scheme.bits) for module in plan.modules}
     for index in range(3):
         leaves = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -130,6 +170,16 @@ def test_what_somebody_wrote_is_kept(record):
     assert second.count(BEGIN) == second.count(END) == 1
     assert "2.1250" in second
     assert render_card(record, FACTS, second) == first + "\nThe end.\n"
+
+
+def test_metadata_that_nobody_has_touched_follow_the_record(record):
+    known = dataclasses.replace(record, base_model="you/base", inherited={"license": "mit"})
+    card = render_card(record, FACTS) + "\nMine.\n"
+    assert render_card(known, FACTS, card, record) == render_card(known, FACTS) + "\nMine.\n"
+    touched = card.replace("- cptquant\n", "- cptquant\n- mine\n")
+    after = ModelCard(render_card(known, FACTS, touched, record)).data
+    assert (after.base_model, after.license) == ("facebook/opt-125m", None)
+    assert "mine" in after.tags
 
 
 def test_a_tag_that_is_no_longer_true_goes(record):

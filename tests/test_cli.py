@@ -51,6 +51,15 @@ def test_quantize_and_inspect(smollm2, data, tmp_path, capsys, logged):
     assert (output / "tokenizer.json").exists()
     AutoModelForCausalLM.from_pretrained(output)
 
+    command = f"cptquant quantize {smollm2.name} --output out --dataset data.txt {' '.join(map(str, options))}"
+    record = QuantizationRecord.load(output)
+    assert record.run["command"] == command  # and no folders of this machine
+    assert record.inherited == {"license": "apache-2.0", "language": "en"}
+    assert record.run["peak_bytes"]["cpu"] > plan.original_bytes
+    card = (output / "README.md").read_text()
+    assert f"```console\n$ {command}\n```" in card
+    assert str(tmp_path) not in card + (output / "cptquant_plan.json").read_text()
+
     assert run("inspect", output, "--units") == 0
     shown = capsys.readouterr().out
     scores = QuantizationRecord.load(output).table.scores

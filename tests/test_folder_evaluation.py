@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from hf_cptquant import CPTQuantConfig, evaluate_model, folder_evaluation
 from hf_cptquant.checkpoint import add_results, describe, rewrite_record, save_checkpoint
 from hf_cptquant.errors import CheckpointError, EvaluationError, PlanError
-from hf_cptquant.folder_evaluation import evaluate_folder
+from hf_cptquant.folder_evaluation import evaluate_folder, uniform_control
 from hf_cptquant.pipeline import decide
 from hf_cptquant.plan import PLAN_PICTURE
 from hf_cptquant.record import QuantizationRecord
+from hf_cptquant.results import tabulate
 
 SMALL = {"sequence_length": 32, "batch_size": 3}
 
@@ -89,9 +90,10 @@ def test_the_command_on_a_real_model(quantized, smollm2, texts, tmp_path, capsys
     card = (folder / "README.md").read_text()
     assert run("inspect", folder) == 0
     inspected = capsys.readouterr().out
-    for result in record.evaluation:
-        assert list(result.cells()) in rows_of(card)
-        assert all(cell in captured.out and cell in inspected for cell in result.cells())
+    _, rows = tabulate(record.evaluation)
+    for row in rows:
+        assert list(row) in rows_of(card)
+        assert all(cell in captured.out and cell in inspected for cell in row)
     assert "was not evaluated" not in card
     after = state_of(folder)
     changed = {name for name in after if after[name] != before.get(name)}
@@ -136,6 +138,39 @@ def test_a_folder_gives_what_its_models_give(folders, tokens):
     assert found == evaluate_model(models[1], config, models[0])
     assert {result.against for result in found} == {"original"}
     assert evaluate_folder(str(folders[0]), config)[0].value == found[0].base
+
+
+def test_the_control_is_a_uniform_plan_of_the_nearest_size(folders, folder, tokens):
+    original, record = folders[0], QuantizationRecord.load(folders[1])
+    units = {module.unit for module in record.plan.modules}
+    uniform = {bits: record.plan.with_bits(dict.fromkeys(units, bits), 32) for bits in (2, 3, 4, 5, 6, 8)}
+    control = uniform_control(record)
+    differences = {bits: abs(plan.nbytes - record.plan.nbytes) for bits, plan in uniform.items()}
+    (bits,) = {module.scheme.bits for module in control.modules}
+    assert (control, differences[bits]) == (uniform[bits], min(differences.values()))
+
+    data = CPTQuantConfig(dataset=tokens, **SMALL)
+    results = evaluate_folder(str(folder), data, str(original), control=control)
+    alone = evaluate_folder(str(folder), data, str(original))
+    assert [(result.value, result.base) for result in results] == [(result.value, result.base) for result in alone]
+    given = CPTQuantConfig(plan=control, quality="fast")
+    rounded = AutoModelForCausalLM.from_pretrained(original, quantization_config=given)
+    expected = evaluate_model(rounded, data, AutoModelForCausalLM.from_pretrained(original))
+    for result, other in zip(results, expected, strict=True):
+        assert result.control == pytest.approx(other.value, rel=0.02, abs=0.01)
+    add_results(folder, results)
+    card = (folder / "README.md").read_text()
+    assert f"rounded to nearest ({bits} bits in groups of 32; {control.bits_per_weight:.3f} bits per weight" in card
+    (row,) = (row for row in rows_of(card) if row[0] == "perplexity")
+    assert [cell.split()[0] for cell in row[2:5]] == [
+        f"{value:.2f}" for value in (results[0].base, results[0].control, results[0].value)
+    ]
+
+
+def test_the_base_model_of_a_folder_can_be_named(folder, capsys):
+    assert run("card", folder, "--base-model", "you/base") == 0
+    assert ModelCard.load(folder / "README.md").data.base_model == "you/base"
+    assert AutoModelForCausalLM.from_pretrained(folder).hf_quantizer.record.base_model == "you/base"
 
 
 def test_results_of_the_same_data_are_replaced_and_others_kept(folder, tokens):
@@ -265,6 +300,7 @@ def test_other_folders_are_refused_before_anything_is_measured(folder, folders, 
         (["evaluate", folder, "--output", tmp_path / "no" / "file"], "does not exist"),
         (["evaluate", folder, "--against", tmp_path / "nowhere"], "no model at"),
         (["evaluate", folder, "--dataset", "wikitext3"], "did you mean 'wikitext2'"),
+        (["evaluate", folder, "--control"], "--against with the original"),
         (["evaluate", folder, "--dataset", "nowhere.txt"], "no tokenizer at"),
     ]
     for arguments, message in cases:

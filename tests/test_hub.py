@@ -10,13 +10,15 @@ from collections import Counter
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import run_command as run
 from conftest import tiny_model
 from hub_server import DROP, HALVE, LOSE, READING, WRITING, Repository
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -24,8 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_cptquant import CPTQuantConfig, CPTQuantError, cli
 from hf_cptquant.card import BEGIN, END
+from hf_cptquant.checkpoint import add_results
 from hf_cptquant.errors import CheckpointError, HubError
 from hf_cptquant.hub import Target, push_folder
+from hf_cptquant.results import Provenance, figure
 
 SETTINGS = {"bits": (3, 4), "group_size": 32, "quality": "fast", "sequence_length": 32, "num_samples": 4}
 WEIGHTS = {
@@ -33,6 +37,7 @@ WEIGHTS = {
     "model.safetensors",
     "cptquant_plan.json",
     "cptquant_plan.png",
+    "cptquant_sensitivity.png",
     "README.md",
     "generation_config.json",
 }
@@ -108,8 +113,8 @@ def test_everything_arrives_in_one_commit(model, hub, source, tmp_path):
     assert f'from_pretrained("{REPO}")' in card
     assert {"cptquant", "mine"} <= set(ModelCard(card).data.tags)
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card)
-    assert pictures == ["cptquant_plan.png"]
-    assert files[pictures[0]].startswith(b"\x89PNG")
+    assert pictures == ["cptquant_plan.png", "cptquant_sensitivity.png"]
+    assert all(files[picture].startswith(b"\x89PNG") for picture in pictures)
 
 
 def test_a_missing_tokenizer_is_a_warning(tiny_folder, tokens, hub, logged):
@@ -168,6 +173,21 @@ def test_only_what_has_changed_is_committed_and_stale_weights_go(model, hub, log
 def folder(saved, tmp_path) -> Path:
     """A copy of the saved folder."""
     return shutil.copytree(saved, tmp_path / "llama-copy")
+
+
+def test_accuracies_on_benchmarks_go_to_their_leaderboards(folder, hub):
+    source = Provenance("imdb", "test", 40, 32, 40, 3, "0" * 64, None)
+    accuracy = figure(source, "accuracy", np.linspace(0, 1, 40))
+    add_results(folder, [accuracy, figure(source, "kl_divergence", np.ones(40))])
+    push_folder(folder, Target(REPO))
+    assert not [name for name in pushed(hub) if name.startswith(".")]  # the dataset is no benchmark
+    imdb = hub.repositories["stanfordnlp/imdb"] = Repository()
+    tasks = "tasks:\n- {id: all, config: default, split: test}\n- {id: other, config: default, split: train}\n"
+    imdb.commit("main", {"eval.yaml": (f"name: IMDB\n{tasks}".encode(), False)}, "initial commit")
+    push_folder(folder, Target(REPO))
+    (entry,) = parse_eval_result_entries(yaml.safe_load(pushed(hub)[".eval_results/hf-cptquant.yaml"]))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("stanfordnlp/imdb", "all", accuracy.value)
+    assert "40 texts" in entry.notes
 
 
 def test_hidden_files_stay(folder, hub):

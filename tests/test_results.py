@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from hf_cptquant.errors import PlanError
-from hf_cptquant.results import EvaluationResult, Provenance, figure, interval, merge
+from hf_cptquant.results import EvaluationResult, Provenance, figure, interval, merge, tabulate
 
 SOURCE = Provenance("data.txt", None, 40, 32, 1240, 3, "0" * 64, "original")
 
@@ -51,11 +51,31 @@ def test_one_window_has_no_interval_and_equal_windows_one_of_no_width():
     assert (alone.value, alone.low, alone.high) == (pytest.approx(np.exp(1.5)), None, None)
     equal = interval("accuracy", np.ones(5), 0)
     assert (equal.value, equal.low, equal.high) == (1.0, 1.0, 1.0)
-    assert figure(SOURCE, "accuracy", np.array([0.5])).cells()[-3:] == ("–", "40", "1,240")
+    headings, rows = tabulate([figure(SOURCE, "accuracy", np.array([0.5]))])
+    assert headings == ("", "dataset", "quantized", "windows", "tokens")
+    assert rows == (("accuracy", "data.txt", "0.5000", "40 × 32", "1,240"),)
+
+
+def test_a_control_is_told_beside_the_model(losses):
+    result = figure(SOURCE, "perplexity", losses, losses - 0.1, losses + 0.1, "4 bits in groups of 64")
+    assert result.control == pytest.approx(result.value * np.exp(0.1))
+    assert result.control_low < result.control < result.control_high
+    alone = figure(SOURCE, "kl_divergence", losses)
+    headings, (first, second) = tabulate([result, alone])
+    assert headings == ("", "dataset", "original", "control", "quantized", "windows", "tokens")
+    assert first[2:5] == tuple(
+        f"{value:.2f} ({low:.2f} to {high:.2f})"
+        for value, low, high in (
+            (result.base, result.base_low, result.base_high),
+            (result.control, result.control_low, result.control_high),
+            (result.value, result.low, result.high),
+        )
+    )
+    assert second[2:4] == ("–", "–")
 
 
 def test_results_come_back_from_json(losses):
-    result = figure(SOURCE, "perplexity", losses, losses - 0.1)
+    result = figure(SOURCE, "perplexity", losses, losses - 0.1, losses + 0.1, "4 bits in groups of 64")
     assert EvaluationResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     assert result.base == pytest.approx(result.value * np.exp(-0.1))
     assert result.base_low < result.base < result.base_high

@@ -26,7 +26,7 @@ from hf_cptquant import CPTQuantConfig, evaluate_model
 from hf_cptquant.calibration import TRAINING_SPLITS, read_documents
 
 MINILM = "all-MiniLM-L6-v2"
-TRAINING, HELD_OUT, LENGTH = 2048, 400, 96  # reviews, reviews, tokens of each
+TRAINING, HELD_OUT, LENGTH = 2048, 320, 96  # reviews, reviews, tokens of each
 BATCH, LEARNING_RATE, SEED = 16, 1e-4, 0
 
 

@@ -1,4 +1,4 @@
-"""Measure how sensitive each projection of SmolLM2-135M is, in three ways, without quantizing it, and draw it.
+"""Measure how sensitive each projection of SmolLM2-135M is, in two ways, without quantizing it, and draw it.
 
 No network is needed. It takes about a minute on two cores; stopped and started again, it goes on where it was.
 

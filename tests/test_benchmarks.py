@@ -43,7 +43,11 @@ def test_rows_of_the_papers_table_2(benchmark_modules, tiny_folder, tokens):
     weights = sum(parameter.numel() for parameter in tiny_model("llama").parameters())
     assert found["original"]["bytes"] == pytest.approx(4 * weights, abs=20_000)  # and the files' heads
     assert found["rows"]["FP16"]["bytes"] == pytest.approx(2 * weights, abs=20_000)
-    assert found["rows"]["uniform 4"]["bytes"] < found["rows"]["uniform 8"]["bytes"] < found["rows"]["FP16"]["bytes"]
+    packed = sum(
+        module.weight.numel() for module in tiny_model("llama").model.layers.modules() if isinstance(module, nn.Linear)
+    )
+    eight, four = (found["rows"][f"uniform {bits}"]["bytes"] for bits in (8, 4))
+    assert eight - four == pytest.approx(packed / 2, rel=0.2)  # 4 bits less, but more scales
 
     model = tiny_model("llama").half().float()
     for name, module in model.named_modules():
@@ -59,8 +63,8 @@ def test_rows_of_the_papers_table_2(benchmark_modules, tiny_folder, tokens):
 def test_the_classifier_learns_from_reviews(benchmark_modules, tmp_path):
     import reviews
 
-    words = {0: ("dreadful", "boring", "awful", "terrible"), 1: ("wonderful", "great", "moving", "superb")}
-    nouns = ("film", "movie", "story", "plot", "actor", "scene", "script", "cast")
+    words = {0: ("dreadful", "boring", "awful"), 1: ("wonderful", "great", "superb")}
+    nouns = ("film", "movie", "story", "plot", "actor", "scene", "script", "cast", "end", "start", "music", "hero")
     rows = [
         {"text": f"A {word} {noun}, {again}.", "label": label}
         for label, choices in words.items()

@@ -1,8 +1,8 @@
 """What bits cost a real encoder: accuracy of all-MiniLM-L6-v2, fine-tuned on reviews, by method and budget.
 
 The plan of each row is the integer program's (2, 3, 4, 8 and 16 bits, fused groups), from the scores of one method for
-the same reviews, and weights are rounded to nearest, so that rows differ by their scores alone. Checkpoints are written,
-read again and measured in float32, as in `benchmarks/paper_tables.py`.
+the same reviews, and weights are rounded to nearest, so that rows differ by their scores alone. Checkpoints are
+written, read again and measured in float32, as in `benchmarks/paper_tables.py`.
 
     uv run python benchmarks/encoder.py --reviews imdb_train.parquet --held-out imdb_test.parquet --work-dir work
 """

@@ -79,7 +79,8 @@ def main() -> None:
     fine_tune(arguments.model, arguments.reviews, arguments.output)
     model = AutoModelForSequenceClassification.from_pretrained(arguments.output)
     (accuracy,) = evaluate_model(model, CPTQuantConfig(**labelled(arguments.held_out, HELD_OUT)))
-    print(f"accuracy on {accuracy.windows} other reviews: {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]")
+    interval = f"{accuracy.low:.3f} to {accuracy.high:.3f}"
+    print(f"accuracy on {accuracy.windows} other reviews: {accuracy.value:.3f} ({interval})")
 
 
 if __name__ == "__main__":

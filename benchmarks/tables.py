@@ -180,7 +180,11 @@ def _paper_table_1(models: dict[str, Any]) -> list[str]:
         [segment, *("–" if values[index] is None else f"{values[index]:.3g}" for values in columns.values())]
         for index, segment in enumerate(segments)
     )
-    return [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    return [
+        f"| | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
 
 
 def _paper_table_2(models: dict[str, Any]) -> list[str]:
@@ -222,8 +226,8 @@ def _paper_sizes(result: dict[str, Any]) -> str:
             base = f"{found['original']['value']:.3f}, {found['original']['bytes'] / 1e6:.1f} MB"
             (samples, length), (windows, window) = found["calibration_samples"], found["evaluation_samples"]
             of_models.append(
-                f"{name}, {task}: {base} in float32; {samples} × {length} tokens of calibration, {windows} × {window} of"
-                f" evaluation; bits per weight {bits}."
+                f"{name}, {task}: {base} in float32; {samples} × {length} tokens of calibration, {windows} × {window}"
+                f" of evaluation; bits per weight {bits}."
             )
     return " ".join(of_models)
 
@@ -242,8 +246,8 @@ def encoder_table(result: dict[str, Any]) -> str:
         "",
         f"{result['model']}, fine-tuned on {result['fine_tuning']['reviews']:,} IMDB reviews of at most"
         f" {result['fine_tuning']['length']} tokens; {result['calibration_reviews']} reviews of calibration,"
-        f" {result['evaluation_reviews']} others to measure on (in float32 {result['unrounded']['float32']:.3f}), groups"
-        f" of {result['group_size']}, rounding to nearest.",
+        f" {result['evaluation_reviews']} others to measure on (in float32 {result['unrounded']['float32']:.3f}),"
+        f" groups of {result['group_size']}, rounding to nearest.",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Quantize a classifier with PMPQ, scored by the accuracy that pruning costs, and measure its accuracy before and after.
+"""Quantize a classifier with PMPQ, scored by the accuracy that pruning costs, and measure it before and after.
 
 The data are `imdb` from the Hub, or a Parquet or JSON Lines file with the columns `text` and `label`. Scores are of
 calibration data and accuracies of others: `imdb` has splits for both, otherwise give a second file.

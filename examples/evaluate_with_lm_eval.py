@@ -1,8 +1,8 @@
 """Measure a quantized model with the lm-evaluation-harness (`pip install lm_eval[hf]`), packed, as it is in use.
 
 Importing hf_cptquant is all that the harness's `hf` models need for it; without the import, `lm_eval --model hf
---model_args pretrained=FOLDER` measures the same weights through compressed-tensors, dense. A folder with task files may
-be given beside tasks of the harness; `examples/lm_eval/` holds a task that needs no network:
+--model_args pretrained=FOLDER` measures the same weights through compressed-tensors, dense. A folder with task files
+may be given beside tasks of the harness; `examples/lm_eval/` holds a task that needs no network:
 
     python examples/evaluate_with_lm_eval.py smollm2-135m-cptquant hellaswag
     python examples/evaluate_with_lm_eval.py smollm2-135m-cptquant capitals examples/lm_eval

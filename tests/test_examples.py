@@ -1,4 +1,4 @@
-"""Every example runs as it stands; those that would take long get a tiny random model with the real one's tokenizer."""
+"""Every example runs as it stands, most of them on a tiny random model in the place of the bundled one."""
 
 import json
 import re
@@ -33,14 +33,15 @@ def run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_tiny_model(folder: Path, tokenizer: Path) -> None:
-    """In the place of `write_bundled_model`: Llama, with the vocabulary of SmolLM2 and its tokenizer."""
-    tiny_model("llama", vocab_size=49152, max_position_embeddings=512).save_pretrained(folder)
+    """In the place of `write_bundled_model`: Llama with a real tokenizer."""
+    vocabulary = len(AutoTokenizer.from_pretrained(tokenizer))
+    tiny_model("llama", vocab_size=vocabulary, max_position_embeddings=512).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
 @pytest.fixture
-def tiny_bundled_model(monkeypatch, smollm2):
-    monkeypatch.setattr(demo, "write_bundled_model", lambda folder: write_tiny_model(folder, smollm2))
+def tiny_bundled_model(monkeypatch, minilm):
+    monkeypatch.setattr(demo, "write_bundled_model", lambda folder: write_tiny_model(folder, minilm))
 
 
 @pytest.mark.parametrize("name", [name for name in ALONE if name != "lora_on_quantized_model.py"])
@@ -61,7 +62,9 @@ def test_lora_on_a_quantized_model(tmp_path, monkeypatch, capsys):
 
 
 def test_a_classifier_by_accuracy(tiny_folder, tmp_path, monkeypatch, capsys):
-    reviews = [{"text": f"{word} film number {index}", "label": index % 2} for index, word in enumerate(["A", "The"] * 8)]
+    reviews = [
+        {"text": f"{word} film number {index}", "label": index % 2} for index, word in enumerate(["A", "The"] * 8)
+    ]
     Dataset.from_list(reviews).to_parquet(tmp_path / "reviews.parquet")
     data = tmp_path / "reviews.parquet"
     run("classify_with_pmpq.py", tiny_folder("bert-classifier"), data, data, monkeypatch=monkeypatch)
@@ -91,10 +94,10 @@ def test_the_task_for_the_harness_is_sound():
         assert 0 <= row["answer"] < 4
 
 
-def test_the_notebook_runs(tmp_path, smollm2):
+def test_the_notebook_runs(tmp_path, minilm):
     """In a kernel, with the tiny model; every cell that shows a picture shows one."""
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
-    write_tiny_model(tmp_path / "tiny", smollm2)
+    write_tiny_model(tmp_path / "tiny", minilm)
     patch = (
         "import shutil\nfrom hf_cptquant import demo\n"
         f"demo.write_bundled_model = lambda folder: shutil.copytree({str(tmp_path / 'tiny')!r}, folder)"

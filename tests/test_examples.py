@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,20 +33,27 @@ def run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def write_tiny_model(folder: Path, tokenizer: Path) -> None:
-    """In the place of `write_bundled_model`: Llama with a real tokenizer."""
-    vocabulary = len(AutoTokenizer.from_pretrained(tokenizer))
-    tiny_model("llama", vocab_size=vocabulary, max_position_embeddings=512).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+@pytest.fixture(scope="module")
+def small_tokenizer(minilm, texts):
+    """MiniLM's, with a vocabulary of 512 that fits the tiny models."""
+    return AutoTokenizer.from_pretrained(minilm).train_new_from_iterator(texts[::10], 512)
 
 
-@pytest.fixture
-def tiny_bundled_model(monkeypatch, minilm):
-    monkeypatch.setattr(demo, "write_bundled_model", lambda folder: write_tiny_model(folder, minilm))
+@pytest.fixture(scope="module")
+def tiny_bundled_model(small_tokenizer, tmp_path_factory):
+    """A folder with what stands in the place of the bundled model."""
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", [name for name in ALONE if name != "lora_on_quantized_model.py"])
 def test_examples_run(name, tiny_bundled_model, tmp_path, monkeypatch, capsys):
+    def write(folder: Path) -> None:
+        shutil.copytree(tiny_bundled_model, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(demo, "write_bundled_model", write)
     monkeypatch.chdir(tmp_path)
     run(name, monkeypatch=monkeypatch)
     printed = capsys.readouterr().out
@@ -71,14 +79,17 @@ def test_a_classifier_by_accuracy(tiny_folder, tmp_path, monkeypatch, capsys):
     assert re.search(r"^accuracy: 0\.\d+ before, 0\.\d+, between", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_what_vllm_is_to_serve_keeps_its_rules(tiny_folder, texts, tmp_path, monkeypatch, capsys):
+def test_what_vllm_is_to_serve_keeps_its_rules(tiny_folder, small_tokenizer, texts, tmp_path, monkeypatch, capsys):
     """The commands in the example's head, on a model whose shapes vLLM's kernels take; the example itself with vLLM."""
     source = (EXAMPLES / "serve_with_vllm.py").read_text(encoding="utf-8")
     quantize, check = (shlex.split(line)[1:] for line in re.findall(r"^    (cptquant .*)$", source, re.MULTILINE))
     folder = tiny_folder("opt", hidden_size=128, word_embed_proj_dim=128, ffn_dim=256)
+    small_tokenizer.save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
+    Path("help.txt").write_text("\n".join(texts), encoding="utf-8")
     quantize[quantize.index("facebook/opt-125m")] = str(folder)
-    assert run_command(*quantize, "--quality", "fast", "--num-samples", 2, "--sequence-length", 32) == 0
+    small = ("--quality", "fast", "--dataset", "help.txt", "--num-samples", 2, "--sequence-length", 32)
+    assert run_command(*quantize, *small) == 0
     assert run_command(*check) == 0
     assert "keeps the rules of vLLM" in capsys.readouterr().out
     compile(source, "serve_with_vllm.py", "exec")
@@ -94,13 +105,12 @@ def test_the_task_for_the_harness_is_sound():
         assert 0 <= row["answer"] < 4
 
 
-def test_the_notebook_runs(tmp_path, minilm):
+def test_the_notebook_runs(tmp_path, tiny_bundled_model):
     """In a kernel, with the tiny model; every cell that shows a picture shows one."""
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
-    write_tiny_model(tmp_path / "tiny", minilm)
     patch = (
         "import shutil\nfrom hf_cptquant import demo\n"
-        f"demo.write_bundled_model = lambda folder: shutil.copytree({str(tmp_path / 'tiny')!r}, folder)"
+        f"demo.write_bundled_model = lambda folder: shutil.copytree({str(tiny_bundled_model)!r}, folder)"
     )
     notebook.cells.insert(0, nbformat.v4.new_code_cell(patch))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -27,6 +27,7 @@ ROWS = {
     "PMPQ, by accuracy": {"method": "pmpq", "metric": "accuracy"},
     "CMPQ": {"method": "cmpq"},
     "TDMPQ": {"method": "tdmpq"},
+    "TDMPQ, by perturbation": {"method": "tdmpq", "estimator": "perturbation"},
 }
 BUDGETS = (8.0, 4.5, 4.0)
 SHARED = {"bits": (2, 3, 4, 8, 16), "group_size": 64, "quality": "fast"}
@@ -34,11 +35,12 @@ RESULTS = Path(__file__).parent / "results" / "encoder.json"
 
 
 def main() -> None:
-    """Score, plan, round and measure; write the result file and print the table."""
+    """Score, plan, round and measure; add the rows to the result file and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reviews", default="imdb", help="Parquet file to learn from; default: from the Hub")
     parser.add_argument("--held-out", default="imdb", help="Parquet file to measure on; default: from the Hub")
     parser.add_argument("--work-dir", type=Path, required=True, help="where the classifier is made")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     arguments = parser.parse_args()
     source = folder_of(MINILM, CLASSIFICATION, arguments.reviews, arguments.work_dir)
     assert source is not None
@@ -47,9 +49,9 @@ def main() -> None:
     stored = view_model(load(source, dtype=torch.float16)).plan("group")  # 16 bits are what they take on disk
     unrounded = {"float32": value(original, evaluation, source), "float16": measured(None, source, evaluation)["value"]}
     print(unrounded, flush=True)
-    rows: dict[str, dict[str, dict[str, float]]] = {}
-    for name, method in ROWS.items():
-        settings = {**SHARED, **method, **labelled(arguments.reviews, CALIBRATION_REVIEWS)}
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else {}
+    for name in arguments.rows:
+        settings = {**SHARED, **ROWS[name], **labelled(arguments.reviews, CALIBRATION_REVIEWS)}
         table = replace(measure_sensitivity(original, CPTQuantConfig(**settings)), plan=stored)
         rows[name] = {}
         for target in BUDGETS:
@@ -65,7 +67,7 @@ def main() -> None:
         "evaluation_reviews": HELD_OUT,
         "group_size": SHARED["group_size"],
         "unrounded": {dtype: round(found, 4) for dtype, found in unrounded.items()},
-        "rows": rows,
+        "rows": {name: rows[name] for name in ROWS if name in rows},
         **environment(),
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

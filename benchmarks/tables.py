@@ -202,7 +202,7 @@ def _paper_table_2(models: dict[str, Any]) -> list[str]:
                 *_drop_and_ratio(tasks.get("language modelling"), method, 1, "+.2f"),
             )
             papers = DROPS.get(nearest or "", {}).get(method)
-            theirs = ("–",) * 4 if papers is None else (papers[0], f"{papers[1]}x", papers[2], f"{papers[3]}x")
+            theirs = ("–",) * 4 if papers is None else (papers[0], f"{papers[1]:g}x", papers[2], f"{papers[3]:g}x")
             lines.append(f"| {label} | {method} | {' | '.join(map(str, (*ours, *theirs)))} |")
             label = ""
     return lines
@@ -213,7 +213,7 @@ def _drop_and_ratio(found: dict[str, Any] | None, method: str, worse: int, form:
     if found is None:
         return "–", "–"
     row, base = found["rows"][method], found["original"]
-    drop = worse * (row["value"] - base["value"])
+    drop = worse * (row["value"] - base["value"]) or 0.0  # no −0
     return f"{drop:{form}}".replace("-", "−"), f"{base['bytes'] / row['bytes']:.2f}x"
 
 

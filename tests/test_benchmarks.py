@@ -52,7 +52,7 @@ def test_rows_of_the_papers_table_2(benchmark_modules, tiny_folder, tokens):
     model = tiny_model("llama").half().float()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "layers" in name:
-            module.weight.data = by_equation_1(module.weight.data.half(), 4, 64).half().float()
+            module.weight.data = by_equation_1(module.weight.data.half(), 4, module.in_features).half().float()
     with torch.no_grad():
         logits = model(tokens).logits[:, :-1]
     expected = math.exp(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item())

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from paper import COUNTERPARTS, DEVIATIONS, DROPS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 METHOD_LABELS = {
@@ -162,11 +164,101 @@ def llama_cpp_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def paper_tables(result: dict[str, Any]) -> str:
+    """The paper's tables 1 and 2: ours, and what it prints for the same or the nearest models."""
+    models = result["models"]
+    return "\n".join((*_paper_table_1(models), "", *_paper_table_2(models), "", _paper_sizes(result)))
+
+
+def _paper_table_1(models: dict[str, Any]) -> list[str]:
+    columns = {f"{model} (paper)": values for model, values in DEVIATIONS.items()}
+    for name, tasks in models.items():
+        for found in tasks.values():
+            columns |= {f"{name}, {method}": values for method, values in found["deviations"].items()}
+    segments = ("first 30 % of the layers", "middle", "remaining layers")
+    rows = (
+        [segment, *("–" if values[index] is None else f"{values[index]:.3g}" for values in columns.values())]
+        for index, segment in enumerate(segments)
+    )
+    return [
+        f"| | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _paper_table_2(models: dict[str, Any]) -> list[str]:
+    columns = ("IMDB accuracy drop", "CR", "WikiText perplexity drop", "CR")
+    lines = [
+        f"| | method | {' | '.join(columns)} | paper: {' | '.join(columns)} |",
+        f"|---|---|{'---|' * 2 * len(columns)}",
+    ]
+    for name, tasks in models.items():
+        nearest = COUNTERPARTS.get(name)
+        label = name if nearest is None else f"{name} (paper: {nearest})"
+        for method in next(iter(tasks.values()))["rows"]:
+            ours = (
+                *_drop_and_ratio(tasks.get("classification"), method, -1, "+.3f"),
+                *_drop_and_ratio(tasks.get("language modelling"), method, 1, "+.2f"),
+            )
+            papers = DROPS.get(nearest or "", {}).get(method)
+            theirs = ("–",) * 4 if papers is None else (papers[0], f"{papers[1]:g}x", papers[2], f"{papers[3]:g}x")
+            lines.append(f"| {label} | {method} | {' | '.join(map(str, (*ours, *theirs)))} |")
+            label = ""
+    return lines
+
+
+def _drop_and_ratio(found: dict[str, Any] | None, method: str, worse: int, form: str) -> tuple[str, str]:
+    """How much worse a row is than the original, and how many times smaller; dashes without figures."""
+    if found is None:
+        return "–", "–"
+    row, base = found["rows"][method], found["original"]
+    drop = worse * (row["value"] - base["value"]) or 0.0  # no −0
+    return f"{drop:{form}}".replace("-", "−"), f"{base['bytes'] / row['bytes']:.2f}x"
+
+
+def _paper_sizes(result: dict[str, Any]) -> str:
+    """What was measured on what."""
+    of_models = []
+    for name, tasks in result["models"].items():
+        for task, found in tasks.items():
+            bits = ", ".join(f"{method} {row['bits_per_weight']:.2f}" for method, row in found["rows"].items())
+            base = f"{found['original']['value']:.3f}, {found['original']['bytes'] / 1e6:.1f} MB"
+            (samples, length), (windows, window) = found["calibration_samples"], found["evaluation_samples"]
+            of_models.append(
+                f"{name}, {task}: {base} in float32; {samples} × {length} tokens of calibration, {windows} × {window}"
+                f" of evaluation; bits per weight {bits}."
+            )
+    return " ".join(of_models)
+
+
+def encoder_table(result: dict[str, Any]) -> str:
+    """Accuracies of a classifier by method and budget."""
+    budgets = list(next(iter(result["rows"].values())))
+    lines = [
+        f"| plan from | 16 bits | {' | '.join(f'{float(target):g} bits per weight' for target in budgets)} |",
+        f"|---|---|{'---|' * len(budgets)}",
+    ]
+    for name, row in result["rows"].items():
+        values = (result["unrounded"]["float16"], *(row[target]["value"] for target in budgets))
+        lines.append(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |")
+    lines += [
+        "",
+        f"{result['model']}, fine-tuned on {result['fine_tuning']['reviews']:,} IMDB reviews of at most"
+        f" {result['fine_tuning']['length']} tokens; {result['calibration_reviews']} reviews of calibration,"
+        f" {result['evaluation_reviews']} others to measure on (in float32 {result['unrounded']['float32']:.3f}),"
+        f" groups of {result['group_size']}, rounding to nearest.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
     "sensitivity": sensitivity_table,
     "allocation": allocation_table,
     "tuned_plans": tuned_plans_table,
     "accuracy": accuracy_table,
+    "encoder": encoder_table,
+    "paper_tables": paper_tables,
     "llama_cpp": llama_cpp_table,
 }
 

@@ -1,4 +1,4 @@
-"""Measure how sensitive each projection of SmolLM2-135M is, in three ways, without quantizing it, and draw it.
+"""Measure how sensitive each projection of SmolLM2-135M is, in two ways, without quantizing it, and draw it.
 
 No network is needed. It takes about a minute on two cores; stopped and started again, it goes on where it was.
 
@@ -8,7 +8,7 @@ No network is needed. It takes about a minute on two cores; stopped and started 
 import tempfile
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cptquant import CPTQuantConfig, measure_sensitivity
 from hf_cptquant.demo import python_help_texts, write_bundled_model
@@ -17,10 +17,13 @@ from hf_cptquant.plots import plot_sensitivity
 with tempfile.TemporaryDirectory() as folder:
     write_bundled_model(Path(folder))
     model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
-data = {"dataset": python_help_texts(), "num_samples": 4, "sequence_length": 128, "group_size": 64}
+data = {"dataset": python_help_texts(), "tokenizer": tokenizer, "num_samples": 4, "sequence_length": 128}
 for method, granularity in (("tdmpq", "group"), ("cmpq", "block")):
-    config = CPTQuantConfig(method=method, estimator="taylor", granularity=granularity, work_dir="sensitivity", **data)
+    config = CPTQuantConfig(
+        method=method, estimator="taylor", granularity=granularity, group_size=64, work_dir="sensitivity", **data
+    )
     table = measure_sensitivity(model, config)
     table.save(f"sensitivity/{method}.json")
     plot_sensitivity(table, f"sensitivity/{method}.png")

@@ -1,4 +1,4 @@
-"""Measure SmolLM2-135M once, make plans for several sizes of it, and quantize it by one of them.
+"""Measure SmolLM2-135M once, draw what every size costs, make plans for some sizes, and quantize it by one of them.
 
 No network is needed. It takes about a minute on two cores.
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from hf_cptquant import CPTQuantConfig, measure_sensitivity, solve
+from hf_cptquant.allocation import frontier
 from hf_cptquant.demo import python_help_texts, write_bundled_model
-from hf_cptquant.plots import plot_plan
+from hf_cptquant.plots import plot_frontier, plot_plan
 
 folder = Path("plans")
 write_bundled_model(folder / "original")
@@ -22,6 +23,7 @@ data = {"dataset": python_help_texts(), "num_samples": 8, "sequence_length": 256
 config = CPTQuantConfig(estimator="taylor", granularity="group", bits=bits, group_size=group_size, **data)
 table = measure_sensitivity(model, config)
 table.save(folder / "table.json")
+plot_frontier(frontier(table, config.recipe(), count=12), "nats", folder / "frontier.png")
 
 for target in (3.5, 4.5, 6.0):
     plan = solve(table, CPTQuantConfig(target_bits=target, bits=bits, group_size=group_size))

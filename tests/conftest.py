@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import time
@@ -17,6 +18,7 @@ import torch
 import transformers
 from hub_server import WRITING, HubServer, running
 from huggingface_hub import constants
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_cptquant import CPTQuantConfig
@@ -26,6 +28,13 @@ from hf_cptquant.recipe import BUDGETS
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+TRANSFORMERS, COMPRESSED_TENSORS = (
+    Version(importlib.metadata.version(name)).release for name in ("transformers", "compressed-tensors")
+)
+PACKED_DENSELY = COMPRESSED_TENSORS >= (0, 18)  # before, no integer straddles two words
+WIDTHS_OF_THEIRS = (2, 3, 4, 5, 6, 8) if PACKED_DENSELY else (2, 4, 8)  # that compressed-tensors packs as we do
 
 
 def plan_of(blocks: Mapping[str, str]) -> BitPlan:

@@ -26,7 +26,7 @@ from .errors import CheckpointError, PlanError, in_module
 from .memory import mapped_ranges, release, trim
 from .model_view import class_named_in, read_config, task_of
 from .modules import PACKED_CLASSES, PackedLayer, QuantConv1D, QuantLinear, packed_modules
-from .plan import PLAN_FILE, PLAN_PICTURE, ModulePlan
+from .plan import PLAN_FILE, PLAN_PICTURE, ModulePlan, read_json
 from .plots import plot_plan
 from .quantize import replace_module
 from .record import QuantizationRecord
@@ -315,7 +315,7 @@ def refuse_foreign(folder: Path) -> None:
     """Raise `CheckpointError` if writing a checkpoint into the folder would destroy a model that is not ours."""
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give a folder")
-    if folder.is_dir() and not (folder / PLAN_FILE).exists():
+    if folder.is_dir() and not _is_ours(folder):
         held = [
             path.name
             for path in sorted(folder.iterdir())
@@ -323,6 +323,13 @@ def refuse_foreign(folder: Path) -> None:
         ]
         if held:
             raise CheckpointError(f"{folder} holds another model ({held[0]}); give a new folder")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this package wrote the model in a folder. The plan file alone does not tell: it stays where others save
+    the model again as a dense one."""
+    config = folder / "config.json"
+    return config.exists() and "cptquant" in (read_json(config).get("quantization_config") or {})
 
 
 def _move_into_place(staging: Path, target: Path) -> None:

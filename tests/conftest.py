@@ -77,6 +77,12 @@ TINY_CONFIGS: dict[str, tuple[str, str, dict]] = {
     "bert-classifier": ("BertForSequenceClassification", "BertConfig", {"hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 30522, "max_position_embeddings": 64}),
 }  # fmt: skip
+AUTO_CLASSES = {
+    "llama": transformers.AutoModelForCausalLM, "opt": transformers.AutoModelForCausalLM,
+    "gpt2": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM,
+    "bert-mlm": transformers.AutoModelForMaskedLM,
+    "bert-classifier": transformers.AutoModelForSequenceClassification,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -209,9 +209,12 @@ def test_saving_replaces_our_own_folder_and_its_stale_shards(tiny):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["llama", "quantized"]  # no temporary folder stays
 
 
-def test_saving_never_overwrites_another_model(tiny):
+@pytest.mark.parametrize("beside", [[], ["cptquant_plan.json"]], ids=["alone", "with a plan beside"])
+def test_saving_never_overwrites_another_model(tiny, beside):
     model, folder = tiny()
     source = folder.with_name("llama")
+    for name in beside:  # as where others have saved our model again as a dense one
+        shutil.copy(folder / name, source)
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     with pytest.raises(CheckpointError, match="holds another model"):
         model.save_pretrained(source)

@@ -1,22 +1,29 @@
 #!/usr/bin/env bash
-# The core of the tests, with what this package stands on in other versions: all sets of them, or those that are named.
+# The core of the tests with other versions of what this package stands on: all sets of versions, or those named.
 #
-#   tests/versions.sh                # all
-#   tests/versions.sh oldest newest
+#   tests/versions.sh [oldest] [older] [newest]
 #
-# Each set gets an environment in a temporary folder whose files are links into uv's cache.
+# Each set is an environment in a temporary folder whose files are links into uv's cache; UV_PYTHON chooses its Python.
+# Versions are forced: compressed-tensors asks for torch 2.10, but works with 2.9.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 declare -A sets=(
-    [oldest]="transformers==5.16.* torch==2.10.* compressed-tensors==0.17.*"
-    [torch-2.9]="transformers==5.17.* torch==2.9.* compressed-tensors==0.17.*"
-    [transformers-5.17]="transformers==5.17.* torch compressed-tensors==0.18.*"
-    [newest]="transformers torch compressed-tensors"
+    [oldest]="transformers==5.16.* torch==2.9.* compressed-tensors==0.17.*"
+    [older]="transformers==5.17.* torch==2.10.* compressed-tensors==0.18.*"
+    [newest]=""
 )
-declare -A pythons=([oldest]=3.10 [torch-2.9]=3.11 [transformers-5.17]=3.11 [newest]=3.11)
 core=(packing grid modules model_view checkpoint backend citizen plain_reload)
 
-for name in "${@:-oldest}"; do
-    echo "$name"
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+[ $# -gt 0 ] || set -- oldest older newest
+for name in "$@"; do
+    tr ' ' '\n' <<<"${sets[$name]}" >"$folder/$name.txt"
+    uv venv --quiet "$folder/$name"
+    python="$folder/$name/bin/python"
+    uv pip install --quiet --link-mode symlink --no-compile-bytecode --python "$python" --overrides "$folder/$name.txt" \
+        --editable . --group dev --group demo
+    echo "$name: $(uv pip freeze --quiet --python "$python" | grep -E '^(transformers|torch|compressed-tensors)==' | xargs)"
+    "$python" -m pytest -p no:cacheprovider --quiet $(printf "tests/test_%s.py " "${core[@]}")
 done

@@ -142,8 +142,8 @@ def plain_python(tmp_path_factory) -> Path:
     def run(*command: object) -> str:
         done = subprocess.run([uv, *map(str, command)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, (
-            f"`{' '.join(map(str, done.args))}` failed. It needs a package index, or uv's cache with the packages of this"
-            f" environment, which `uv run pytest` fills; to leave these tests out: --ignore {__file__}\n{done.stderr}"
+            f"`{' '.join(map(str, done.args))}` failed. It needs a package index, or uv's cache with the packages of"
+            f" this environment, which `uv run pytest` fills. To leave them out: --ignore {__file__}\n{done.stderr}"
         )
         return done.stdout
 

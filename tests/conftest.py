@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -88,6 +89,8 @@ AUTO_CLASSES = {
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with SmolLM2-135M-Instruct in bfloat16 and its tokenizer."""
+    if sys.version_info < (3, 11):
+        pytest.skip("transformers does not find gguf, with which the package of this model is read, on Python 3.10")
     folder = tmp_path_factory.mktemp("smollm2")
     write_bundled_model(folder)
     return folder

@@ -143,7 +143,7 @@ def plain_python(tmp_path_factory) -> Path:
         done = subprocess.run([uv, *map(str, command)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, (
             f"`{' '.join(map(str, done.args))}` failed. It needs a package index, or uv's cache with the packages of"
-            f" this environment, which `uv run pytest` fills. To leave them out: --ignore {__file__}\n{done.stderr}"
+            f" this environment, which `uv run pytest` fills. To do without: --ignore {__file__}\n{done.stderr}"
         )
         return done.stdout
 

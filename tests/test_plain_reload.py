@@ -150,7 +150,7 @@ def plain_python(tmp_path_factory) -> Path:
     pins.write_text(run("pip", "freeze", "--exclude-editable", "--python", sys.executable))
     run("venv", "--python", sys.executable, folder / "venv")
     links = ("--link-mode", "symlink", "--no-compile-bytecode")
-    run("pip", "install", *links, "--python", python, "--constraints", pins, *PACKAGES)
+    run("pip", "install", *links, "--python", python, "--overrides", pins, *PACKAGES)
     return python
 
 

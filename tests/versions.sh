@@ -3,7 +3,8 @@
 #
 #   tests/versions.sh [oldest] [older] [newest]
 #
-# Each set is an environment in a temporary folder whose files are links into uv's cache; UV_PYTHON chooses its Python.
+# Each set is an environment in a temporary folder whose files are links into uv's cache. UV_PYTHON chooses its Python,
+# CORE other test files.
 # Versions are forced: compressed-tensors asks for torch 2.10, but works with 2.9.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +14,7 @@ declare -A sets=(
     [older]="transformers==5.17.* torch==2.10.* compressed-tensors==0.18.*"
     [newest]=""
 )
-core=(packing grid modules model_view checkpoint backend citizen plain_reload)
+core=${CORE:-packing grid modules model_view checkpoint plain_reload backend citizen}
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -25,5 +26,5 @@ for name in "$@"; do
     uv pip install --quiet --link-mode symlink --no-compile-bytecode --python "$python" --overrides "$folder/$name.txt" \
         --editable . --group dev --group demo
     echo "$name: $(uv pip freeze --quiet --python "$python" | grep -E '^(transformers|torch|compressed-tensors)==' | xargs)"
-    "$python" -m pytest -p no:cacheprovider --quiet $(printf "tests/test_%s.py " "${core[@]}")
+    "$python" -m pytest -p no:cacheprovider --quiet $(printf "tests/test_%s.py " $core)
 done

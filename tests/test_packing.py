@@ -69,6 +69,14 @@ def test_non_contiguous_tensors(bits):
     assert torch.equal(unpack(words.t().contiguous().t(), bits, 66), integers)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_single_word_for_each_row_out_of_a_wider_tensor(bits, rows):
+    integers = random_integers(rows, 4, bits)
+    wide = pack(integers, bits).repeat(1, 3)
+    assert torch.equal(unpack(wide[:, :1], bits, 4), integers)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_bits_beyond_the_last_integer_are_ignored(bits):
     integers = random_integers(3, 33, bits)

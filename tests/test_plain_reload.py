@@ -150,7 +150,8 @@ def plain_python(tmp_path_factory) -> Path:
     pins.write_text(run("pip", "freeze", "--exclude-editable", "--python", sys.executable))
     run("venv", "--python", sys.executable, folder / "venv")
     links = ("--link-mode", "symlink", "--no-compile-bytecode")
-    run("pip", "install", *links, "--python", python, "--overrides", pins, *PACKAGES)
+    # accelerate, since compressed-tensors before 0.20 imports psutil without requiring it
+    run("pip", "install", *links, "--python", python, "--overrides", pins, *PACKAGES, "accelerate")
     return python
 
 

@@ -26,7 +26,7 @@ def reload(folder: Path, out: Path, model_class: str, tokens: list[int], options
     inputs = torch.tensor([tokens])
     decoder = {"decoder_input_ids": inputs} if model.config.is_encoder_decoder else {}
     logits = model(input_ids=inputs, **decoder).logits
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file({**weights, "logits": logits.clone()}, out.with_suffix(".safetensors"))
     if resaved:
         model.save_pretrained(out.with_name(f"{out.name}-dense"))

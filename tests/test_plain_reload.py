@@ -249,7 +249,7 @@ def test_the_plan_file_is_usable_beside_a_dense_save_of_others(name, reloaded, s
 
 
 def test_zero_points_are_read_where_it_is_said(reloaded):
-    if COMPRESSED_TENSORS < (0, 18):
+    if TRANSFORMERS < (5, 23) or COMPRESSED_TENSORS < (0, 18):
         check_same(reloaded.jobs["zero points"].model, reloaded.weights("zero points"))
     else:
         assert "ignore_mismatched_sizes" in reloaded.report["failures"]["zero points"]

@@ -292,8 +292,8 @@ def limits_of(model: PreTrainedModel) -> str | None:
     if any(not module.scheme.symmetric for module in packed.values()):
         return (
             "Zero points (symmetric=False): plain transformers 5.23 and 5.24 expect them unpacked with"
-            " compressed-tensors 0.18 to 0.20, and cannot load this checkpoint; reloading needs `import hf_cptquant`, or"
-            " an older version of either."
+            " compressed-tensors 0.18 to 0.20, and cannot load this checkpoint; reloading needs `import hf_cptquant`,"
+            " or an older version of either."
         )
     return None
 

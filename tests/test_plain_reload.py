@@ -137,7 +137,7 @@ def plain_python(tmp_path_factory) -> Path:
     uv = os.environ.get("UV") or shutil.which("uv")
     assert uv, f"uv makes the environment for these tests: pip install uv, or leave them out: --ignore {__file__}"
     folder = tmp_path_factory.mktemp("plain")
-    python, pins = folder / "venv" / "bin" / "python", folder / "versions.txt"
+    python, pins, forced = folder / "venv" / "bin" / "python", folder / "versions.txt", folder / "forced.txt"
 
     def run(*command: object) -> str:
         done = subprocess.run([uv, *map(str, command)], capture_output=True, text=True, check=False)
@@ -147,11 +147,14 @@ def plain_python(tmp_path_factory) -> Path:
         )
         return done.stdout
 
-    pins.write_text(run("pip", "freeze", "--exclude-editable", "--python", sys.executable))
+    frozen = run("pip", "freeze", "--exclude-editable", "--python", sys.executable)
+    pins.write_text(frozen)
+    forced.write_text("".join(line for line in frozen.splitlines(True) if line.startswith("torch==")))
     run("venv", "--python", sys.executable, folder / "venv")
     links = ("--link-mode", "symlink", "--no-compile-bytecode")
+    versions = ("--constraints", pins, "--overrides", forced)  # compressed-tensors asks for a newer torch than it needs
     # accelerate, since compressed-tensors before 0.20 imports psutil without requiring it
-    run("pip", "install", *links, "--python", python, "--overrides", pins, *PACKAGES, "accelerate")
+    run("pip", "install", *links, *versions, "--python", python, *PACKAGES, "accelerate")
     return python
 
 

@@ -27,7 +27,7 @@ from .experts import fused_experts, has_linear_experts, take_apart
 from .memory import mapped_ranges, release, trim
 from .model_view import class_named_in, read_config, task_of
 from .modules import PACKED_CLASSES, PackedLayer, QuantConv1D, QuantLinear, packed_modules, replace_module
-from .plan import PLAN_FILE, PLAN_PICTURE, SENSITIVITY_PICTURE, ModulePlan
+from .plan import PLAN_FILE, PLAN_PICTURE, SENSITIVITY_PICTURE, ModulePlan, read_json
 from .plots import plot_plan, plot_sensitivity
 from .record import QuantizationRecord
 from .results import EvaluationResult, merge
@@ -313,8 +313,9 @@ def limits_of(model: PreTrainedModel) -> str | None:
         )
     if any(not module.scheme.symmetric for module in packed.values()):
         return (
-            "Zero points (symmetric=False): compressed-tensors 0.18 to 0.20 expect them unpacked, so plain transformers"
-            " cannot load this checkpoint with them; reloading needs `import hf_cptquant`, or compressed-tensors 0.17."
+            "Zero points (symmetric=False): plain transformers 5.23 and 5.24 expect them unpacked with"
+            " compressed-tensors 0.18 to 0.20, and cannot load this checkpoint; reloading needs `import hf_cptquant`,"
+            " or an older version of either."
         )
     return None
 
@@ -337,7 +338,7 @@ def refuse_foreign(folder: Path) -> None:
     """Raise `CheckpointError` if writing a checkpoint into the folder would destroy a model that is not ours."""
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give a folder")
-    if folder.is_dir() and not (folder / PLAN_FILE).exists():
+    if folder.is_dir() and not _is_ours(folder):
         held = [
             path.name
             for path in sorted(folder.iterdir())
@@ -345,6 +346,13 @@ def refuse_foreign(folder: Path) -> None:
         ]
         if held:
             raise CheckpointError(f"{folder} holds another model ({held[0]}); give a new folder")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this package wrote the model in a folder. The plan file alone does not tell: it stays where others save
+    the model again as a dense one."""
+    config = folder / "config.json"
+    return config.exists() and "cptquant" in (read_json(config).get("quantization_config") or {})
 
 
 def _move_into_place(staging: Path, target: Path) -> None:

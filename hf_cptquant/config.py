@@ -52,7 +52,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         group_size: input features that share a scale below 8 bits: 16 to 256, or -1 for one scale per output channel.
             Where it does not divide a layer, the largest of 128, 64, 32 below it that does. 8 bits are per channel.
         symmetric: without zero points. The scale is then signed, which uses all levels. `False` stores zero points,
-            which plain transformers cannot load with compressed-tensors 0.18 to 0.20 (they load with this package).
+            which plain transformers 5.23 and 5.24 cannot load with compressed-tensors 0.18 to 0.20 (this package can).
         quality: `"fast"`: rounding to nearest; `"balanced"`: rounding tuned by 80 steps for each block; `"best"`: by
             300.
         rounding: `"nearest"` (equation 1); `"gptq"`: errors compensated by second-order information of each layer's

@@ -78,7 +78,7 @@ def unpack(words: Tensor, bits: int, count: int, dim: int = 1) -> Tensor:
         raise CheckpointError(f"{length} words of 32 bits cannot hold {count} integers of {bits} bits")
     offset = 2 ** (bits - 1)
     if bits in (4, 8):  # whole integers lie in each byte: views instead of shifts
-        octets = words.reshape(-1).view(torch.uint8).view(rows, -1)
+        octets = words.contiguous().view(-1).view(torch.uint8).view(rows, -1)
         if bits == 4:
             octets = torch.stack((octets & 0xF, octets >> 4), -1).flatten(1)
         return (octets[:, :count] - offset).view(torch.int8)

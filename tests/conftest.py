@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 import transformers
 from hub_server import WRITING, HubServer, running
 from huggingface_hub import constants
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_cptquant import CPTQuantConfig
@@ -26,6 +29,13 @@ from hf_cptquant.recipe import BUDGETS
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+TRANSFORMERS, COMPRESSED_TENSORS = (
+    Version(importlib.metadata.version(name)).release for name in ("transformers", "compressed-tensors")
+)
+PACKED_DENSELY = COMPRESSED_TENSORS >= (0, 18)  # before, no integer straddles two words
+WIDTHS_OF_THEIRS = (2, 3, 4, 5, 6, 8) if PACKED_DENSELY else (2, 4, 8)  # that compressed-tensors packs as we do
 
 
 def plan_of(blocks: Mapping[str, str]) -> BitPlan:
@@ -90,11 +100,19 @@ TINY_MIXTURES: dict[str, tuple[str, str, dict]] = {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
         "moe_shared_expert_intermediate_size": 64, "n_group": 1, "topk_group": 1, "vocab_size": 512}),
 }  # fmt: skip
+AUTO_CLASSES = {
+    "llama": transformers.AutoModelForCausalLM, "opt": transformers.AutoModelForCausalLM,
+    "gpt2": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM,
+    "bert-mlm": transformers.AutoModelForMaskedLM,
+    "bert-classifier": transformers.AutoModelForSequenceClassification,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with SmolLM2-135M-Instruct in bfloat16 and its tokenizer."""
+    if sys.version_info < (3, 11):
+        pytest.skip("transformers does not find gguf, with which the package of this model is read, on Python 3.10")
     folder = tmp_path_factory.mktemp("smollm2")
     write_bundled_model(folder)
     return folder

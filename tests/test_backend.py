@@ -7,8 +7,7 @@ import warnings
 
 import pytest
 import torch
-import transformers
-from conftest import TINY_CONFIGS
+from conftest import AUTO_CLASSES, TINY_CONFIGS
 from torch import nn
 from transformers import (
     AutoModel,
@@ -23,12 +22,6 @@ from hf_cptquant.evaluate import perplexity
 from hf_cptquant.modules import QuantLinear, packed_modules
 from hf_cptquant.pipeline import report
 from hf_cptquant.plan import LayerScheme
-
-AUTO_CLASSES = {
-    "llama": AutoModelForCausalLM, "opt": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM,
-    "t5": transformers.AutoModelForSeq2SeqLM, "bert-mlm": AutoModelForMaskedLM,
-    "bert-classifier": AutoModelForSequenceClassification,
-}  # fmt: skip
 
 
 def nearest_in_float64(weight: torch.Tensor, scheme: LayerScheme) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Saving and reloading: by us, by plain transformers, in shards, again; and what is refused."""
 
-import copy
 import json
 import os
 import shutil
@@ -15,9 +14,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -31,10 +28,9 @@ PROBE = """
 import sys, torch
 {imports}
 import transformers
-model = transformers.{model_class}.from_pretrained(sys.argv[1])
-tokens = torch.load(sys.argv[3])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 with torch.no_grad():
-    logits = model(tokens).logits
+    logits = model(torch.arange(40).view(1, -1)).logits
 weights = {{
     name: module.weight.detach().contiguous()
     for name, module in model.named_modules()
@@ -48,24 +44,11 @@ torch.save({{"logits": logits, "weights": weights, "ours": "hf_cptquant" in sys.
 TOKENS = torch.arange(40).view(1, -1)
 
 
-def probe(
-    folder: Path,
-    out: Path,
-    imports: str = "",
-    after: str = "",
-    tokens: torch.Tensor = TOKENS,
-    model_class: str = "AutoModelForCausalLM",
-) -> dict:
+def probe(folder: Path, out: Path, imports: str = "", after: str = "") -> dict:
     """Load a folder in a new process and return its logits and (dense) weights."""
-    script = PROBE.format(imports=imports, after=after, model_class=model_class)
-    torch.save(tokens, out.with_suffix(".tokens"))
+    script = PROBE.format(imports=imports, after=after)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    subprocess.run(
-        [sys.executable, "-c", script, str(folder), str(out), str(out.with_suffix(".tokens"))],
-        check=True,
-        env=environment,
-        cwd=out.parent,
-    )
+    subprocess.run([sys.executable, "-c", script, str(folder), str(out)], check=True, env=environment, cwd=out.parent)
     return torch.load(out)
 
 
@@ -148,30 +131,6 @@ def test_reload_in_a_new_process_is_bit_identical_and_so_is_a_second_save(quanti
         assert json.loads((folder / name).read_text()) == json.loads((again / name).read_text())
 
 
-def test_plain_transformers_reads_the_same_weights_without_us(quantized, tmp_path):
-    model, folder = quantized
-    sentence = "The history of the steam engine begins in the first century, when Hero described a device that turned."
-    tokens = AutoTokenizer.from_pretrained(folder)(sentence, return_tensors="pt")["input_ids"]
-    loaded = probe(folder, tmp_path / "out.pt", tokens=tokens)
-    assert not loaded["ours"]
-    for name, module in packed_modules(model).items():
-        assert torch.equal(loaded["weights"][name], module.weight), name
-    exact = logits_of(copy.deepcopy(model).dequantize(torch.float32), tokens)
-    plain, ours = (
-        (logits.float() - exact).norm() / exact.norm() for logits in (loaded["logits"], logits_of(model, tokens))
-    )
-    assert ours < 2 * plain  # both only differ by what bfloat16 rounds
-    assert plain < 0.1
-
-
-@pytest.mark.parametrize("settings", [{"bits": (2, 3, 5, 6)}, {"bits": (3, 8, 16), "group_size": -1}])
-def test_plain_transformers_reads_odd_schemes(tiny, settings, tmp_path):
-    model, folder = tiny("llama", granularity="module", **settings)
-    loaded = probe(folder, tmp_path / "out.pt")
-    assert all(torch.equal(loaded["weights"][name], module.weight) for name, module in packed_modules(model).items())
-    torch.testing.assert_close(loaded["logits"], logits_of(model))
-
-
 def test_zero_points_reload_packed_and_the_limit_is_said(tiny, tmp_path, logged):
     model, folder = tiny("llama", symmetric=False, bits=(4,))
     assert "0.18" in logged.text
@@ -191,14 +150,9 @@ def test_encoder_decoder_reloads_and_the_limit_is_said(tiny, logged):
     assert torch.equal(logits_of(AutoModelForSeq2SeqLM.from_pretrained(folder)), logits_of(model))
 
 
-@pytest.mark.parametrize("kind", ["opt", "bert-mlm"])
-def test_other_architectures_reload_in_plain_transformers(kind, tiny, tmp_path, texts, logged):
-    auto_class, dataset = (AutoModelForCausalLM, None) if kind == "opt" else (AutoModelForMaskedLM, texts[:2])
-    model, folder = tiny(kind, auto_class, **({"dataset": dataset} if dataset else {}))
+def test_no_limit_is_said_where_there_is_none(tiny, logged):
+    tiny("opt")
     assert "import hf_cptquant" not in logged.text
-    loaded = probe(folder, tmp_path / "out.pt", model_class=auto_class.__name__)
-    assert all(torch.equal(loaded["weights"][name], module.weight) for name, module in packed_modules(model).items())
-    torch.testing.assert_close(loaded["logits"], logits_of(model))
 
 
 def test_conv1d_is_written_for_us_alone_and_says_so(tiny, logged):
@@ -255,9 +209,12 @@ def test_saving_replaces_our_own_folder_and_its_stale_shards(tiny):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["llama", "quantized"]  # no temporary folder stays
 
 
-def test_saving_never_overwrites_another_model(tiny):
+@pytest.mark.parametrize("beside", [[], ["cptquant_plan.json"]], ids=["alone", "with a plan beside"])
+def test_saving_never_overwrites_another_model(tiny, beside):
     model, folder = tiny()
     source = folder.with_name("llama")
+    for name in beside:  # as where others have saved our model again as a dense one
+        shutil.copy(folder / name, source)
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     with pytest.raises(CheckpointError, match="holds another model"):
         model.save_pretrained(source)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from conftest import WIDTHS_OF_THEIRS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -260,6 +261,8 @@ def test_choice_names_a_device_without_a_kernel():
 @with_and_without_bias
 @SETTLED
 def test_state_dict_is_the_wire_format_in_every_layout(scheme, shape, dtype, layout, bias):
+    if scheme.bits not in WIDTHS_OF_THEIRS:
+        pytest.skip("compressed-tensors before 0.18 packs these bits otherwise")
     module, quantized = packed_module(scheme, shape, dtype, bias), quantized_weight(scheme, shape, dtype)
     assert module.layout == layout
     state = module.state_dict()

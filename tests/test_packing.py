@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from conftest import WIDTHS_OF_THEIRS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,7 +43,7 @@ def test_packed_length(count, bits, words):
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WIDTHS_OF_THEIRS)
 def test_words_are_those_of_compressed_tensors(bits, length, dim):
     shape = (5, length) if dim == 1 else (length, 5)
     integers = random_integers(*shape, bits)
@@ -66,6 +67,14 @@ def test_non_contiguous_tensors(bits):
     assert torch.equal(pack(integers[:, ::2], bits), pack(integers[:, ::2].contiguous(), bits))
     words = pack(integers, bits)
     assert torch.equal(unpack(words.t().contiguous().t(), bits, 66), integers)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_single_word_for_each_row_out_of_a_wider_tensor(bits, rows):
+    integers = random_integers(rows, 4, bits)
+    wide = pack(integers, bits).repeat(1, 3)
+    assert torch.equal(unpack(wide[:, :1], bits, 4), integers)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -12,7 +12,7 @@ transformers' own conversion of weights tells.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -65,9 +65,8 @@ def projection_names(model: PreTrainedModel, experts: str, fused: nn.Module) -> 
     return names
 
 
-def without_merging(conversions: list[WeightTransform], model: nn.Module) -> list[WeightTransform]:
-    """Conversions of weights on loading, without those that would fuse what `LinearExperts` holds apart."""
-    apart = [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
+def without_merging(conversions: Sequence[WeightTransform], apart: Sequence[str]) -> list[WeightTransform]:
+    """Conversions of weights on loading, without those that would fuse experts of which the names are given."""
     return [each for each in conversions if not any(_merges(each, name) for name in apart)]
 
 

@@ -7,6 +7,7 @@ is replaced by a class that hands checkpoints with a `cptquant` section to us an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, with_plan_file
 from .config import CPTQuantCheckpointConfig, CPTQuantConfig
 from .errors import ConfigError
-from .experts import without_merging
+from .experts import LinearExperts, without_merging
 from .hub import push_to_hub, save_pretrained
 from .pipeline import Preparation, prepare, quantize_model
 from .quantize import dequantize_model
@@ -39,6 +40,7 @@ class CPTQuantHfQuantizer(HfQuantizer):
     quantization_config: CPTQuantConfig
     record: QuantizationRecord
     _preparation: Preparation
+    _apart: Sequence[str] = ()
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
@@ -49,6 +51,7 @@ class CPTQuantHfQuantizer(HfQuantizer):
             check_files(checkpoint_files or (), record)
             self.record = with_plan_file(record, checkpoint_files or ())
             build_skeleton(model, self.record)
+            self._apart = [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
         else:
             with torch.device("cpu"):  # transformers builds the model on the meta device; the data are real
                 self._preparation = prepare(model, self.quantization_config.recipe())
@@ -68,9 +71,9 @@ class CPTQuantHfQuantizer(HfQuantizer):
         model.half, model.float = partial(nn.Module.half, model), partial(nn.Module.float, model)  # theirs refuse
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Experts that are packed one by one are loaded one by one."""
-        return super().update_weight_conversions(without_merging(weight_conversions, model), model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """Experts that are packed one by one are loaded so. (Only newer versions of transformers give the model.)"""
+        return super().update_weight_conversions(without_merging(weight_conversions, self._apart), *model)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Make the model dense, in place, in its own dtype unless another is asked for.

@@ -14,7 +14,7 @@ declare -A sets=(
     [older]="transformers==5.17.* torch==2.10.* compressed-tensors==0.18.*"
     [newest]=""
 )
-core=${CORE:-packing grid modules model_view checkpoint plain_reload backend citizen}
+core=${CORE:-packing grid modules experts model_view checkpoint plain_reload backend citizen}
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

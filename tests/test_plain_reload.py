@@ -139,8 +139,10 @@ def plain_python(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     python, pins, forced = folder / "venv" / "bin" / "python", folder / "versions.txt", folder / "forced.txt"
 
+    environment = {name: value for name, value in os.environ.items() if name != "UV_COMPILE_BYTECODE"}  # of the links
+
     def run(*command: object) -> str:
-        done = subprocess.run([uv, *map(str, command)], capture_output=True, text=True, check=False)
+        done = subprocess.run([uv, *map(str, command)], capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, (
             f"`{' '.join(map(str, done.args))}` failed. It needs a package index, or uv's cache with the packages of"
             f" this environment, which `uv run pytest` fills. To do without: --ignore {__file__}\n{done.stderr}"
@@ -151,7 +153,7 @@ def plain_python(tmp_path_factory) -> Path:
     pins.write_text(frozen)
     forced.write_text("".join(line for line in frozen.splitlines(True) if line.startswith("torch==")))
     run("venv", "--python", sys.executable, folder / "venv")
-    links = ("--link-mode", "symlink", "--no-compile-bytecode")
+    links = ("--link-mode", "symlink")
     versions = ("--constraints", pins, "--overrides", forced)  # compressed-tensors asks for a newer torch than it needs
     # accelerate, since compressed-tensors before 0.20 imports psutil without requiring it
     run("pip", "install", *links, *versions, "--python", python, *PACKAGES, "accelerate")

@@ -14,6 +14,7 @@ declare -A sets=(
     [older]="transformers==5.17.* torch==2.10.* compressed-tensors==0.18.*"
     [newest]=""
 )
+unset UV_COMPILE_BYTECODE  # the files are links
 core=${CORE:-packing grid modules experts model_view checkpoint plain_reload backend citizen}
 
 folder=$(mktemp -d)
@@ -23,7 +24,7 @@ for name in "$@"; do
     tr ' ' '\n' <<<"${sets[$name]}" >"$folder/$name.txt"
     uv venv --quiet "$folder/$name"
     python="$folder/$name/bin/python"
-    uv pip install --quiet --link-mode symlink --no-compile-bytecode --python "$python" --overrides "$folder/$name.txt" \
+    uv pip install --quiet --link-mode symlink --python "$python" --overrides "$folder/$name.txt" \
         --editable . --group dev --group demo
     echo "$name: $(uv pip freeze --quiet --python "$python" | grep -E '^(transformers|torch|compressed-tensors)==' | xargs)"
     "$python" -m pytest -p no:cacheprovider --quiet $(printf "tests/test_%s.py " $core)

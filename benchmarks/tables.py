@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from paper import COUNTERPARTS, DEVIATIONS, DROPS
@@ -110,7 +111,11 @@ def tuned_plans_table(result: dict[str, Any]) -> str:
         "| plan, rounded as the default does | bits per weight | perplexity | KL divergence |",
         "|---|---|---|---|",
     ]
-    for name, found in result["plans"].items():
+    draws = [found for name, found in result["plans"].items() if name.startswith("random")]
+    rows = {name: found for name, found in result["plans"].items() if not name.startswith("random")}
+    for name, summary in {"mean": mean, "best": min}.items():
+        rows[f"random, {name} of {len(draws)}"] = {key: summary(draw[key] for draw in draws) for key in draws[0]}
+    for name, found in rows.items():
         figures = f"{found['bits_per_weight']:.2f} | {found['perplexity']:.2f} | {found['kl']:.4f}"
         lines.append(f"| {PLANS.get(name, name)} | {figures} |")
     lines += [

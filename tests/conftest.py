@@ -12,7 +12,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never wait for a network
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is: idle threads leave a busy machine to others
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processors
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processors, and are told 80 columns
+    os.environ.pop("COLUMNS", None)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import hypothesis

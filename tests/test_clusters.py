@@ -166,6 +166,11 @@ def test_harmonic_clusters_keep_the_order_of_the_scores(groups, scale, shift):
     assert k_harmonic_means(scores, WIDTHS[: len(groups)]) == bits
 
 
+def test_harmonic_clusters_of_scores_whose_squared_distance_is_0():
+    assert k_harmonic_means({"a": 0.0, "b": 2.4e-236}, (4,)) == {"a": 4, "b": 4}
+    assert k_harmonic_means({"a": 0.0, "b": 2.4e-236}, (4, 8)) == {"a": 4, "b": 8}
+
+
 def test_harmonic_clusters_of_separated_groups():
     scores = named([0.0, 0.1, 0.2, 5.0, 5.1, 9.8, 10.0, 10.1])
     assert list(k_harmonic_means(scores, (4, 8, 16)).values()) == [4, 4, 4, 8, 8, 16, 16, 16]

@@ -67,21 +67,22 @@ def harmonic_centres(values: np.ndarray, counts: np.ndarray, clusters: int, powe
     Returns:
         float64 `[clusters]`.
     """
-    span = np.ptp(values) or 1.0
+    least, span = values.min(), np.ptp(values) or 1.0
+    values = (values - least) / span  # in units of the span, since squares of tiny distances would be 0
     repeated = np.repeat(values, counts)
     centres = np.quantile(repeated, (np.arange(clusters) + 0.5) / clusters)
     for _ in range(ITERATIONS):
-        distances = np.maximum(np.abs(values[:, None] - centres), CLOSEST * span)
+        distances = np.maximum(np.abs(values[:, None] - centres), CLOSEST)
         nearest = distances.min(1, keepdims=True)
         ratios = (nearest / distances) ** power  # so that no power overflows
         # q_ik = d_ik^−(p+2) / (Σ_j d_ij^−p)², the derivative of the performance function
         pull = ratios / distances**2 * nearest**power / ratios.sum(1, keepdims=True) ** 2 * counts[:, None]
         target = (pull * values[:, None]).sum(0) / pull.sum(0)
         moved = centres + (target - centres) / (power - 1)  # Zhang's step for p = 2; the whole step overshoots beyond
-        if np.abs(moved - centres).max() <= CLOSEST * span:
+        if np.abs(moved - centres).max() <= CLOSEST:
             break
         centres = moved
-    return centres
+    return least + span * centres
 
 
 def _distinct(scores: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_cptquant import CPTQuantConfig, measure_sensitivity
+from hf_cptquant.calibration import facts_of, load_calibration
 from hf_cptquant.errors import CheckpointError, ModelError
 from hf_cptquant.experts import LinearExperts, fused_experts, linear_experts
 from hf_cptquant.model_view import units, view_model
@@ -22,6 +23,7 @@ from hf_cptquant.modules import QuantLinear, packed_modules
 from hf_cptquant.pipeline import prepare, quantize_model
 from hf_cptquant.plan import BitPlan
 from hf_cptquant.quantize import apply_plan
+from hf_cptquant.sensitivity.cmpq import sample_outputs, units_by_tokens
 
 
 def mixture(kind: str, **changes) -> transformers.PreTrainedModel:
@@ -150,23 +152,39 @@ def test_experts_stay_fused_where_a_plan_leaves_them(tokens, tmp_path):
         {"estimator": "taylor", "granularity": "group"},
         {"estimator": "perturbation", "granularity": "module"},
         {"method": "pmpq", "granularity": "group"},
-        {"method": "cmpq", "granularity": "block"},
+        {"method": "cmpq", "granularity": "group"},
     ],
 )
 def test_methods_score_experts_and_leave_the_model_as_it_is(method, tokens):
     model = mixture("qwen2-moe")
     values = copy.deepcopy(model.state_dict())
     table = measure_sensitivity(model, settings(tokens, target_bits=None, **method))
-    assert {"group": "model.layers.0.mlp.experts", "module": "model.layers.0.mlp.experts.3.up_proj",
-            "block": "model.layers.0"}[method["granularity"]] in table.scores  # fmt: skip
+    experts = {"group": "model.layers.0.mlp.experts", "module": "model.layers.0.mlp.experts.3.up_proj"}
+    assert experts[method["granularity"]] in table.scores
     assert all(torch.equal(values[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_correlations_of_single_experts_are_refused_with_the_way_out(tokens):
+def test_correlations_of_single_projections_are_refused_with_the_way_out(tokens):
     with pytest.raises(
-        ModelError, match=r"experts.0.gate_proj gives .* not one row for each token.*granularity='block'"
+        ModelError, match=r"experts.0.gate_proj gives .* not one row for each token.*coarser granularity"
     ):
-        measure_sensitivity(mixture("qwen2-moe"), settings(tokens, method="cmpq", granularity="group"))
+        measure_sensitivity(mixture("qwen2-moe"), settings(tokens, method="cmpq", granularity="module"))
+
+
+@torch.no_grad()
+def test_experts_correlate_by_what_they_give_together(tokens):
+    model, plan = mixture("qwen2-moe"), view_model(mixture("qwen2-moe")).plan("group")
+    with linear_experts(model):
+        outputs: list[torch.Tensor] = []
+        model.model.layers[0].mlp.experts.register_forward_hook(lambda *seen: outputs.append(seen[2]))
+        recipe = settings(tokens, method="cmpq", cca_samples=64).recipe()
+        units = units_by_tokens(model, plan, {"input_ids": tokens, "labels": tokens})["input_ids"]
+        data = load_calibration(recipe, facts_of(model))
+        outputs.clear()
+        sample = sample_outputs(model, units, "input_ids", data, 64, 0)["model.layers.0.mlp.experts"]
+    rows = torch.cat(outputs)
+    assert sample.shape == (64, 64)
+    assert all((rows == row).all(1).any() for row in sample)
 
 
 def test_taylor_costs_do_not_depend_on_the_batch(tokens):

@@ -29,6 +29,7 @@ from transformers.utils import logging
 from .. import ranks
 from ..calibration import CalibrationSet, batches_on
 from ..errors import ModelError
+from ..experts import LinearExperts
 from ..model_view import task_of
 from ..plan import BitPlan
 from ..recipe import Recipe
@@ -93,17 +94,18 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
 def units_by_tokens(model: PreTrainedModel, plan: BitPlan, batch: Batch) -> dict[str, dict[str, tuple[str, ...]]]:
     """The input over whose tokens outputs run → unit → the modules whose outputs are the unit's.
 
-    A unit's outputs are those of its block, or of its projections side by side. In an encoder–decoder the decoder's run
-    over the labels, except the keys and values of its attention to the encoder: where these are part of a larger unit,
-    they are left out. Outputs over different tokens cannot be compared.
+    A unit's outputs are those of its block, of all experts of a layer together, or of its projections side by side. In
+    an encoder–decoder the decoder's run over the labels, except the keys and values of its attention to the encoder:
+    where these are part of a larger unit, they are left out. Outputs over different tokens cannot be compared.
 
     Raises:
         ModelError: outputs that are not one row for each token, or fewer than two units over the same tokens.
     """
+    experts = {name for name, module in model.named_modules() if isinstance(module, LinearExperts)}
     members: dict[str, tuple[str, ...]] = {}
     for module in plan.modules:
-        if module.unit == module.block:
-            members[module.unit] = (module.block,)
+        if module.unit == module.block or module.unit in experts:
+            members[module.unit] = (module.unit,)
         else:
             members[module.unit] = (*members.get(module.unit, ()), module.name)
     one = {name: tensor[:1] for name, tensor in batch.items()}
@@ -115,7 +117,7 @@ def units_by_tokens(model: PreTrainedModel, plan: BitPlan, batch: Batch) -> dict
         field = field_of_rows(_first(output), one)
         if field is None:
             raise ModelError(
-                f"{name} gives {tuple(_first(output).shape)}, not one row for each token; use granularity='block'"
+                f"{name} gives {tuple(_first(output).shape)}, not one row for each token; use a coarser granularity"
             )
         field_of[name] = field
 

@@ -27,6 +27,7 @@ ROWS = {
     "PMPQ, by accuracy": {"method": "pmpq", "metric": "accuracy"},
     "CMPQ": {"method": "cmpq"},
     "TDMPQ": {"method": "tdmpq"},
+    "TDMPQ, with the costs of tuned rounding": {"method": "tdmpq", "quality": "balanced"},
     "TDMPQ, by perturbation": {"method": "tdmpq", "estimator": "perturbation"},
 }
 BUDGETS = (8.0, 4.5, 4.0)

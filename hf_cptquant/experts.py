@@ -36,14 +36,15 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether `use_experts_implementation` of transformers, which says how the parameters lie, has marked its class."""
-    if not {"is_transposed", "is_concatenated", "has_gate", "has_bias"} <= vars(module).keys():
+    marks = vars(module)
+    if not {"is_transposed", "is_concatenated", "has_gate", "has_bias"} <= marks.keys():
         return False
-    wanted = set(_fused_names(module)) | (
-        {f"{name}_bias" for name in _fused_names(module)} if module.has_bias else set()
-    )
-    return set(module._parameters) == wanted and all(
-        module._parameters[name].dim() == 3 for name in _fused_names(module)
-    )
+    if marks.get("has_post_expert_norm"):  # which `LinearExperts` does not know
+        return False
+    names = _fused_names(module)
+    biases = [f"{name}_bias" for name in names] if module.has_bias else []
+    parameters = module._parameters
+    return parameters.keys() == {*names, *biases} and all(parameters[name].dim() == 3 for name in names)
 
 
 def _fused_names(fused: nn.Module) -> tuple[str, str]:
@@ -52,12 +53,12 @@ def _fused_names(fused: nn.Module) -> tuple[str, str]:
 
 def projection_names(model: PreTrainedModel, experts: str, fused: nn.Module) -> dict[str, tuple[str, ...]]:
     """Fused parameter → what checkpoints call its parts, for each expert."""
-    conversions = [each for each in get_model_conversion_mapping(model, add_legacy=False) if _merges(each, experts)]
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
     names = {}
     for parameter in _fused_names(fused):
         names[parameter] = PLAIN_NAMES[parameter]
         for conversion in conversions:
-            if any(re.search(target, f"{experts}.{parameter}") for target in conversion.target_patterns):
+            if _gives(conversion, f"{experts}.{parameter}"):
                 found = [re.search(r"(\w+)\.weight$", source) for source in conversion.source_patterns]
                 leaves = tuple(match[1] for match in found if match is not None)
                 if len(leaves) == len(PLAIN_NAMES[parameter]):
@@ -67,14 +68,14 @@ def projection_names(model: PreTrainedModel, experts: str, fused: nn.Module) -> 
 
 def without_merging(conversions: Sequence[WeightTransform], apart: Sequence[str]) -> list[WeightTransform]:
     """Conversions of weights on loading, without those that would fuse experts of which the names are given."""
-    return [each for each in conversions if not any(_merges(each, name) for name in apart)]
+    fused = [f"{experts}.{parameter}" for experts in apart for parameter in PLAIN_NAMES]
+    return [each for each in conversions if not any(_gives(each, name) for name in fused)]
 
 
-def _merges(conversion: WeightTransform, experts: str) -> bool:
+def _gives(conversion: WeightTransform, parameter: str) -> bool:
+    """Whether a conversion makes the parameter of that name out of others."""
     return isinstance(conversion, WeightConverter) and any(
-        re.search(target, f"{experts}.{parameter}")
-        for target in conversion.target_patterns
-        for parameter in (GATED, UNGATED, DOWN)
+        re.search(target, parameter) for target in conversion.target_patterns
     )
 
 

@@ -25,6 +25,7 @@ from .calibration import LOGIT_BYTES
 from .config import CPTQuantConfig
 from .errors import EvaluationError
 from .evaluate import check_comparable, evaluation_data, measure_windows, name_of, results_of
+from .experts import linear_experts
 from .model_view import TASKS, class_named_in, read_config, task_of
 from .plan import PACKED_BITS, BitPlan
 from .predictions import kept_in_a_file, predictions, predictions_per_window
@@ -93,7 +94,8 @@ def _in_words(control: BitPlan) -> str:
 def _load_rounded(source: str, device_map: str | None, plan: BitPlan) -> PreTrainedModel:
     """A dense model with its weights rounded to nearest."""
     model = _load(source, device_map)
-    apply_plan(model, plan)
+    with linear_experts(model):
+        apply_plan(model, plan)
     dequantize_model(model)
     return model
 

@@ -18,6 +18,7 @@ from hf_cptquant import CPTQuantConfig, measure_sensitivity
 from hf_cptquant.calibration import facts_of, load_calibration
 from hf_cptquant.errors import CheckpointError, ModelError
 from hf_cptquant.experts import LinearExperts, fused_experts, linear_experts
+from hf_cptquant.folder_evaluation import evaluate_folder, uniform_control
 from hf_cptquant.model_view import units, view_model
 from hf_cptquant.modules import QuantLinear, packed_modules
 from hf_cptquant.pipeline import prepare, quantize_model
@@ -227,6 +228,29 @@ def test_what_is_named_is_left_alone():
         f"model.layers.{i}.mlp.experts.{e}.{leaf}" for i in (1, 2) for e in range(4) for leaf in ("w1", "w3")
     }
     assert ("model.layers.0.mlp.gate", "routes tokens to experts") in {(left.name, left.reason) for left in view.left}
+
+
+def test_experts_with_a_norm_behind_them_are_not_taken_apart(tokens):
+    model = mixture("mixtral")
+    model.model.layers[1].mlp.experts.has_post_expert_norm = True  # as transformers marks those of Muse Spark
+    view = view_model(model)
+    assert ("model.layers.1.mlp.experts", "MixtralExperts is not supported") in {(m.name, m.reason) for m in view.left}
+    assert {module.block for module in view.modules if ".experts." in module.name} == {
+        "model.layers.0",
+        "model.layers.2",
+    }
+
+
+def test_the_control_of_a_uniform_plan_is_the_model_itself(tokens, tmp_path):
+    mixture("mixtral").save_pretrained(tmp_path / "dense")
+    config = settings(tokens, target_bits=None, bits_override={"*": 4})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    model.save_pretrained(tmp_path / "quantized")
+    control = uniform_control(model.hf_quantizer.record)
+    folders = str(tmp_path / "quantized"), CPTQuantConfig(dataset=tokens, sequence_length=32), str(tmp_path / "dense")
+    for result in evaluate_folder(*folders, control=control):
+        assert result.control == pytest.approx(result.value, rel=1e-4)
+        assert result.metric != "perplexity" or result.base != pytest.approx(result.value, rel=1e-4)
 
 
 def test_offloaded_experts_are_refused_and_nothing_is_changed(tokens, tmp_path):

@@ -18,6 +18,8 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet
@@ -40,8 +42,35 @@ NEAREST = {f"nearest {bits}": bits for bits in (3, 4)}
 OURS = {f"ours {target}": {"target_bits": target, "bits": BITS} for target in (3.5, 4.0, 4.5, 5.0)}
 OURS["ours 4.5, 4, 8, 16 bits"] = {"target_bits": 4.5, "bits": (4, 8, 16)}
 OURS["ours 4.5, fast"] = {"target_bits": 4.5, "bits": BITS, "quality": "fast"}
-AUTO_SCHEME = {"AutoScheme 4.5": (4.5, "4,8"), "AutoScheme 3.5": (3.5, "2,3,4,8")}
-PEERS = Path(__file__).parent / "peers"
+
+# Bits of a zero point, by the bits of the weights: none, as wide as they are, or a number like the scales.
+NONE, INTEGER, FLOAT = (lambda _: 0), (lambda bits: bits), (lambda _: 16)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A row of another library.
+
+    Attributes:
+        script: in `peers/`; the environment that it runs in has its name without `_peer.py`.
+        arguments: of the script.
+        zero_point: bits of each, by the bits of the weights.
+    """
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    zero_point: Callable[[int], int] = NONE
+
+
+PEERS = {
+    "GPTQModel 4": Peer("gptqmodel_peer.py", zero_point=INTEGER),
+    "llm-compressor GPTQ 4": Peer("llm_compressor_peer.py"),
+    "HQQ 4": Peer("hqq_peer.py", zero_point=FLOAT),
+    "AutoRound 4": Peer("auto_round_peer.py", zero_point=INTEGER),
+    "AutoScheme 4.5": Peer("auto_round_peer.py", ("--target-bits", "4.5", "--bits", "4,8"), INTEGER),
+    "AutoScheme 3.5": Peer("auto_round_peer.py", ("--target-bits", "3.5", "--bits", "2,3,4,8"), INTEGER),
+}
+SCRIPTS = Path(__file__).parent / "peers"
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 
 
@@ -90,24 +119,13 @@ def quantize(row: str, folder: Path, output: Path) -> dict[str, object]:
 def run(row: str, folder: Path, arguments: argparse.Namespace) -> dict[str, object] | None:
     """One row in a process of its own, or None where its peer is not installed."""
     output = folder / "weights.pt"
-    if row in AUTO_SCHEME:
-        python = (arguments.peers or folder) / "auto_round" / "bin" / "python"
+    command = [sys.executable, __file__, "--quantize", row, "--work-dir", str(folder)]
+    if peer := PEERS.get(row):
+        python = (arguments.peers or folder) / peer.script.removesuffix("_peer.py") / "bin" / "python"
         if not python.exists():
             print(f"{row}: skipped, no {python}")
             return None
-        target, bits = AUTO_SCHEME[row]
-        command = [
-            str(python),
-            str(PEERS / "auto_scheme.py"),
-            str(folder),
-            "--target-bits",
-            str(target),
-            "--bits",
-            bits,
-        ]
-        command += ["--output", str(output)]
-    else:
-        command = [sys.executable, __file__, "--quantize", row, "--work-dir", str(folder)]
+        command = [str(python), str(SCRIPTS / peer.script), str(folder), *peer.arguments, "--output", str(output)]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(printed.splitlines()[-1])
 
@@ -132,15 +150,15 @@ def divergence(model: PreTrainedModel, original: PreTrainedModel, windows: Tenso
     return math.fsum(sums) / len(windows)
 
 
-def bits_per_weight(model: PreTrainedModel, bits: dict[str, int], zero_points: bool) -> float:
-    """Of the quantizable weights, with a 16-bit scale for each group (each output channel at 8 bits) and, if asked for,
-    zero points below 8 bits."""
+def bits_per_weight(model: PreTrainedModel, bits: dict[str, int], zero_point: Callable[[int], int]) -> float:
+    """Of the quantizable weights, with a 16-bit scale for each group (each output channel at 8 bits) and zero points
+    below 8 bits."""
     total = weights = 0
     for module in view_model(model).modules:
         size, width = module.out_features * module.in_features, bits.get(module.name, 16)
         groups = 0 if width == 16 else module.out_features * (1 if width == 8 else module.in_features // GROUP_SIZE)
         weights += size
-        total += size * width + groups * (16 + (width if zero_points and width < 8 else 0))
+        total += size * width + groups * (16 + (zero_point(width) if width < 8 else 0))
     return total / weights
 
 
@@ -157,7 +175,7 @@ def measured(original: PreTrainedModel, weights: Path | None, folder: Path) -> d
 
 def main() -> None:
     """Run and measure the rows; write the result file and print it as the last line."""
-    rows = ["unrounded", *NEAREST, *OURS, *AUTO_SCHEME]
+    rows = ["unrounded", *NEAREST, *OURS, *PEERS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path, help="text file")
     parser.add_argument("--evaluation", type=Path, help="text file")
@@ -180,7 +198,7 @@ def main() -> None:
         if made is None:
             continue
         figures = measured(original, None if row == "unrounded" else folder / "weights.pt", folder)
-        size = bits_per_weight(original, made.pop("bits"), zero_points=row in AUTO_SCHEME)
+        size = bits_per_weight(original, made.pop("bits"), PEERS[row].zero_point if row in PEERS else NONE)
         figures = {"bits_per_weight": size, **figures, **made}
         results["rows"][row] = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
         results["rows"] = {name: results["rows"][name] for name in rows if name in results["rows"]}

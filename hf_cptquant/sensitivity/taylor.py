@@ -2,9 +2,10 @@
 
 Rounding changes a weight by ΔW, and the loss by ⟨g, ΔW⟩ + ½ ΔWᵀ H ΔW + …. The first-order term is measured on the
 labels of the data, with its sign: a model is seldom at the minimum of the calibration text, and some rounding errors
-help. Rounding that is tuned (GPTQ, SignRound) makes other errors than those that are priced here, so the sign of their
-first-order term is not relied on; then the price is the second-order term, times the share of it that is left when the
-weights of a layer make up for each other's errors (`compensation.py`).
+help. It counts by the share of it that the labels at hand can tell from chance (`share_of_signal`). Rounding that is
+tuned (GPTQ, SignRound) makes other errors than those that are priced here, so the sign of their first-order term is
+not relied on; then the price is the second-order term, times the share of it that is left when the weights of a layer
+make up for each other's errors (`compensation.py`).
 
 For H stands the Fisher information, which for a cross-entropy is the Gauss–Newton matrix: the expectation of g gᵀ under
 labels *drawn from the model*. Gradients of drawn labels are uncorrelated, so the square of their sum has the
@@ -51,6 +52,8 @@ from .metrics import Batch, field_of_rows, forward, mean_loss, not_finite
 from .rounding_errors import rounding_errors
 from .scoring import facts_of, open_journal, with_labels
 
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
+
 TOKENS_FOR_INPUT = 4  # for each feature of the widest input, to know how inputs depend on each other
 
 
@@ -80,6 +83,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         **named,
         "bits": widths,
         "orders": [2] if tuned else [1, 2],
+        "shrunk": not tuned,
         "compensated": tuned,
     }
     facts = facts_of(model, plan, calibration, {"method": "tdmpq", **settings})
@@ -108,13 +112,19 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
             bar.update(len(batch["input_ids"]))
     found = {key: parts for gathered in ranks.gather(journal.results) for key, parts in gathered.items()}
     results = [part for key, _, _ in spans for part in found[key]]
-    sequences = sum(part["sequences"] for part in results)
-    costs = {
-        unit: {
-            bits: math.fsum(term for part in results for term in part["terms"][unit][index][tuned:]) / sequences
-            for index, bits in enumerate(widths)
-        }
+    sequences, predictions = (sum(part[count] for part in results) for count in ("sequences", "predictions"))
+    terms = {
+        unit: [
+            [math.fsum(part["terms"][unit][index][order] for part in results) / sequences for order in (0, 1)]
+            for index in range(len(widths))
+        ]
         for unit in dict.fromkeys(module.unit for module in plan.modules)
+    }
+    signal = 0.0 if tuned else share_of_signal(itertools.chain.from_iterable(terms.values()), predictions)
+    logger.info(f"{signal:.0%} of the first-order terms is more than chance over {predictions} predictions")
+    costs = {
+        unit: {bits: signal * first + second for bits, (first, second) in zip(widths, found, strict=True)}
+        for unit, found in terms.items()
     }
     return SensitivityTable(
         method="tdmpq",
@@ -128,6 +138,23 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     )
 
 
+def share_of_signal(terms: Iterable[Sequence[float]], predictions: int) -> float:
+    """How much of the first-order terms is not the chance of few labels: the factor, in [0, 1], by which the
+    James–Stein estimator (its positive part) shrinks means that are measured with errors of known size.
+
+    A first-order term is a mean over predictions. Of labels drawn from the model its variance is ΔWᵀ F ΔW over their
+    number, and the second-order term is half of ΔWᵀ F ΔW.
+
+    Args:
+        terms: first- and second-order term of each unit and bit width.
+        predictions: how many labels the loss is the mean of.
+    """
+    terms = list(terms)
+    squares = math.fsum(first**2 for first, _ in terms)
+    by_chance = math.fsum(2 * second for _, second in terms) / predictions
+    return max(0.0, 1 - by_chance / squares) if squares else 0.0
+
+
 def _measured(
     model: PreTrainedModel,
     plan: BitPlan,
@@ -137,8 +164,8 @@ def _measured(
     start: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """The batch's parts, one if memory suffices: how many sequences, their mean loss, and per unit and width the sums
-    over sequences s of [⟨g_s, ΔW⟩, ½ ΔWᵀ F_s ΔW].
+    """The batch's parts, one if memory suffices: how many sequences and predictions, their mean loss, and per unit and
+    width the sums over sequences s of [⟨g_s, ΔW⟩, ½ ΔWᵀ F_s ΔW].
 
     Args:
         shares: of the terms of each module that count.
@@ -146,7 +173,8 @@ def _measured(
     """
     if not any(schemes.values()):  # nothing to price, only the loss to measure
         terms: dict[str, list[float]] = {module.unit: [] for module in plan.modules}
-        return [{"sequences": len(batch["input_ids"]), "loss": mean_loss(model, [batch]), "terms": terms}]
+        counts = {"sequences": len(batch["input_ids"]), "predictions": sum(_predictions(model, batch))}
+        return [{**counts, "loss": mean_loss(model, [batch]), "terms": terms}]
 
     def work(parts: Sequence[Batch]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = []
@@ -156,10 +184,17 @@ def _measured(
             uniform = uniform_numbers(part["labels"], seed, numbers)
             loss, terms = _expanded(model, plan, schemes, shares, part, uniform)
             found = {unit: sums.tolist() for unit, sums in terms.items()}
-            results.append({"sequences": len(numbers), "loss": loss, "terms": found})
+            counts = {"sequences": len(numbers), "predictions": sum(_predictions(model, part))}
+            results.append({**counts, "loss": loss, "terms": found})
         return results
 
     return backing_off(work, [batch])
+
+
+def _predictions(model: PreTrainedModel, batch: Batch) -> list[int]:
+    """How many labels each sequence has to predict."""
+    labels = batch["labels"][:, 1:] if task_of(model) == "causal-lm" else batch["labels"]
+    return (labels.reshape(len(labels), -1) != -100).sum(1).tolist()
 
 
 def _expanded(
@@ -179,8 +214,7 @@ def _expanded(
     Returns:
         The mean loss, and unit → float64 `[widths, 2]`: first- and second-order terms, summed over sequences.
     """
-    labels = batch["labels"][:, 1:] if task_of(model) == "causal-lm" else batch["labels"]
-    counts = (labels.reshape(len(labels), -1) != -100).sum(1).tolist()
+    counts = _predictions(model, batch)
     widths = len(next(iter(schemes.values())))
     terms = {module.unit: torch.zeros(widths, 2, dtype=torch.float64) for module in plan.modules}
     order = 0

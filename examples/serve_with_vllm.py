@@ -18,6 +18,6 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":  # vLLM starts processes that import this file
     prompts = ["The capital of France is", "Water boils at"]
-    model = LLM(sys.argv[1], max_model_len=256)
+    model = LLM(sys.argv[1], max_model_len=256, enforce_eager=True)  # two prompts are not worth a minute of compiling
     for output in model.generate(prompts, SamplingParams(temperature=0, max_tokens=16)):
         print(f"{output.prompt}{output.outputs[0].text}")

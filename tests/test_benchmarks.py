@@ -1,7 +1,9 @@
 """The paper's tables and the encoder's: what their rows say is what an independent calculation gives."""
 
 import itertools
+import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from conftest import tiny_model
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_cptquant import CPTQuantConfig, evaluate_model
 
@@ -58,6 +60,47 @@ def test_rows_of_the_papers_table_2(benchmark_modules, tiny_folder, tokens):
     expected = math.exp(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item())
     assert found["rows"]["uniform 4"]["value"] == pytest.approx(expected, rel=2e-3)
     assert found["rows"]["uniform 4"]["value"] != pytest.approx(found["original"]["value"], rel=1e-2)
+
+
+def test_the_papers_tables_of_a_model_on_the_hub(
+    benchmark_modules, hub, tiny_folder, minilm, texts, tmp_path, monkeypatch, capsys
+):
+    import paper_tables
+
+    AutoModelForCausalLM.from_pretrained(tiny_folder("opt", max_position_embeddings=128)).push_to_hub("me/tiny")
+    AutoTokenizer.from_pretrained(minilm).train_new_from_iterator(texts[::10], 512).push_to_hub("me/tiny")
+    reviews = Dataset.from_list([{"text": text, "label": index % 2} for index, text in enumerate(texts[:24])])
+    reviews.to_parquet(tmp_path / "reviews.parquet")
+    (tmp_path / "help.txt").write_text("\n".join(texts), encoding="utf-8")
+    for name, value in {
+        "CALIBRATION_LENGTH": 32,
+        "WINDOWS": 1,
+        "WINDOW": 32,
+        "CALIBRATION_REVIEWS": 16,
+        "HELD_OUT": 16,
+    }.items():
+        monkeypatch.setattr(paper_tables, name, value)
+    monkeypatch.setattr(paper_tables.fine_tune, "__defaults__", (16,))
+    monkeypatch.setattr(paper_tables, "RESULTS", tmp_path / "paper_tables.json")
+    data = {
+        "--calibration": "help.txt",
+        "--evaluation": "help.txt",
+        "--reviews": "reviews.parquet",
+        "--held-out": "reviews.parquet",
+    }
+    files = [str(word) for option, name in data.items() for word in (option, tmp_path / name)]
+    monkeypatch.setattr(
+        sys, "argv", ["paper_tables.py", "--models", "me/tiny", *files, "--work-dir", str(tmp_path / "work")]
+    )
+    paper_tables.main()
+    tasks = json.loads((tmp_path / "paper_tables.json").read_text())["models"]["me/tiny"]
+    assert list(tasks) == ["language modelling", "classification"]
+    for found in tasks.values():
+        assert found["rows"]["FP16"]["value"] == pytest.approx(found["original"]["value"], rel=1e-2)
+        assert (
+            found["rows"]["uniform 4"]["bytes"] < found["rows"]["uniform 8"]["bytes"] < found["rows"]["FP16"]["bytes"]
+        )
+    assert "| me/tiny | CMPQ |" in capsys.readouterr().out
 
 
 def test_the_classifier_learns_from_reviews(benchmark_modules, tmp_path):

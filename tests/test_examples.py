@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from hf_cptquant import demo
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ELSEWHERE = {  # tests/test_hub.py pushes; lm_eval and vllm live in environments of their own
+ELSEWHERE = {  # tests/test_hub.py pushes; lm_eval and vllm (serve_with_vllm.sh) live in environments of their own
     "quantize_and_push.py",
     "evaluate_with_lm_eval.py",
     "serve_with_vllm.py",

@@ -127,8 +127,8 @@ def test_costs_equal_those_of_plain_gradients(kind, granularity, tokens, minilm)
     table = METHODS["tdmpq"](model, plan, calibration, recipe)
     base, first, second, predictions = literal_costs(kind, plan, calibration.batches, recipe)
     expected = combined(first, second, predictions)
-    print("XXX", kind, granularity, max(abs(expected[key] - second[key]) for key in first), max(second.values()))
-    assert max(second.values()) > 3e-4
+    assert max(second.values()) > 3e-4  # both terms matter, so the comparison means something
+    assert kind == "llama" or max(abs(expected[key] - second[key]) for key in first) > 3e-3  # its labels are chance
     assert table.base == pytest.approx(base, rel=1e-5)
     assert flat(table.costs) == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert list(table.raw) == list(dict.fromkeys(module.unit for module in plan.modules))

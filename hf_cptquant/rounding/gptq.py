@@ -5,7 +5,8 @@ those with the largest diagonal of H first, and what a column loses is made up f
 the upper Cholesky factor of H⁻¹, the error e = (w − ŵ)/U_ii moves the later columns by −e·U_i. Grids are fixed before
 (the groups are those of the stored order), so the order costs nothing at run time. A hundred columns at a time are
 finished before the rest of the matrix is touched, and layers that share their inputs are rounded as one tall matrix.
-The walk is greedy; a row that it leaves with a larger error than rounding to nearest would, is rounded to nearest.
+Ranges are narrowed by what they cost on the inputs (`clipping.py`). The walk is greedy; a row that it leaves with a
+larger error than rounding to nearest on the whole range would, is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..errors import ModelError
-from ..grid import QuantizedWeight, fit_grid, integer_range
+from ..grid import QuantizedWeight, dequantize, extremes, fit_grid, grid_between, integer_range, quantize
 from ..plan import LayerScheme
 from ..sensitivity.compensation import DAMPING, input_products
 from ..sensitivity.prefix import Call
+from .clipping import best_factors
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
@@ -71,9 +73,9 @@ def round_together(
         dtype: of the scales; by default the weights'.
 
     Returns:
-        The integers, on the grids of rounding to nearest.
+        The integers.
     """
-    grids = [fit_grid(matrix, scheme, dtype) for matrix, scheme in zip(matrices, schemes, strict=True)]
+    grids = [_clipped_grid(matrix, scheme, hessian, dtype) for matrix, scheme in zip(matrices, schemes, strict=True)]
     columns = hessian.shape[0]
     # per row and column: scale, zero point, ends of the grid
     scale = torch.cat([_spread(scale, columns) for scale, _ in grids]).float()
@@ -100,22 +102,34 @@ def round_together(
             work[:, column:stop] -= error.unsqueeze(1) * factor[column, column:stop]
             errors[:, column - start] = error
         work[:, stop:] -= errors @ factor[start:stop, stop:]
-    restored = order.argsort()
-    levels, weights = integers[:, restored], torch.cat([matrix.float() for matrix in matrices])
-    scale, zero = scale[:, restored], zero[:, restored]
-    plain = torch.round(weights / scale) + zero
-    plain = torch.minimum(torch.maximum(plain, ends[:, :1]), ends[:, 1:])
-    worse = _errors(weights - (levels - zero) * scale, hessian) > _errors(weights - (plain - zero) * scale, hessian)
-    integers = torch.where(worse.unsqueeze(1), plain, levels).to(torch.int8)
-    parts = integers.split([len(matrix) for matrix in matrices])
-    return [
-        QuantizedWeight(part.contiguous(), scale, zero_point, scheme)
-        for part, (scale, zero_point), scheme in zip(parts, grids, schemes, strict=True)
-    ]
+    parts = integers[:, order.argsort()].to(torch.int8).split([len(matrix) for matrix in matrices])
+    found = [QuantizedWeight(part, *grid, scheme) for part, grid, scheme in zip(parts, grids, schemes, strict=True)]
+    return [_better_rows(matrix, rounded, hessian) for matrix, rounded in zip(matrices, found, strict=True)]
 
 
-def _errors(change: Tensor, hessian: Tensor) -> Tensor:
+def _clipped_grid(
+    matrix: Tensor, scheme: LayerScheme, hessian: Tensor, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    factors = best_factors(matrix, scheme, hessian.diagonal(), dtype)
+    low, high = extremes(matrix, scheme)
+    return grid_between(low * factors, high * factors, scheme, dtype or matrix.dtype)
+
+
+def _better_rows(matrix: Tensor, rounded: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+    """Each row as it was rounded or, if that has the smaller error, to nearest on its whole range."""
+    scheme = rounded.scheme
+    nearest = quantize(matrix, *fit_grid(matrix, scheme, rounded.scale.dtype), scheme)
+    worse = (_errors(matrix, rounded, hessian) > _errors(matrix, nearest, hessian)).unsqueeze(1)
+    zero_point = nearest.zero_point
+    if zero_point is not None:
+        zero_point = torch.where(worse, zero_point, rounded.zero_point)
+    integers = torch.where(worse, nearest.integers, rounded.integers)
+    return QuantizedWeight(integers, torch.where(worse, nearest.scale, rounded.scale), zero_point, scheme)
+
+
+def _errors(matrix: Tensor, rounded: QuantizedWeight, hessian: Tensor) -> Tensor:
     """‖ΔW X‖² of every row."""
+    change = dequantize(rounded.integers, rounded.scale, rounded.zero_point).float() - matrix.float()
     return ((change @ hessian) * change).sum(1)
 
 

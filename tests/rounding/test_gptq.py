@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_cptquant.errors import ModelError
-from hf_cptquant.grid import dequantize, integer_range
+from hf_cptquant.grid import dequantize, extremes, grid_between, integer_range, quantize
 from hf_cptquant.plan import LayerScheme
 from hf_cptquant.rounding import gptq, round_nearest
+from hf_cptquant.rounding.clipping import best_factors
 
 SCHEMES = [LayerScheme(4, 16), LayerScheme(3, 32, False), LayerScheme(2, 16, False), LayerScheme(8), LayerScheme(5, 16)]
 
@@ -29,9 +30,16 @@ def dense(quantized) -> torch.Tensor:
     return dequantize(quantized.integers, quantized.scale, quantized.zero_point)
 
 
+def clipped(weight, hessian, scheme):
+    """Rounded to nearest on ranges that are narrowed."""
+    factors = best_factors(weight, scheme, hessian.diagonal())
+    low, high = extremes(weight, scheme)
+    return quantize(weight, *grid_between(low * factors, high * factors, scheme, weight.dtype), scheme)
+
+
 def textbook(weight, hessian, scheme, damping=gptq.DAMPING) -> np.ndarray:
     """Round the column of largest diagonal, move the open columns along the inverse Hessian, eliminate; in float64."""
-    grid = round_nearest(weight, scheme)
+    grid = clipped(weight, hessian, scheme)
     groups = grid.scale.shape[1]
     scale = grid.scale.double().repeat_interleave(weight.shape[1] // groups, 1).numpy()
     zero = np.zeros_like(scale)
@@ -59,10 +67,11 @@ def test_integers_are_those_of_the_textbook(scheme, columns, monkeypatch):
     expected = textbook(weight, hessian, scheme)
     rows = (found.integers.numpy() == expected).mean(1)
     nearest = round_nearest(weight, scheme)
-    kept = (found.integers == nearest.integers).all(1).numpy()
-    assert np.all((rows > 0.97) | kept)  # a tie may fall to the other side in float32
+    kept = (found.integers == nearest.integers).all(1) & (found.scale == nearest.scale).all(1)
+    assert np.all((rows > 0.97) | kept.numpy())  # a tie may fall to the other side in float32
     assert np.mean(rows > 0.97) > 0.8
-    assert torch.equal(found.scale, nearest.scale)
+    scale = torch.where(kept.unsqueeze(1), nearest.scale, clipped(weight, hessian, scheme).scale)
+    assert torch.equal(found.scale, scale)
     if scheme.bits < 8:
         assert (found.integers != nearest.integers).any()
 
@@ -102,7 +111,7 @@ def test_dead_inputs_are_rounded_to_nearest():
     weight, inputs = drawn(8, 32, 100)
     inputs[:, ::3] = 0
     (found,) = gptq.round_together([weight], [LayerScheme(4, 16)], inputs.t() @ inputs)
-    nearest = round_nearest(weight, LayerScheme(4, 16))
+    nearest = quantize(weight, found.scale, found.zero_point, found.scheme)
     assert torch.equal(found.integers[:, ::3], nearest.integers[:, ::3])
 
 

@@ -55,10 +55,11 @@ class CPTQuantConfig(QuantizationConfigMixin):
             which plain transformers 5.23 and 5.24 cannot load with compressed-tensors 0.18 to 0.20 (this package can).
         quality: `"fast"`: rounding to nearest; `"balanced"`: rounding tuned by 80 steps for each block; `"best"`: by
             300.
-        rounding: `"nearest"` (equation 1); `"gptq"`: errors compensated by second-order information of each layer's
+        rounding: `"nearest"` (equation 1); `"clipped"`: to nearest on ranges that are narrowed by what that costs on
+            the inputs; `"gptq"`: on such ranges, with errors compensated by second-order information of each layer's
             inputs (arXiv 2210.17323); `"signround"`: offsets and ranges tuned by signed gradients for the outputs of
-            each block (arXiv 2309.05516). The last two take the calibration data and a model in memory. By default
-            what the quality says.
+            each block (arXiv 2309.05516). All but the first take the calibration data and a model in memory. By
+            default what the quality says.
         iters: steps of `"signround"` for each block, each on about 1,024 tokens; 0 is rounding to nearest. By default
             what the quality says.
         recover: `"scales"`: after rounding, train the scales and the weights of norms, while the integers stay, to

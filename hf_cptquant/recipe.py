@@ -24,7 +24,7 @@ METRIC_NAMES = ("loss", "perplexity", "accuracy")
 ALLOCATION_NAMES = ("kmeans", "k-harmonic-means", "integer")
 BUDGETS = ("target_bits", "target_size", "target_compression", "max_loss_increase")
 GRANULARITY_NAMES = ("block", "group", "module")
-ROUNDING_NAMES = ("nearest", "gptq", "signround")
+ROUNDING_NAMES = ("nearest", "clipped", "gptq", "signround")
 QUALITIES = {"fast": ("nearest", 0), "balanced": ("signround", 80), "best": ("signround", 300)}  # rounding, iters
 RECOVER_NAMES = (None, "scales")
 PERTURB_NAMES = ("all", "first")
@@ -218,6 +218,11 @@ class Recipe:
     def rounds_to_nearest(self) -> bool:
         """Whether weights are rounded one by one, without data."""
         return self.rounding == "nearest" or (self.rounding == "signround" and self.iters == 0)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether the weights of a layer make up for each other's rounding errors."""
+        return self.rounding != "clipped" and not self.rounds_to_nearest
 
     @property
     def learns(self) -> bool:

@@ -7,14 +7,17 @@ a `Tuning`; they give the integers of each layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..grid import QuantizedWeight
-from . import gptq, signround
+from ..plan import LayerScheme
+from ..sensitivity.prefix import Call
+from . import clipping, gptq, signround
 from .nearest import round_nearest
 
 __all__ = ["BLOCK_ROUNDINGS", "Tuning", "round_nearest"]
@@ -36,8 +39,20 @@ class Tuning:
     curvature: Tensor | None = None
 
 
+def _by_inputs(
+    together: clipping.Together,
+    block: nn.Module,
+    schemes: Mapping[str, LayerScheme],
+    calls: Sequence[Call],
+    _targets: Sequence[Tensor],
+    tuning: Tuning,
+) -> dict[str, QuantizedWeight]:
+    return clipping.round_by_inputs(together, block, schemes, calls, tuning.dtype)
+
+
 BLOCK_ROUNDINGS: dict[str, Callable[..., dict[str, QuantizedWeight]]] = {
-    "gptq": lambda block, schemes, calls, _targets, tuning: gptq.round_block(block, schemes, calls, tuning.dtype),
+    "clipped": partial(_by_inputs, clipping.round_together),
+    "gptq": partial(_by_inputs, gptq.round_together),
     "signround": lambda block, schemes, calls, targets, tuning: signround.round_block(
         block, schemes, calls, targets, tuning.iterations, tuning.seed, tuning.curvature, tuning.dtype
     ),

@@ -1,4 +1,4 @@
-"""Where to end the range of a group: the largest weights are given up for finer steps of all the others.
+"""Where to end the range of a group: the largest weights are cut off for finer steps of all the others.
 
 A range from the minimum to the maximum (equation 1 of arXiv 2412.03599) cuts nothing off. What a narrower one is worth
 depends on the inputs. An output is off by Σ(ŵ_i − w_i)·x_i, and if inputs are taken for independent, the square of
@@ -9,11 +9,23 @@ do harm: large weights often meet inputs that matter.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from ..grid import dequantize, extremes, grid_between, quantize
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..grid import QuantizedWeight, dequantize, extremes, grid_between, quantize
 from ..plan import LayerScheme
+from ..sensitivity.compensation import input_products
+from ..sensitivity.prefix import Call
+
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
+
+# Weights that share their inputs, their schemes, the products XXᵀ of these inputs, the dtype of scales → the integers.
+Together = Callable[[Sequence[Tensor], Sequence[LayerScheme], Tensor, torch.dtype | None], list[QuantizedWeight]]
 
 FACTORS = tuple(1 - step / 40 for step in range(21))  # from the whole range down to half of it
 
@@ -45,3 +57,63 @@ def best_factors(weight: Tensor, scheme: LayerScheme, importance: Tensor, dtype:
         best.masked_fill_(error < least, factor)
         least = torch.minimum(least, error)
     return best
+
+
+def clipped_grid(
+    weight: Tensor, scheme: LayerScheme, importance: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of the narrowed ranges, as `fit_grid` gives those of the whole ones; arguments as
+    `best_factors`."""
+    factors = best_factors(weight, scheme, importance, dtype)
+    low, high = extremes(weight, scheme)
+    return grid_between(low * factors, high * factors, scheme, dtype or weight.dtype)
+
+
+def round_together(
+    matrices: Sequence[Tensor], schemes: Sequence[LayerScheme], product: Tensor, dtype: torch.dtype | None = None
+) -> list[QuantizedWeight]:
+    """Round weights `[out_features, in_features]` to nearest on their narrowed ranges."""
+    importance = product.diagonal()
+    return [
+        quantize(matrix, *clipped_grid(matrix, scheme, importance, dtype), scheme)
+        for matrix, scheme in zip(matrices, schemes, strict=True)
+    ]
+
+
+def round_by_inputs(
+    together: Together,
+    block: nn.Module,
+    schemes: Mapping[str, LayerScheme],
+    calls: Sequence[Call],
+    dtype: torch.dtype | None = None,
+) -> dict[str, QuantizedWeight]:
+    """Round the layers of a block, each by its own inputs.
+
+    Args:
+        together: how to round layers that share their inputs.
+        block: dense.
+        schemes: name of a layer within the block → its packed scheme.
+        calls: arguments of the block.
+        dtype: of the scales; by default the block's.
+
+    Returns:
+        Layer → its integers. A layer that no call reaches is rounded to nearest, which is logged.
+
+    Raises:
+        ModelError: an input holds NaN or infinity.
+    """
+    layers = {name: block.get_submodule(name) for name in schemes}
+    rounded: dict[str, QuantizedWeight] = {}
+    passes = [partial(block, *args, **kwargs) for args, kwargs in calls]
+    for names, product in input_products(layers, passes):
+        matrices = [_matrix(layers[name]) for name in names]
+        found = together(matrices, [schemes[name] for name in names], product, dtype)
+        rounded |= dict(zip(names, found, strict=True))
+        if not bool(product.any()):
+            logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")
+    return {name: rounded[name] for name in schemes}
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    weight = layer.weight.detach()
+    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight

@@ -11,54 +11,19 @@ larger error than rounding to nearest on the whole range would, is rounded to ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
+from torch import Tensor
 
 from ..errors import ModelError
-from ..grid import QuantizedWeight, dequantize, extremes, fit_grid, grid_between, integer_range, quantize
+from ..grid import QuantizedWeight, dequantize, fit_grid, integer_range, quantize
 from ..plan import LayerScheme
-from ..sensitivity.compensation import DAMPING, input_products
-from ..sensitivity.prefix import Call
-from .clipping import best_factors
-
-logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
+from ..sensitivity.compensation import DAMPING
+from .clipping import clipped_grid
 
 COLUMNS = 128  # finished before the rest of the matrix is touched
 MOST_DAMPING = 1e3  # ten times as much as at first after each failure
-
-
-def round_block(
-    block: nn.Module, schemes: Mapping[str, LayerScheme], calls: Sequence[Call], dtype: torch.dtype | None = None
-) -> dict[str, QuantizedWeight]:
-    """Round the layers of a block, each for its own outputs.
-
-    Args:
-        block: dense.
-        schemes: name of a layer within the block → its packed scheme.
-        calls: arguments of the block.
-        dtype: of the scales; by default the block's.
-
-    Returns:
-        Layer → its integers. A layer that no call reaches is rounded to nearest, which is logged.
-
-    Raises:
-        ModelError: an input holds NaN or infinity.
-    """
-    layers = {name: block.get_submodule(name) for name in schemes}
-    rounded: dict[str, QuantizedWeight] = {}
-    passes = [partial(block, *args, **kwargs) for args, kwargs in calls]
-    for names, hessian in input_products(layers, passes):
-        matrices = [_matrix(layers[name]) for name in names]
-        found = round_together(matrices, [schemes[name] for name in names], hessian, dtype)
-        rounded |= dict(zip(names, found, strict=True))
-        if not bool(hessian.any()):
-            logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")
-    return {name: rounded[name] for name in schemes}
 
 
 def round_together(
@@ -75,7 +40,8 @@ def round_together(
     Returns:
         The integers.
     """
-    grids = [_clipped_grid(matrix, scheme, hessian, dtype) for matrix, scheme in zip(matrices, schemes, strict=True)]
+    importance = hessian.diagonal()
+    grids = [clipped_grid(*each, importance, dtype) for each in zip(matrices, schemes, strict=True)]
     columns = hessian.shape[0]
     # per row and column: scale, zero point, ends of the grid
     scale = torch.cat([_spread(scale, columns) for scale, _ in grids]).float()
@@ -105,14 +71,6 @@ def round_together(
     parts = integers[:, order.argsort()].to(torch.int8).split([len(matrix) for matrix in matrices])
     found = [QuantizedWeight(part, *grid, scheme) for part, grid, scheme in zip(parts, grids, schemes, strict=True)]
     return [_better_rows(matrix, rounded, hessian) for matrix, rounded in zip(matrices, found, strict=True)]
-
-
-def _clipped_grid(
-    matrix: Tensor, scheme: LayerScheme, hessian: Tensor, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
-    factors = best_factors(matrix, scheme, hessian.diagonal(), dtype)
-    low, high = extremes(matrix, scheme)
-    return grid_between(low * factors, high * factors, scheme, dtype or matrix.dtype)
 
 
 def _better_rows(matrix: Tensor, rounded: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
@@ -151,11 +109,6 @@ def inverse_factor(hessian: Tensor) -> Tensor:
         if damping > MOST_DAMPING:
             raise ModelError("the inputs of a layer are so large that their products cannot be decomposed")
         damping *= 10
-
-
-def _matrix(layer: nn.Module) -> Tensor:
-    weight = layer.weight.detach()
-    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight
 
 
 def _spread(of_groups: Tensor, columns: int) -> Tensor:

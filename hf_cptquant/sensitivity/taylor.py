@@ -2,10 +2,10 @@
 
 Rounding changes a weight by ΔW, and the loss by ⟨g, ΔW⟩ + ½ ΔWᵀ H ΔW + …. The first-order term is measured on the
 labels of the data, with its sign: a model is seldom at the minimum of the calibration text, and some rounding errors
-help. It counts by the share of it that the labels at hand can tell from chance (`share_of_signal`). Rounding that is
-tuned (GPTQ, SignRound) makes other errors than those that are priced here, so the sign of their first-order term is
-not relied on; then the price is the second-order term, times the share of it that is left when the weights of a layer
-make up for each other's errors (`compensation.py`).
+help. It counts by the share of it that the labels at hand can tell from chance (`share_of_signal`). Rounding that looks
+at the data makes other errors than those that are priced here, so the sign of their first-order term is not relied on;
+then the price is the second-order term, for GPTQ and SignRound times the share of it that is left when the weights of a
+layer make up for each other's errors (`compensation.py`).
 
 For H stands the Fisher information, which for a cross-entropy is the Gauss–Newton matrix: the expectation of g gᵀ under
 labels *drawn from the model*. Gradients of drawn labels are uncorrelated, so the square of their sum has the
@@ -84,7 +84,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         "bits": widths,
         "orders": [2] if tuned else [1, 2],
         "shrunk": not tuned,
-        "compensated": tuned,
+        "compensated": recipe.compensates,
     }
     facts = facts_of(model, plan, calibration, {"method": "tdmpq", **settings})
     journal = open_journal(recipe, facts)
@@ -96,7 +96,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     if has_linear_experts(model):  # whose rows do not tell which sequence they are from
         batches = in_batches(batches, 1)
     shares = dict.fromkeys(schemes, 1.0)
-    if tuned:
+    if recipe.compensates:
         enough = TOKENS_FOR_INPUT * max(module.in_features for module in plan.modules)
         shares = shares_left(model, plan, spread_evenly(calibration, max(recipe.taylor_samples, enough)))
     ends = itertools.accumulate(len(batch["input_ids"]) for batch in batches)

@@ -96,12 +96,13 @@ def test_on_a_real_model_they_beat_rounding_to_nearest(smollm2, texts, windows, 
     plan = undecided.with_bits({m.unit: 3 if m.block in rounded else 16 for m in undecided.modules}, 64)
     data = {"dataset": texts[:-15], "num_samples": 16, "sequence_length": 128}
     found = {}
-    for rounding in ("nearest", "gptq", "signround"):
+    for rounding in ("nearest", "clipped", "gptq", "signround"):
         config = CPTQuantConfig(plan=plan, rounding=rounding, iters=10, **data)
         model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config)
         assert model.hf_quantizer.record.settings["rounding"] == rounding
         found[rounding] = perplexity(model, windows, desc=None)
-    assert max(found["signround"], found["gptq"]) < found["nearest"], found
+    assert found["gptq"] < found["clipped"] < found["nearest"], found
+    assert found["signround"] < found["nearest"], found
     model.save_pretrained(tmp_path / "saved")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert perplexity(reloaded, windows, desc=None) == found["signround"]

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_cptquant.errors import ModelError
-from hf_cptquant.grid import dequantize, extremes, grid_between, integer_range, quantize
+from hf_cptquant.grid import dequantize, integer_range, quantize
 from hf_cptquant.plan import LayerScheme
-from hf_cptquant.rounding import gptq, round_nearest
-from hf_cptquant.rounding.clipping import best_factors
+from hf_cptquant.rounding import clipping, gptq, round_nearest
 
 SCHEMES = [LayerScheme(4, 16), LayerScheme(3, 32, False), LayerScheme(2, 16, False), LayerScheme(8), LayerScheme(5, 16)]
 
@@ -30,16 +29,9 @@ def dense(quantized) -> torch.Tensor:
     return dequantize(quantized.integers, quantized.scale, quantized.zero_point)
 
 
-def clipped(weight, hessian, scheme):
-    """Rounded to nearest on ranges that are narrowed."""
-    factors = best_factors(weight, scheme, hessian.diagonal())
-    low, high = extremes(weight, scheme)
-    return quantize(weight, *grid_between(low * factors, high * factors, scheme, weight.dtype), scheme)
-
-
 def textbook(weight, hessian, scheme, damping=gptq.DAMPING) -> np.ndarray:
     """Round the column of largest diagonal, move the open columns along the inverse Hessian, eliminate; in float64."""
-    grid = clipped(weight, hessian, scheme)
+    (grid,) = clipping.round_together([weight], [scheme], hessian)
     groups = grid.scale.shape[1]
     scale = grid.scale.double().repeat_interleave(weight.shape[1] // groups, 1).numpy()
     zero = np.zeros_like(scale)
@@ -70,7 +62,8 @@ def test_integers_are_those_of_the_textbook(scheme, columns, monkeypatch):
     kept = (found.integers == nearest.integers).all(1) & (found.scale == nearest.scale).all(1)
     assert np.all((rows > 0.97) | kept.numpy())  # a tie may fall to the other side in float32
     assert np.mean(rows > 0.97) > 0.8
-    scale = torch.where(kept.unsqueeze(1), nearest.scale, clipped(weight, hessian, scheme).scale)
+    (clipped,) = clipping.round_together([weight], [scheme], hessian)
+    scale = torch.where(kept.unsqueeze(1), nearest.scale, clipped.scale)
     assert torch.equal(found.scale, scale)
     if scheme.bits < 8:
         assert (found.integers != nearest.integers).any()
@@ -140,4 +133,6 @@ def test_damping_grows_until_the_decomposition_succeeds():
 def test_inputs_that_are_not_finite_name_the_layer():
     block = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(ModelError, match="0: its inputs hold NaN or infinity"):
-        gptq.round_block(block, {"0": LayerScheme(4, 4)}, [((torch.full((1, 2, 4), torch.nan),), {})])
+        clipping.round_by_inputs(
+            gptq.round_together, block, {"0": LayerScheme(4, 4)}, [((torch.full((1, 2, 4), torch.nan),), {})]
+        )

@@ -148,6 +148,16 @@ def test_costs_are_those_of_the_scheme_that_is_asked_for(settings, tokens, minil
     assert costs != pytest.approx(flat(table_of(model, "llama", tokens, minilm, bits=(3,)).costs), rel=1e-2)
 
 
+def test_clipped_rounding_costs_the_second_order_term(tokens, minilm):
+    model = tiny_model("llama")
+    recipe = taylor_recipe("llama", tokens, rounding="clipped")
+    plan = view_model(model).plan("module")
+    calibration = calibration_for(model, recipe, minilm)
+    _, _, second, _ = literal_costs("llama", plan, calibration.batches, recipe)
+    costs = flat(METHODS["tdmpq"](model, plan, calibration, recipe).costs)
+    assert costs == pytest.approx(second, rel=1e-3, abs=1e-7)
+
+
 @pytest.mark.parametrize("rounding", ["gptq", "signround"])
 def test_tuned_rounding_costs_what_compensation_leaves_of_the_second_order_term(rounding, tokens, minilm):
     model = tiny_model("llama")

@@ -59,14 +59,20 @@ def best_factors(weight: Tensor, scheme: LayerScheme, importance: Tensor, dtype:
     return best
 
 
+def narrowed_grid(
+    weight: Tensor, scheme: LayerScheme, factors: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of ranges times factors `[out_features, groups]`, as `fit_grid` gives those of whole
+    ranges."""
+    low, high = extremes(weight, scheme)
+    return grid_between(low * factors, high * factors, scheme, dtype or weight.dtype)
+
+
 def clipped_grid(
     weight: Tensor, scheme: LayerScheme, importance: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points of the narrowed ranges, as `fit_grid` gives those of the whole ones; arguments as
-    `best_factors`."""
-    factors = best_factors(weight, scheme, importance, dtype)
-    low, high = extremes(weight, scheme)
-    return grid_between(low * factors, high * factors, scheme, dtype or weight.dtype)
+    """Scales and zero points of the best ranges; arguments as of `best_factors`."""
+    return narrowed_grid(weight, scheme, best_factors(weight, scheme, importance, dtype), dtype)
 
 
 def round_together(
@@ -106,7 +112,7 @@ def round_by_inputs(
     rounded: dict[str, QuantizedWeight] = {}
     passes = [partial(block, *args, **kwargs) for args, kwargs in calls]
     for names, product in input_products(layers, passes):
-        matrices = [_matrix(layers[name]) for name in names]
+        matrices = [matrix_of(layers[name]) for name in names]
         found = together(matrices, [schemes[name] for name in names], product, dtype)
         rounded |= dict(zip(names, found, strict=True))
         if not bool(product.any()):
@@ -114,6 +120,7 @@ def round_by_inputs(
     return {name: rounded[name] for name in schemes}
 
 
-def _matrix(layer: nn.Module) -> Tensor:
+def matrix_of(layer: nn.Module) -> Tensor:
+    """The weight as `[out_features, in_features]`."""
     weight = layer.weight.detach()
     return weight.t().contiguous() if isinstance(layer, Conv1D) else weight

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..grid import QuantizedWeight, dequantize, fit_grid, integer_range, quantize
+from ..grid import QuantizedWeight, dequantize, integer_range, quantize
 from ..plan import LayerScheme
 from ..sensitivity.compensation import DAMPING
 from .clipping import clipped_grid
+from .nearest import round_nearest
 
 COLUMNS = 128  # finished before the rest of the matrix is touched
 MOST_DAMPING = 1e3  # ten times as much as at first after each failure
@@ -42,6 +43,28 @@ def round_together(
     """
     importance = hessian.diagonal()
     grids = [clipped_grid(*each, importance, dtype) for each in zip(matrices, schemes, strict=True)]
+    aims = compensated(matrices, schemes, grids, hessian)
+    return [
+        _better_rows(matrix, quantize(aim, *grid, scheme), hessian)
+        for matrix, aim, grid, scheme in zip(matrices, aims, grids, schemes, strict=True)
+    ]
+
+
+def compensated(
+    matrices: Sequence[Tensor],
+    schemes: Sequence[LayerScheme],
+    grids: Sequence[tuple[Tensor, Tensor | None]],
+    hessian: Tensor,
+) -> list[Tensor]:
+    """The weights as the walk has moved them by the time that it rounds them: rounded to nearest, they are its result.
+
+    Args:
+        matrices, schemes, hessian: as of `round_together`.
+        grids: scales and zero points.
+
+    Returns:
+        float32, in the shapes of the matrices.
+    """
     columns = hessian.shape[0]
     # per row and column: scale, zero point, ends of the grid
     scale = torch.cat([_spread(scale, columns) for scale, _ in grids]).float()
@@ -55,7 +78,6 @@ def round_together(
     work = torch.cat([matrix.float() for matrix in matrices])[:, order]
     scale, zero = scale[:, order], zero[:, order]
     factor = inverse_factor(hessian[order][:, order])
-    integers = torch.empty_like(work)
     for start in range(0, columns, COLUMNS):
         stop = min(start + COLUMNS, columns)
         errors = torch.empty(len(work), stop - start, device=work.device)
@@ -63,20 +85,17 @@ def round_together(
             weight = work[:, column]
             level = torch.round(weight / scale[:, column]) + zero[:, column]
             level = torch.minimum(torch.maximum(level, ends[:, 0]), ends[:, 1])
-            integers[:, column] = level
             error = (weight - (level - zero[:, column]) * scale[:, column]) / factor[column, column]
-            work[:, column:stop] -= error.unsqueeze(1) * factor[column, column:stop]
+            work[:, column + 1 : stop] -= error.unsqueeze(1) * factor[column, column + 1 : stop]
             errors[:, column - start] = error
         work[:, stop:] -= errors @ factor[start:stop, stop:]
-    parts = integers[:, order.argsort()].to(torch.int8).split([len(matrix) for matrix in matrices])
-    found = [QuantizedWeight(part, *grid, scheme) for part, grid, scheme in zip(parts, grids, schemes, strict=True)]
-    return [_better_rows(matrix, rounded, hessian) for matrix, rounded in zip(matrices, found, strict=True)]
+    return list(work[:, order.argsort()].split([len(matrix) for matrix in matrices]))
 
 
 def _better_rows(matrix: Tensor, rounded: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
     """Each row as it was rounded or, if that has the smaller error, to nearest on its whole range."""
     scheme = rounded.scheme
-    nearest = quantize(matrix, *fit_grid(matrix, scheme, rounded.scale.dtype), scheme)
+    nearest = round_nearest(matrix, scheme, rounded.scale.dtype)
     worse = (_errors(matrix, rounded, hessian) > _errors(matrix, nearest, hessian)).unsqueeze(1)
     zero_point = nearest.zero_point
     if zero_point is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..grid import QuantizedWeight, fit_grid, quantize
 from ..plan import LayerScheme
 
 
-def round_nearest(weight: Tensor, scheme: LayerScheme) -> QuantizedWeight:
-    """Round a weight `[out_features, in_features]` to the nearest integers of its grid."""
-    return quantize(weight, *fit_grid(weight, scheme), scheme)
+def round_nearest(weight: Tensor, scheme: LayerScheme, dtype: torch.dtype | None = None) -> QuantizedWeight:
+    """Round a weight `[out_features, in_features]` to the nearest integers of its grid.
+
+    Args:
+        dtype: of the scales; by default the weight's.
+    """
+    return quantize(weight, *fit_grid(weight, scheme, dtype), scheme)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +40,11 @@ TASKS = {
 
 @dataclass(frozen=True)
 class QuantizableModule:
-    """A linear map inside a block.
+    """A linear map inside a block, or one outside of them that was asked for.
 
     Attributes:
         name: dotted name in the model.
-        block: name of its block.
+        block: name of its block; its own name outside of them.
         out_features, in_features: shape as a map from inputs to outputs (`Conv1D` stores the transpose).
         element_size: bytes per weight as loaded.
     """
@@ -91,7 +91,10 @@ class ModelView:
 
 
 def view_model(
-    model: PreTrainedModel, modules_to_not_convert: Sequence[str] | None = None, allow_skipped: bool = False
+    model: PreTrainedModel,
+    modules_to_not_convert: Sequence[str] | None = None,
+    allow_skipped: bool = False,
+    outside: Collection[str] = (),
 ) -> ModelView:
     """Find the blocks of a model and what in them can be quantized.
 
@@ -99,6 +102,7 @@ def view_model(
         model: any transformers model, on any device (meta included).
         modules_to_not_convert: names, suffixes or regular expressions as in transformers' own quantizers.
         allow_skipped: accept that more than half of the weights of the blocks have a form that is not supported.
+        outside: names of modules outside the blocks that are to be quantized, too.
 
     Raises:
         ModelError: nothing to quantize, or most of the blocks' weights would be skipped unasked.
@@ -117,7 +121,7 @@ def view_model(
             reason = "named in modules_to_not_convert"
         elif f"{name}.weight" in tied:
             reason = "shares its weight with another module"
-        elif block is None:
+        elif block is None and name not in outside:
             reason = "outside the blocks"
         elif any(name.startswith(mixture) and ROUTERS & set(name[len(mixture) :].split(".")) for mixture in mixtures):
             reason = "routes tokens to experts"
@@ -130,7 +134,7 @@ def view_model(
         else:
             (weight,) = parameters
             out_features, in_features = reversed(weight.shape) if kind is Conv1D else weight.shape
-            modules.append(QuantizableModule(name, block, out_features, in_features, weight.element_size()))
+            modules.append(QuantizableModule(name, block or name, out_features, in_features, weight.element_size()))
             continue
         left.append(LeftAlone(name, reason, weights))
 
@@ -140,9 +144,32 @@ def view_model(
         )
         raise ModelError(f"{type(model).__name__} has nothing to quantize ({reasons or 'no matrices'})")
     if not allow_skipped:
-        _refuse_skipping(model, sum(module.out_features * module.in_features for module in modules), skipped)
+        inside = [module for module in modules if module.block != module.name]
+        _refuse_skipping(model, sum(module.out_features * module.in_features for module in inside), skipped)
     quantizable = sum(module.out_features * module.in_features * module.element_size for module in modules)
     return ModelView(blocks, tuple(modules), tuple(left), _saved_bytes(model) - quantizable)
+
+
+def output_embedding(model: PreTrainedModel) -> str:
+    """Name of the linear layer that predicts tokens.
+
+    Raises:
+        ModelError: there is none, or it shares its weight with the input embedding.
+    """
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or type(head) is not nn.Linear:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer that predicts tokens (get_output_embeddings()); leave"
+            " quantize_lm_head out"
+        )
+    tied = model.all_tied_weights_keys
+    if f"{name}.weight" in {*tied, *tied.values()}:
+        raise ModelError(
+            f"{name} shares its weight with the input embedding (tie_word_embeddings); leave quantize_lm_head out, or"
+            " save the model with weights of their own: config.tie_word_embeddings=False"
+        )
+    return name
 
 
 def _with_matrices(model: PreTrainedModel) -> Iterator[tuple[str, type[nn.Module], list[Tensor]]]:

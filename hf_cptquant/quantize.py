@@ -46,15 +46,13 @@ def apply_plan(model: nn.Module, plan: BitPlan) -> None:
     """
     check_fits(model, plan)
     for decision in logging.tqdm(plan.packed, desc="Quantizing"):
-        with in_module(decision.name):
-            module = model.get_submodule(decision.name)
-            with align_module_device(module):
-                _pack(model, decision.name, round_nearest(_matrix(module).detach().contiguous(), decision.scheme))
+        _pack_nearest(model, decision)
 
 
 @torch.no_grad()
 def apply_plan_by_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch], recipe: Recipe) -> None:
     """Round the modules of a plan block by block, each behind the rounded ones before it, and pack them, in place.
+    What lies outside the blocks is rounded to nearest afterwards.
 
     Args:
         model: dense, in evaluation mode, in memory.
@@ -68,8 +66,15 @@ def apply_plan_by_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequenc
     """
     check_fits(model, plan)
     check_in_memory(model, plan)
-    if not plan.packed:
-        return
+    if plan.inside.packed:
+        _tune_blocks(model, plan.inside, batches, recipe)
+    for decision in plan.packed:
+        if decision.outside:
+            _pack_nearest(model, decision)
+
+
+def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch], recipe: Recipe) -> None:
+    """As `apply_plan_by_blocks`, for a plan that packs modules in blocks, and no others."""
     of_block: dict[str, dict[str, LayerScheme]] = {module.block: {} for module in plan.modules}
     for module in plan.packed:
         of_block[module.block][module.name.removeprefix(module.block + ".")] = module.scheme
@@ -163,6 +168,14 @@ def check_in_memory(model: nn.Module, plan: BitPlan) -> None:
                 f"{module.name} is offloaded, and only rounding to nearest without recovery takes offloaded"
                 " weights; use quality='fast' without recover, or a device_map with enough memory"
             )
+
+
+def _pack_nearest(model: nn.Module, decision: ModulePlan) -> None:
+    """Round the weight of a module to nearest and pack it."""
+    with in_module(decision.name):
+        module = model.get_submodule(decision.name)
+        with align_module_device(module):
+            _pack(model, decision.name, round_nearest(_matrix(module).detach().contiguous(), decision.scheme))
 
 
 def _pack(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:

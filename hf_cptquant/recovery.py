@@ -216,7 +216,7 @@ class _Student:
         for factor in self.factors.values():
             factor.grad = None
         asked = {name: weight.requires_grad for name, weight in self._norms.items()}
-        with differentiable(self._model, dict.fromkeys(module.block for module in plan.modules)):
+        with differentiable(self._model, dict.fromkeys(module.block for module in plan.inside.modules)):
             for weight in self._norms.values():
                 weight.requires_grad_(True)
             logits = forward(self._model, _on(self._model, example)).logits

@@ -48,6 +48,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         quantize_lm_head: 2, 3, 4, 5, 6 or 8 bits for the linear layer that predicts tokens (`lm_head`), rounded to
             nearest, if it has a weight of its own; it then counts for all budgets, `target_bits` included. None leaves
             it as it is.
+        quantize_embeddings: the same for the embedding that tokens are looked up in. Plain transformers cannot load it.
         regularization: λ of equations 4 and 5, the weight of the relative squared rounding error beside the predicted
             rise of the loss.
         plan: a finished plan, instead of measuring and allocating: the file of `cptquant plan` or `solve`, the folder
@@ -118,6 +119,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         max_loss_increase: float | None = None,
         bits_override: Mapping[str, int] | None = None,
         quantize_lm_head: int | None = None,
+        quantize_embeddings: int | None = None,
         regularization: float = 0.0,
         plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None,
         group_size: int = 128,
@@ -166,6 +168,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.max_loss_increase = max_loss_increase
         self.bits_override = bits_override
         self.quantize_lm_head = quantize_lm_head
+        self.quantize_embeddings = quantize_embeddings
         self.regularization = regularization
         self.plan = plan
         self.group_size = group_size

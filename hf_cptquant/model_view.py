@@ -23,7 +23,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import ModelError
 from .experts import LinearExperts, fused_experts, matrices_of, projection_names
-from .plan import UNTOUCHED, BitPlan, LeftAlone, ModulePlan
+from .modules import matrix_of
+from .plan import LINEAR, UNTOUCHED, BitPlan, LeftAlone, ModulePlan
 from .runtimes import matrices
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # what modules beside the experts are called that choose among them
@@ -40,13 +41,14 @@ TASKS = {
 
 @dataclass(frozen=True)
 class QuantizableModule:
-    """A linear map inside a block, or one outside of them that was asked for.
+    """A module with a matrix inside a block, or one outside of them that was asked for.
 
     Attributes:
         name: dotted name in the model.
         block: name of its block; its own name outside of them.
         out_features, in_features: shape as a map from inputs to outputs (`Conv1D` stores the transpose).
         element_size: bytes per weight as loaded.
+        kind: name of its class.
     """
 
     name: str
@@ -54,6 +56,7 @@ class QuantizableModule:
     out_features: int
     in_features: int
     element_size: int
+    kind: str = LINEAR
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class ModelView:
                 module.in_features,
                 module.element_size,
                 UNTOUCHED,
+                module.kind,
             )
             for unit, members in units(self, granularity).items()
             for module in members
@@ -128,13 +132,14 @@ def view_model(
         elif float32_modules.intersection(name.split(".")):
             reason = "kept in float32 by the model"
             skipped.append(LeftAlone(name, reason, weights))
-        elif kind not in (nn.Linear, Conv1D):
+        elif kind not in (nn.Linear, Conv1D) and not (kind is nn.Embedding and block is None):
             reason = f"{kind.__name__} is not supported"
             skipped.append(LeftAlone(name, reason, weights))
         else:
             (weight,) = parameters
-            out_features, in_features = reversed(weight.shape) if kind is Conv1D else weight.shape
-            modules.append(QuantizableModule(name, block or name, out_features, in_features, weight.element_size()))
+            out_features, in_features = matrix_of(kind, weight).shape
+            sizes = out_features, in_features, weight.element_size()
+            modules.append(QuantizableModule(name, block or name, *sizes, kind.__name__))
             continue
         left.append(LeftAlone(name, reason, weights))
 
@@ -163,13 +168,46 @@ def output_embedding(model: PreTrainedModel) -> str:
             f"{type(model).__name__} has no linear layer that predicts tokens (get_output_embeddings()); leave"
             " quantize_lm_head out"
         )
-    tied = model.all_tied_weights_keys
-    if f"{name}.weight" in {*tied, *tied.values()}:
+    others = _tied_to(model, name)
+    if others:
         raise ModelError(
-            f"{name} shares its weight with the input embedding (tie_word_embeddings); leave quantize_lm_head out, or"
-            " save the model with weights of their own: config.tie_word_embeddings=False"
+            f"{name} shares its weight with {others[0]} (tie_word_embeddings); leave quantize_lm_head out, or save the"
+            " model with weights of their own: config.tie_word_embeddings=False"
         )
     return name
+
+
+def input_embedding(model: PreTrainedModel) -> str:
+    """Name of the module that looks tokens up.
+
+    Raises:
+        ModelError: there is none, or it is another one than `nn.Embedding`, or shares its weight.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    if name is None or type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        found = "nothing" if name is None else f"{name}, a {type(embedding).__name__},"
+        raise ModelError(
+            f"{type(model).__name__} looks tokens up in {found} not nn.Embedding; leave quantize_embeddings out"
+        )
+    others = _tied_to(model, name)
+    if others:
+        raise ModelError(
+            f"{name} shares its weight with {others[0]} (tie_word_embeddings); leave quantize_embeddings out, or save"
+            " the model with weights of their own: config.tie_word_embeddings=False"
+        )
+    return name
+
+
+def _tied_to(model: PreTrainedModel, name: str) -> list[str]:
+    """Names of the modules that share the weight of one."""
+    weight, tied = f"{name}.weight", model.all_tied_weights_keys
+    source = tied.get(weight, weight)
+    sharing = (source, *(target for target, other in tied.items() if other == source))
+    return [other.rpartition(".")[0] for other in sharing if other != weight]
 
 
 def _with_matrices(model: PreTrainedModel) -> Iterator[tuple[str, type[nn.Module], list[Tensor]]]:

@@ -1,4 +1,6 @@
-"""`QuantLinear` and `QuantConv1D`: packed weights in place of `nn.Linear` and GPT-2's `Conv1D`.
+"""Packed weights in place of those of `nn.Linear`, GPT-2's `Conv1D` and `nn.Embedding`.
+
+A weight is packed as a matrix, outputs × inputs (`matrix_of`); the rows of an embedding are outputs.
 
 Each is an instance of the class that it replaces, so that adapter libraries, which look layers up by their class, take
 it for what it is. Buffers only, no parameters: k-bit preparation of adapters casts parameters, and nothing here is
@@ -12,14 +14,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ModelError
-from .grid import QuantizedWeight
-from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, linear, to_layout
+from .grid import QuantizedWeight, dequantize
+from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, linear, reference, to_layout
 from .memory import trim
-from .packing import pack, packed_length, unpack
+from .packing import pack, packed_length, unpack, unpack_rows
 from .plan import LayerScheme
 
 
@@ -48,7 +51,7 @@ class ComputedWeight(Tensor):
 
 
 class PackedLayer(nn.Module):
-    """A linear layer whose weight stays packed: all that does not depend on the class it replaces.
+    """A layer whose weight stays packed: all that does not depend on the class it replaces.
 
     Args:
         in_features, out_features: as in `nn.Linear`.
@@ -108,6 +111,12 @@ class PackedLayer(nn.Module):
             module.bias = bias.detach().to(scale.dtype)
         return module.settle()
 
+    def like(self, other: nn.Module) -> PackedLayer:
+        """Take over what else was said when a dense or packed module of this class was made (`padding_idx`, …)."""
+        for name in getattr(other, "__constants__", ()):  # where torch's own modules have the names
+            setattr(self, name, getattr(other, name))
+        return self.train(other.training)
+
     def quantized(self) -> QuantizedWeight:
         """The integers, scales and zero points that were packed: the reverse of `from_quantized`."""
         wire, bits = to_layout(self.tensors, WIRE, self.in_features), self.scheme.bits
@@ -136,6 +145,10 @@ class PackedLayer(nn.Module):
     def _dense_weight(self) -> Tensor:
         return dense_weight(self.tensors, self.scheme.bits, self.in_features)
 
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """What the layer would give with another weight, `[out_features, in_features]`."""
+        return reference.linear(x, matrix, self.bias)
+
     @property
     def tensors(self) -> PackedTensors:
         """The packed weight as it lies in memory."""
@@ -161,7 +174,7 @@ class PackedLayer(nn.Module):
         module.weight = nn.Parameter(self._dense_weight(), requires_grad=False)
         if self.bias is not None:
             module.bias = nn.Parameter(self.bias, requires_grad=False)
-        elif module.bias is not None:  # `Conv1D` always has one
+        elif isinstance(module, Conv1D):  # which always has one
             module.bias = nn.Parameter(self.weight_scale.new_zeros(self.out_features), requires_grad=False)
         return module
 
@@ -234,7 +247,41 @@ class QuantConv1D(PackedLayer, Conv1D):
             return Conv1D(self.out_features, self.in_features)
 
 
-PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {nn.Linear: QuantLinear, Conv1D: QuantConv1D}
+class QuantEmbedding(PackedLayer, nn.Embedding):
+    """Packed form of `nn.Embedding`. Only the rows that are looked up are dequantized."""
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(WIRE, "rows are looked up in the wire format, and only they are dequantized")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows, bits = tokens.flatten(), self.scheme.bits
+        zero_point = None if self.weight_zero_point is None else unpack_rows(self.weight_zero_point, bits, rows)
+        integers = unpack(self.weight_packed[rows], bits, self.in_features)
+        return dequantize(integers, self.weight_scale[rows], zero_point).view(*tokens.shape, self.in_features)
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.embedding(x, matrix)
+
+    def _empty(self) -> nn.Module:
+        return nn.Embedding(self.out_features, self.in_features, self.padding_idx, device="meta")
+
+
+PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: QuantLinear,
+    Conv1D: QuantConv1D,
+    nn.Embedding: QuantEmbedding,
+}
+
+
+def matrix_of(kind: type[nn.Module], weight: Tensor) -> Tensor:
+    """The weight of a dense module of a class as it is packed, `[out_features, in_features]`; a view."""
+    return weight.t() if kind is Conv1D else weight
+
+
+def weight_of(kind: type[nn.Module], matrix: Tensor) -> Tensor:
+    """Reverse of `matrix_of`."""
+    return matrix.t() if kind is Conv1D else matrix
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLayer]:

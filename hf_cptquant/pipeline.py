@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .allocation import FrontierPoint, allocate, check_budget, fixed_bits, frontier, loadable_bits
@@ -28,8 +27,8 @@ from .errors import ConfigError, ModelError, PlanError
 from .evaluate import evaluating, losses_of_plans
 from .experts import linear_experts
 from .memory import peak_bytes
-from .model_view import TASKS, hub_name_of, max_length_of, output_embedding, task_of, view_model
-from .plan import BitPlan, LeftAlone, read_json, scheme_for
+from .model_view import TASKS, hub_name_of, input_embedding, max_length_of, output_embedding, task_of, view_model
+from .plan import LINEAR, BitPlan, LeftAlone, read_json, scheme_for
 from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
 from .recipe import BUDGETS, Recipe
 from .record import QuantizationRecord
@@ -100,7 +99,11 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
 
 def _undecided(model: PreTrainedModel, recipe: Recipe) -> BitPlan:
     """The plan of a model in which only what lies outside the blocks has its bits, if it is to be quantized."""
-    outside = {} if recipe.quantize_lm_head is None else {output_embedding(model): recipe.quantize_lm_head}
+    outside = {}
+    if recipe.quantize_embeddings is not None:
+        outside[input_embedding(model)] = recipe.quantize_embeddings
+    if recipe.quantize_lm_head is not None:
+        outside[output_embedding(model)] = recipe.quantize_lm_head
     view = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped, outside)
     for module in view.left:
         if module.name in outside:
@@ -128,8 +131,7 @@ def _check_runtime(model: PreTrainedModel, plan: BitPlan, recipe: Recipe) -> Non
     if recipe.target_runtime is None and not recipe.strict:
         return
     runtime = RUNTIMES[recipe.target_runtime or "vllm"]
-    kinds = {name: type(module) for name, module in model.named_modules()}
-    portable = not any(kinds.get(module.name) is Conv1D for module in plan.modules)
+    portable = all(module.kind == LINEAR for module in plan.modules)
     refuse((*model_problems(task_of(model), portable, runtime), *problems(plan, runtime)), runtime)
     if not plan.inside.packed and recipe.target_runtime is None:  # which the budget has minded otherwise
         loadable_bits(plan, recipe.bits, recipe, runtime, fixed_bits(plan, recipe).keys())

@@ -26,6 +26,7 @@ PACKED_BITS = (2, 3, 4, 5, 6, 8)
 BITS = (*PACKED_BITS, 16)
 PER_CHANNEL = -1
 OUTSIDE = "outside the blocks"
+LINEAR, EMBEDDING = "Linear", "Embedding"
 
 
 @dataclass(frozen=True, order=True)
@@ -119,6 +120,7 @@ class ModulePlan:
         out_features, in_features: shape of the weight as a matrix that maps inputs to outputs.
         element_size: bytes of one weight in the model's own dtype.
         scheme: what it gets.
+        kind: name of the module's class.
     """
 
     name: str
@@ -128,6 +130,7 @@ class ModulePlan:
     in_features: int
     element_size: int
     scheme: LayerScheme
+    kind: str = LINEAR
 
     def __post_init__(self) -> None:
         for size in (self.out_features, self.in_features, self.element_size):
@@ -257,13 +260,13 @@ class BitPlan:
         """The bits as pictures, one for each stack of blocks, and one for what lies outside of them. Units that differ
         by a number alone, such as experts, share a row."""
         stacks: dict[str, list[tuple[str, str, int]]] = {}
-        for module in self.modules:
+        for module in self.inside.modules:
             stack, _, index = module.block.rpartition(".")
             unit = module.name if module.unit == module.block else module.unit
             kind = re.sub(r"\.\d+(?=\.|$)", ".*", unit.removeprefix(module.block))
-            if module.outside:
-                stack, index, kind = OUTSIDE, "", module.name
             stacks.setdefault(stack, []).append((kind.lstrip("."), index, module.scheme.bits))
+        if outside := [(module.name, "", module.scheme.bits) for module in self.modules if module.outside]:
+            stacks[OUTSIDE] = outside
         return tuple(bit_map(stack, units) for stack, units in stacks.items())
 
     def _repr_html_(self) -> str:
@@ -327,6 +330,7 @@ class BitPlan:
                 module.name: {
                     "block": module.block,
                     "unit": module.unit,
+                    "kind": module.kind,
                     "shape": [module.out_features, module.in_features],
                     "element_size": module.element_size,
                     **asdict(module.scheme),
@@ -376,9 +380,8 @@ def _module_from_dict(name: str, entry: Mapping[str, Any]) -> ModulePlan:
         try:
             out_features, in_features = entry["shape"]
             scheme = LayerScheme(entry["bits"], entry["group_size"], entry["symmetric"])
-            return ModulePlan(
-                name, entry["block"], entry["unit"], out_features, in_features, entry["element_size"], scheme
-            )
+            sizes = out_features, in_features, entry["element_size"]
+            return ModulePlan(name, entry["block"], entry["unit"], *sizes, scheme, entry.get("kind", LINEAR))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"its entry in the bit plan is wrong: {error}") from error
 

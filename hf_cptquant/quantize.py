@@ -16,7 +16,6 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .arithmetic import working_dtype
@@ -25,7 +24,7 @@ from .errors import ModelError, PlanError, in_module
 from .experts import fuse_again
 from .grid import QuantizedWeight, dequantize
 from .memory import mapped_ranges, release
-from .modules import PACKED_CLASSES, packed_modules, replace_module
+from .modules import PACKED_CLASSES, matrix_of, packed_modules, replace_module
 from .plan import BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
 from .rounding import BLOCK_ROUNDINGS, Tuning, round_nearest
@@ -181,14 +180,14 @@ def _pack_nearest(model: nn.Module, decision: ModulePlan) -> None:
 def _pack(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:
     """Put a packed module in the place of a dense one."""
     module = model.get_submodule(name)
-    packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module.bias)
-    replace_module(model, name, packed.train(module.training))
+    packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module._parameters.get("bias"))
+    replace_module(model, name, packed.like(module))
     release(module.weight, mapped_ranges())
 
 
 def _matrix(module: nn.Module) -> torch.Tensor:
     """The weight as `[out_features, in_features]`."""
-    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+    return matrix_of(type(module), module.weight)
 
 
 def check_fits(model: nn.Module, plan: BitPlan) -> None:

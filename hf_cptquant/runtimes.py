@@ -16,7 +16,8 @@ agree in all projections, which are looked up as `gate_proj`, `up_proj` and `dow
 The head, the matrix that predicts tokens, has its rows padded to a multiple of 64 before they are dealt out to ranks
 (`VocabParallelEmbedding`). It takes packed weights where its own name is among the targets, and the model's class
 gives it the quantization config (vLLM `compressed_tensors.py: get_quant_method`, SGLang `get_lm_head_scheme`), which
-most do; those that do not, such as OPT's, find a packed head nowhere to put and stop.
+most do; those that do not, such as OPT's, find a packed head nowhere to put and stop. Packed embeddings are looked up
+by vLLM alone, and by few of its classes (`compressed_tensors_embedding.py`), Llama's not among them.
 
 Kernels that only some GPUs or installations have (Machete, Exllama, Conch, Triton, Humming, which takes all widths)
 are not counted on: what passes runs on Marlin, which every NVIDIA GPU since Turing (vLLM) or Ampere (SGLang) has.
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from .errors import PlanError
-from .plan import PER_CHANNEL, UNTOUCHED, BitPlan, LayerScheme, ModulePlan
+from .plan import EMBEDDING, PER_CHANNEL, UNTOUCHED, BitPlan, LayerScheme, ModulePlan
 
 # Projections of the same inputs that inference engines fuse into one matrix: (name of the matrix, names of its parts).
 # Where a model has them fused already (`qkv_proj`, `c_attn`, `gate_up_proj`, …) they are one module.
@@ -185,7 +186,7 @@ def model_problems(task: str | None, portable: bool, runtime: Runtime) -> tuple[
     if task != SERVED_TASK:
         found.append(Problem((), f"{runtime.title} is only known to load causal language models", "use transformers"))
     if not portable:
-        rule = f"{runtime.title} reads the format of compressed-tensors, which cannot say Conv1D layers"
+        rule = f"{runtime.title} reads the format of compressed-tensors, in which only linear layers are written"
         found.append(Problem((), rule, "use transformers with hf_cptquant"))
     return tuple(found)
 
@@ -227,6 +228,9 @@ def _problem_of(parts: Sequence[ModulePlan], left: str | None, runtime: Runtime,
     if any(EXPERT.search(name) and name.rpartition(".")[2] not in EXPERT_PROJECTIONS for name in names):
         rule = f"{runtime.title} asks for the scheme of experts by the names {_listed(EXPERT_PROJECTIONS)}"
         return Problem(names, rule, "give 16 bits", UNTOUCHED)
+    if any(module.kind == EMBEDDING for module in parts):
+        rule = f"{runtime.title} is not known to look tokens up in packed embeddings"
+        return Problem(names, rule, "leave quantize_embeddings out", UNTOUCHED)
     if left is not None:
         rule = f"{runtime.title} keeps {left} in the same matrix, which is left alone, so all of it must be"
         return Problem(names, rule, "give 16 bits, or do not leave that one alone", UNTOUCHED)

@@ -2,7 +2,7 @@
 
 It has the form of compressed-tensors, which plain transformers reads: `config_groups` with explicit, disjoint module
 names (no class names, no regular expressions, nothing that depends on the order of keys). It bears the record of the
-run under `"cptquant"`. Models that compressed-tensors cannot say (GPT-2's `Conv1D`) get the same section under our own
+run under `"cptquant"`. Models that plain transformers cannot load (GPT-2's `Conv1D`) get the same section under our own
 `quant_method`. Reading trusts nothing: names, bits, groups and shapes are checked against the model.
 """
 
@@ -28,7 +28,7 @@ def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
 
     Args:
         record: of the finished run.
-        portable: whether compressed-tensors can say every packed module; otherwise only this package reads it.
+        portable: whether plain transformers can load every packed module; otherwise only this package reads it.
     """
     plan = record.plan
     schemes = sorted({module.scheme for module in plan.packed})

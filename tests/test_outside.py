@@ -1,7 +1,10 @@
-"""What lies outside the blocks and is packed where a setting asks for it: the head."""
+"""What lies outside the blocks and is packed where a setting asks for it: the head, and the embedding of tokens."""
 
+import copy
 import dataclasses
+import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_cptquant import BitPlan, CPTQuantConfig, SensitivityTable, make_plan, measure_sensitivity, solve
 from hf_cptquant.errors import ConfigError, ModelError, PlanError
-from hf_cptquant.modules import QuantLinear
+from hf_cptquant.modules import QuantEmbedding, QuantLinear
 from hf_cptquant.plan import LayerScheme
 from hf_cptquant.runtimes import RUNTIMES, problems
 
@@ -190,3 +193,75 @@ def test_engines_pad_its_rows(settings):
     )
     with pytest.raises(PlanError, match="loads lm_head with none of the bits 3"):
         found("vllm", quantize_lm_head=3, target_runtime="vllm")
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (8, False), (3, False)])
+@torch.no_grad()
+def test_an_embedding_is_packed_and_looks_up_the_same_rows(bits, symmetric, settings, tmp_path):
+    tiny_model("llama", vocab_size=ROWS, pad_token_id=3).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", **settings, symmetric=symmetric, quantize_embeddings=bits, bits_override={"*": 16})
+    tokens, embedding = settings["dataset"], model.get_input_embeddings()
+    tokens[0, :3] = torch.tensor([0, ROWS - 1, 3])
+    assert type(embedding) is QuantEmbedding
+    assert (embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx) == (ROWS, 64, 3)
+    dense = torch.nn.functional.embedding(tokens, embedding.weight)
+    for same in (
+        embedding,
+        copy.deepcopy(embedding),
+        pickle.loads(pickle.dumps(embedding)),
+        torch.compile(embedding, fullgraph=True, backend="eager"),
+        embedding.dense(),
+    ):
+        assert torch.equal(same(tokens), dense)
+    plan = model.hf_quantizer.record.plan
+    assert plan.packed == plan.modules[:1]
+    assert model.get_memory_footprint() == pytest.approx(plan.nbytes, rel=0.02)
+
+    model.save_pretrained(tmp_path / "packed")
+    assert file_bytes(tmp_path / "packed") == plan.nbytes + 16
+    section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert section["quant_method"] == "cptquant"
+    assert "model.embed_tokens" not in section["ignore"]
+    assert "cannot load packed Embedding layers" in (tmp_path / "packed" / "README.md").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert again.hf_quantizer.record.plan == plan
+    logits = model(tokens).logits
+    assert torch.equal(again(tokens).logits, logits)
+    in_float32 = again.float().get_input_embeddings()(tokens)
+    assert in_float32.dtype == torch.float32
+    assert torch.equal(in_float32.to(torch.bfloat16), dense)  # the products are exact there, and rounded once here
+    with pytest.raises(ModelError, match=r"model\.embed_tokens is packed with 500 rows"):
+        model.resize_token_embeddings(512)
+    unpacked = model.dequantize()
+    assert type(unpacked.get_input_embeddings()) is torch.nn.Embedding
+    assert unpacked.get_input_embeddings().padding_idx == 3
+    assert torch.equal(unpacked(tokens).logits, logits)
+
+
+@torch.no_grad()
+def test_scales_of_embedding_and_head_are_recovered_with_the_others(settings, tmp_path):
+    tiny_model("llama", vocab_size=ROWS).save_pretrained(tmp_path)
+    given = {**settings, "bits": (3,), "quantize_lm_head": 3, "quantize_embeddings": 3}
+    before, after = load(tmp_path, **given), load(tmp_path, **given, recover="scales")
+    measured = after.hf_quantizer.record.measured
+    assert measured["kl_after_recovery"] < measured["kl_before_recovery"]
+    for name in ("lm_head", "model.embed_tokens"):
+        packed, recovered = (model.get_submodule(name) for model in (before, after))
+        assert torch.equal(packed.quantized().integers, recovered.quantized().integers)
+        assert not torch.equal(packed.weight_scale, recovered.weight_scale)
+    assert after.get_input_embeddings().num_embeddings == ROWS
+
+
+def test_embeddings_that_cannot_be_packed(settings, tmp_path):
+    for kind in ("opt", "gpt2", "t5", "bert-mlm"):
+        with pytest.raises(ModelError, match=r"shares its weight with .*; leave quantize_embeddings out"):
+            make_plan(tiny_model(kind), CPTQuantConfig(**settings, quantize_embeddings=8))
+    model = tiny_model("llama", vocab_size=ROWS)
+    plan = make_plan(model, CPTQuantConfig(**settings, quantize_embeddings=4, bits_override={"*": 16})).plan
+    assert plan == BitPlan.from_dict(plan.to_dict())
+    for name in RUNTIMES:
+        (problem,) = problems(plan, RUNTIMES[name])
+        assert "packed embeddings; leave quantize_embeddings out" in str(problem)
+    model.set_input_embeddings(type("Scaled", (torch.nn.Embedding,), {})(ROWS, 64))
+    with pytest.raises(ModelError, match=r"looks tokens up in model\.embed_tokens, a Scaled, not nn.Embedding"):
+        make_plan(model, CPTQuantConfig(**settings, quantize_embeddings=8))

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from .arithmetic import working_dtype
 from .errors import CheckpointError
 from .kernels import REFERENCE, choose_layout, kernel_of
-from .plan import LINEAR, PER_CHANNEL, BitPlan, LayerScheme
+from .plan import PER_CHANNEL, BitPlan, LayerScheme
 
 LIBRARIES = ("hf-cptquant", "torch", "transformers", "accelerate", "compressed-tensors")
 DECODE_ROWS, PREFILL_ROWS = 1, 512
@@ -29,8 +29,7 @@ SCHEMES = tuple(
     for symmetric in (True, False)
 )
 SHAPE = (4096, 4096)
-MULTIPLIED = (LINEAR, "Conv1D")  # classes whose packed forms have kernels
-NOT_MULTIPLIED = "there are kernels for linear layers only; others are dequantized at each call"
+NOT_LINEAR = "there are kernels for linear layers only; others are dequantized at each call"
 
 
 @dataclass(frozen=True)
@@ -132,10 +131,10 @@ def _of_model(folder: Path, device: torch.device) -> tuple[KernelReport, ...]:
         raise CheckpointError(f"{folder} holds a plan, but no model: {error}") from error
     names: dict[KernelReport, list[str]] = {}
     for module in plan.packed:
-        if module.kind in MULTIPLIED:
+        if module.linear:
             report = _report(module.scheme, module.out_features, module.in_features, device, dtype)
         else:
-            report = KernelReport(str(module.scheme), str(device), _name(dtype), REFERENCE, REFERENCE, NOT_MULTIPLIED)
+            report = KernelReport(str(module.scheme), str(device), _name(dtype), REFERENCE, REFERENCE, NOT_LINEAR)
         names.setdefault(report, []).append(module.name)
     return tuple(
         KernelReport(**{**asdict(report), "modules": len(members), "example": members[0]})

@@ -311,7 +311,7 @@ def _loss_of_plan(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch
     def rounded(name: str, weight: Tensor) -> Tensor:
         kind = type(modules[name])
         found = round_nearest(matrix_of(kind, weight).contiguous(), schemes[name])
-        return weight_of(kind, dequantize(found.integers, found.scale, found.zero_point))
+        return weight_of(kind, dequantize(found.integers, found.scale, found.zero_point), weight.shape)
 
     with changed_weights(modules, rounded):
         return mean_loss(model, batches)

@@ -23,7 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import ModelError
 from .experts import LinearExperts, fused_experts, matrices_of, projection_names
-from .modules import matrix_of
+from .modules import CONVOLUTIONS, matrix_of
 from .plan import LINEAR, UNTOUCHED, BitPlan, LeftAlone, ModulePlan
 from .runtimes import matrices
 
@@ -132,7 +132,10 @@ def view_model(
         elif float32_modules.intersection(name.split(".")):
             reason = "kept in float32 by the model"
             skipped.append(LeftAlone(name, reason, weights))
-        elif kind not in (nn.Linear, Conv1D) and not (kind is nn.Embedding and block is None):
+        elif kind in CONVOLUTIONS and (odd := _odd_convolution(model.get_submodule(name))) is not None:
+            reason = odd
+            skipped.append(LeftAlone(name, reason, weights))
+        elif kind not in (nn.Linear, Conv1D, *CONVOLUTIONS) and not (kind is nn.Embedding and block is None):
             reason = f"{kind.__name__} is not supported"
             skipped.append(LeftAlone(name, reason, weights))
         else:
@@ -153,6 +156,16 @@ def view_model(
         _refuse_skipping(model, sum(module.out_features * module.in_features for module in inside), skipped)
     quantizable = sum(module.out_features * module.in_features * module.element_size for module in modules)
     return ModelView(blocks, tuple(modules), tuple(left), _saved_bytes(model) - quantizable)
+
+
+def _odd_convolution(module: nn.Module) -> str | None:
+    """Why a convolution is left alone, or None. A depthwise one has few weights for each scale."""
+    assert isinstance(module, CONVOLUTIONS)
+    if module.groups == module.in_channels > 1:
+        return "a depthwise convolution"
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return f"{type(module).__name__} with padding={module.padding!r} of {module.padding_mode} is not supported"
+    return None
 
 
 def output_embedding(model: PreTrainedModel) -> str:

@@ -1,6 +1,7 @@
-"""Packed weights in place of those of `nn.Linear`, GPT-2's `Conv1D` and `nn.Embedding`.
+"""Packed weights in place of those of `nn.Linear`, GPT-2's `Conv1D`, convolutions and `nn.Embedding`.
 
-A weight is packed as a matrix, outputs × inputs (`matrix_of`); the rows of an embedding are outputs.
+A weight is packed as a matrix, outputs × inputs (`matrix_of`): the rows of an embedding are outputs, and the kernels of
+all input channels that reach an output channel of a convolution are its inputs.
 
 Each is an instance of the class that it replaces, so that adapter libraries, which look layers up by their class, take
 it for what it is. Buffers only, no parameters: k-bit preparation of adapters casts parameters, and nothing here is
@@ -247,6 +248,43 @@ class QuantConv1D(PackedLayer, Conv1D):
             return Conv1D(self.out_features, self.in_features)
 
 
+class PackedConvolution(PackedLayer):
+    """A convolution whose weight stays packed, and is dequantized at each call."""
+
+    kernel_size: tuple[int, ...]
+    _conv_forward: Callable[..., Tensor]  # of torch's class: input, weight, bias → output
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(WIRE, "no packed kernel for convolutions: the reference dequantizes at each call")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, super()._dense_weight())
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, self._with_kernels(matrix).to(x.dtype), bias)
+
+    def _dense_weight(self) -> Tensor:
+        return self._with_kernels(super()._dense_weight())
+
+    def _with_kernels(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.out_features, -1, *self.kernel_size)
+
+    def _empty(self) -> nn.Module:
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        dense = nn.Conv1d if isinstance(self, nn.Conv1d) else nn.Conv2d
+        return dense(**{name: getattr(self, name) for name in names}, bias=self.bias is not None, device="meta")
+
+
+class QuantConv1d(PackedConvolution, nn.Conv1d):
+    """Packed form of `nn.Conv1d`."""
+
+
+class QuantConv2d(PackedConvolution, nn.Conv2d):
+    """Packed form of `nn.Conv2d`."""
+
+
 class QuantEmbedding(PackedLayer, nn.Embedding):
     """Packed form of `nn.Embedding`. Only the rows that are looked up are dequantized."""
 
@@ -270,18 +308,21 @@ class QuantEmbedding(PackedLayer, nn.Embedding):
 PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Linear: QuantLinear,
     Conv1D: QuantConv1D,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
     nn.Embedding: QuantEmbedding,
 }
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 def matrix_of(kind: type[nn.Module], weight: Tensor) -> Tensor:
     """The weight of a dense module of a class as it is packed, `[out_features, in_features]`; a view."""
-    return weight.t() if kind is Conv1D else weight
+    return weight.t() if kind is Conv1D else weight.flatten(1)
 
 
-def weight_of(kind: type[nn.Module], matrix: Tensor) -> Tensor:
-    """Reverse of `matrix_of`."""
-    return matrix.t() if kind is Conv1D else matrix
+def weight_of(kind: type[nn.Module], matrix: Tensor, shape: torch.Size) -> Tensor:
+    """Reverse of `matrix_of`, for a weight of a shape."""
+    return (matrix.t() if kind is Conv1D else matrix).reshape(shape)
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLayer]:

@@ -27,6 +27,7 @@ BITS = (*PACKED_BITS, 16)
 PER_CHANNEL = -1
 OUTSIDE = "outside the blocks"
 LINEAR, EMBEDDING = "Linear", "Embedding"
+LINEAR_KINDS = (LINEAR, "Conv1D")  # the second is GPT-2's, no convolution
 
 
 @dataclass(frozen=True, order=True)
@@ -136,6 +137,11 @@ class ModulePlan:
         for size in (self.out_features, self.in_features, self.element_size):
             if type(size) is not int or size < 1:
                 raise PlanError(f"{self.name}: a size must be a positive whole number, not {size!r}")
+
+    @property
+    def linear(self) -> bool:
+        """Whether its outputs are products of the rows of its inputs with the matrix."""
+        return self.kind in LINEAR_KINDS
 
     @property
     def outside(self) -> bool:

@@ -75,8 +75,17 @@ def apply_plan_by_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequenc
 def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch], recipe: Recipe) -> None:
     """As `apply_plan_by_blocks`, for a plan that packs modules in blocks, and no others."""
     of_block: dict[str, dict[str, LayerScheme]] = {module.block: {} for module in plan.modules}
+    untuned: dict[str, list[ModulePlan]] = {module.block: [] for module in plan.modules}
     for module in plan.packed:
-        of_block[module.block][module.name.removeprefix(module.block + ".")] = module.scheme
+        if module.linear:
+            of_block[module.block][module.name.removeprefix(module.block + ".")] = module.scheme
+        else:
+            untuned[module.block].append(module)
+    if any(untuned.values()):
+        logger.warning(
+            f"{sum(map(len, untuned.values()))} convolutions are rounded to nearest: rounding={recipe.rounding!r} is"
+            " for linear layers."
+        )
     _warn_of_few_tokens(plan, batches)
     prefix = Prefix(model, batches[0], list(of_block))
     by_curvature = recipe.rounding == "signround"
@@ -90,6 +99,10 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
         pairs = [tuple(work.call(prefix.call(batch, one, position)) for one in both) for batch, *both in loaded]
         outputs = [work(call) for call, _ in pairs]
         calls = [call for _, call in pairs]
+        for decision in untuned[name]:
+            _pack_nearest(model, decision)
+            layer = work.block.get_submodule(decision.name.removeprefix(name + "."))
+            layer.weight.copy_(model.get_submodule(decision.name).weight)
         if of_block[name]:
             targets = [output[0] if isinstance(output, tuple) else output for output in outputs]
             tuning = Tuning(work.dtype, recipe.iters, recipe.seed, curvatures.get(name))

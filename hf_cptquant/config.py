@@ -44,7 +44,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         target_compression: budget as a compression ratio of the whole checkpoint.
         max_loss_increase: instead of a budget in bytes, the largest rise of the loss (nats) that is predicted for
             rounding to nearest; the smallest model within it is chosen. Needs `estimator="taylor"`.
-        bits_override: pattern of module names (`"*.down_proj"`, `"model.layers.0.*"`) → bits, decided beforehand.
+        bits_override: pattern of names of modules in the layers (`"*.down_proj"`, `"model.layers.0.*"`) → bits, decided
+            beforehand.
         quantize_lm_head: 2, 3, 4, 5, 6 or 8 bits for the linear layer that predicts tokens (`lm_head`), rounded to
             nearest, if it has a weight of its own; it then counts for all budgets, `target_bits` included. None leaves
             it as it is.

@@ -294,6 +294,8 @@ class QuantEmbedding(PackedLayer, nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows, bits = tokens.flatten(), self.scheme.bits
+        if not len(rows):
+            return self.weight_scale.new_empty(*tokens.shape, self.in_features)
         zero_point = None if self.weight_zero_point is None else unpack_rows(self.weight_zero_point, bits, rows)
         integers = unpack(self.weight_packed[rows], bits, self.in_features)
         return dequantize(integers, self.weight_scale[rows], zero_point).view(*tokens.shape, self.in_features)

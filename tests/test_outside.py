@@ -13,7 +13,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_cptquant import BitPlan, CPTQuantConfig, SensitivityTable, make_plan, measure_sensitivity, solve
+from hf_cptquant.doctor import diagnose
 from hf_cptquant.errors import ConfigError, ModelError, PlanError
+from hf_cptquant.kernels import REFERENCE
 from hf_cptquant.modules import QuantEmbedding, QuantLinear
 from hf_cptquant.plan import LayerScheme
 from hf_cptquant.runtimes import RUNTIMES, problems
@@ -213,6 +215,7 @@ def test_an_embedding_is_packed_and_looks_up_the_same_rows(bits, symmetric, sett
         embedding.dense(),
     ):
         assert torch.equal(same(tokens), dense)
+    assert embedding(tokens[:, :0]).shape == (*tokens[:, :0].shape, 64)
     plan = model.hf_quantizer.record.plan
     assert plan.packed == plan.modules[:1]
     assert model.get_memory_footprint() == pytest.approx(plan.nbytes, rel=0.02)
@@ -223,6 +226,8 @@ def test_an_embedding_is_packed_and_looks_up_the_same_rows(bits, symmetric, sett
     assert section["quant_method"] == "cptquant"
     assert "model.embed_tokens" not in section["ignore"]
     assert "cannot load packed Embedding layers" in (tmp_path / "packed" / "README.md").read_text()
+    (report,) = diagnose(tmp_path / "packed").kernels
+    assert (report.example, report.decode, report.prefill) == ("model.embed_tokens", REFERENCE, REFERENCE)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert again.hf_quantizer.record.plan == plan
     logits = model(tokens).logits

@@ -336,7 +336,7 @@ class BitPlan:
                 module.name: {
                     "block": module.block,
                     "unit": module.unit,
-                    "kind": module.kind,
+                    **({} if module.kind == LINEAR else {"kind": module.kind}),
                     "shape": [module.out_features, module.in_features],
                     "element_size": module.element_size,
                     **asdict(module.scheme),

@@ -17,6 +17,7 @@ from hf_cptquant.doctor import diagnose
 from hf_cptquant.errors import ConfigError, ModelError, PlanError
 from hf_cptquant.kernels import REFERENCE
 from hf_cptquant.modules import QuantEmbedding, QuantLinear
+from hf_cptquant.pipeline import prepare
 from hf_cptquant.plan import LayerScheme
 from hf_cptquant.runtimes import RUNTIMES, problems
 
@@ -180,8 +181,8 @@ def test_engines_pad_its_rows(settings):
     model = tiny_model("llama", vocab_size=ROWS, hidden_size=256)
 
     def found(runtime: str, tensor_parallel: int = 1, **given) -> list[str]:
-        config = CPTQuantConfig(**{**settings, "group_size": 64, **given}, bits_override={"*": 16})
-        return [str(each) for each in problems(make_plan(model, config).plan, RUNTIMES[runtime], tensor_parallel)]
+        recipe = CPTQuantConfig(**{**settings, "group_size": 64, **given}).recipe()
+        return [str(each) for each in problems(prepare(model, recipe).plan, RUNTIMES[runtime], tensor_parallel)]
 
     assert not found("sglang", quantize_lm_head=4)
     assert not found("vllm", 2, quantize_lm_head=4)
@@ -262,7 +263,7 @@ def test_embeddings_that_cannot_be_packed(settings, tmp_path):
         with pytest.raises(ModelError, match=r"shares its weight with .*; leave quantize_embeddings out"):
             make_plan(tiny_model(kind), CPTQuantConfig(**settings, quantize_embeddings=8))
     model = tiny_model("llama", vocab_size=ROWS)
-    plan = make_plan(model, CPTQuantConfig(**settings, quantize_embeddings=4, bits_override={"*": 16})).plan
+    plan = prepare(model, CPTQuantConfig(**settings, quantize_embeddings=4).recipe()).plan
     assert plan == BitPlan.from_dict(plan.to_dict())
     for name in RUNTIMES:
         (problem,) = problems(plan, RUNTIMES[name])

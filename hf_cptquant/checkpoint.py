@@ -26,8 +26,8 @@ from .errors import CheckpointError, PlanError, in_module
 from .experts import fused_experts, has_linear_experts, take_apart
 from .memory import mapped_ranges, release, trim
 from .model_view import class_named_in, read_config, task_of
-from .modules import PACKED_CLASSES, PackedLayer, QuantConv1D, QuantLinear, packed_modules, replace_module
-from .plan import PLAN_FILE, PLAN_PICTURE, SENSITIVITY_PICTURE, ModulePlan, read_json
+from .modules import PACKED_CLASSES, PackedLayer, QuantLinear, packed_modules, replace_module
+from .plan import LINEAR, PLAN_FILE, PLAN_PICTURE, SENSITIVITY_PICTURE, ModulePlan, read_json
 from .plots import plot_plan, plot_sensitivity
 from .record import QuantizationRecord
 from .results import EvaluationResult, merge
@@ -123,11 +123,11 @@ def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
             module.in_features,
             module.out_features,
             module.scheme,
-            dense.bias is not None,
+            dense._parameters.get("bias") is not None,
             dense.weight.dtype,
             dense.weight.device,
         )
-        replace_module(model, module.name, packed)
+        replace_module(model, module.name, packed.like(dense))
 
 
 def finish_loading(model: PreTrainedModel) -> None:
@@ -169,8 +169,9 @@ def _check_values(module: PackedLayer) -> None:
 
 
 def is_portable(model: nn.Module) -> bool:
-    """Whether compressed-tensors can say every packed module."""
-    return not any(isinstance(module, QuantConv1D) for module in packed_modules(model).values())
+    """Whether plain transformers can load every packed module: linear layers. compressed-tensors has no name for the
+    others, but for embeddings, whose weights transformers reads before they are there."""
+    return all(isinstance(module, QuantLinear) for module in packed_modules(model).values())
 
 
 def save_checkpoint(
@@ -300,7 +301,8 @@ def limits_of(model: PreTrainedModel) -> str | None:
     """Where the checkpoint will not load, in a sentence, or None."""
     packed = packed_modules(model)
     if not is_portable(model):
-        return "compressed-tensors cannot say Conv1D layers: reloading needs `import hf_cptquant`."
+        kinds = sorted({type(module).__name__.removeprefix("Quant") for module in packed.values()} - {LINEAR})
+        return f"Plain transformers cannot load packed {', '.join(kinds)} layers: reloading needs `import hf_cptquant`."
     if has_linear_experts(model):
         return (
             "Packed experts: transformers by itself keeps experts fused and cannot load them; reloading needs"

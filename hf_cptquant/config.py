@@ -44,7 +44,12 @@ class CPTQuantConfig(QuantizationConfigMixin):
         target_compression: budget as a compression ratio of the whole checkpoint.
         max_loss_increase: instead of a budget in bytes, the largest rise of the loss (nats) that is predicted for
             rounding to nearest; the smallest model within it is chosen. Needs `estimator="taylor"`.
-        bits_override: pattern of module names (`"*.down_proj"`, `"model.layers.0.*"`) → bits, decided beforehand.
+        bits_override: pattern of names of modules in the layers (`"*.down_proj"`, `"model.layers.0.*"`) → bits, decided
+            beforehand.
+        quantize_lm_head: 2, 3, 4, 5, 6 or 8 bits for the linear layer that predicts tokens (`lm_head`), rounded to
+            nearest, if it has a weight of its own; it then counts for all budgets, `target_bits` included. None leaves
+            it as it is.
+        quantize_embeddings: the same for the embedding that tokens are looked up in. Plain transformers cannot load it.
         regularization: λ of equations 4 and 5, the weight of the relative squared rounding error beside the predicted
             rise of the loss.
         plan: a finished plan, instead of measuring and allocating: the file of `cptquant plan` or `solve`, the folder
@@ -115,6 +120,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         target_compression: float | None = None,
         max_loss_increase: float | None = None,
         bits_override: Mapping[str, int] | None = None,
+        quantize_lm_head: int | None = None,
+        quantize_embeddings: int | None = None,
         regularization: float = 0.0,
         plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None,
         group_size: int = 128,
@@ -162,6 +169,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.target_compression = target_compression
         self.max_loss_increase = max_loss_increase
         self.bits_override = bits_override
+        self.quantize_lm_head = quantize_lm_head
+        self.quantize_embeddings = quantize_embeddings
         self.regularization = regularization
         self.plan = plan
         self.group_size = group_size

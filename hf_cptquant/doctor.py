@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from .arithmetic import working_dtype
 from .errors import CheckpointError
-from .kernels import choose_layout, kernel_of
+from .kernels import REFERENCE, choose_layout, kernel_of
 from .plan import PER_CHANNEL, BitPlan, LayerScheme
 
 LIBRARIES = ("hf-cptquant", "torch", "transformers", "accelerate", "compressed-tensors")
@@ -29,6 +29,7 @@ SCHEMES = tuple(
     for symmetric in (True, False)
 )
 SHAPE = (4096, 4096)
+NOT_LINEAR = "there are kernels for linear layers only; others are dequantized at each call"
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,11 @@ def _report(
 ) -> KernelReport:
     choice = choose_layout(scheme, out_features, in_features, device, dtype)
     decode, prefill = (kernel_of(choice.layout, rows, dtype, device) for rows in (DECODE_ROWS, PREFILL_ROWS))
-    name = str(dtype).removeprefix("torch.")
-    return KernelReport(str(scheme), str(device), name, decode, prefill, choice.reason)
+    return KernelReport(str(scheme), str(device), _name(dtype), decode, prefill, choice.reason)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _of_model(folder: Path, device: torch.device) -> tuple[KernelReport, ...]:
@@ -127,7 +131,10 @@ def _of_model(folder: Path, device: torch.device) -> tuple[KernelReport, ...]:
         raise CheckpointError(f"{folder} holds a plan, but no model: {error}") from error
     names: dict[KernelReport, list[str]] = {}
     for module in plan.packed:
-        report = _report(module.scheme, module.out_features, module.in_features, device, dtype)
+        if module.linear:
+            report = _report(module.scheme, module.out_features, module.in_features, device, dtype)
+        else:
+            report = KernelReport(str(module.scheme), str(device), _name(dtype), REFERENCE, REFERENCE, NOT_LINEAR)
         names.setdefault(report, []).append(module.name)
     return tuple(
         KernelReport(**{**asdict(report), "modules": len(members), "example": members[0]})

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from . import ranks
@@ -27,6 +26,7 @@ from .config import CPTQuantConfig
 from .errors import EvaluationError
 from .grid import dequantize
 from .model_view import TASKS, task_of
+from .modules import matrix_of, weight_of
 from .plan import BitPlan
 from .predictions import predictions, predictions_per_window, targets
 from .recipe import Recipe
@@ -309,11 +309,9 @@ def _loss_of_plan(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch
     modules = {name: model.get_submodule(name) for name in schemes}
 
     def rounded(name: str, weight: Tensor) -> Tensor:
-        transposed = isinstance(modules[name], Conv1D)
-        matrix = weight.t() if transposed else weight
-        found = round_nearest(matrix.contiguous(), schemes[name])
-        dense = dequantize(found.integers, found.scale, found.zero_point)
-        return dense.t() if transposed else dense
+        kind = type(modules[name])
+        found = round_nearest(matrix_of(kind, weight).contiguous(), schemes[name])
+        return weight_of(kind, dequantize(found.integers, found.scale, found.zero_point), weight.shape)
 
     with changed_weights(modules, rounded):
         return mean_loss(model, batches)

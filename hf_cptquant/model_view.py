@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import ModelError
 from .experts import LinearExperts, fused_experts, matrices_of, projection_names
-from .plan import UNTOUCHED, BitPlan, LeftAlone, ModulePlan
+from .modules import CONVOLUTIONS, matrix_of
+from .plan import LINEAR, UNTOUCHED, BitPlan, LeftAlone, ModulePlan
 from .runtimes import matrices
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # what modules beside the experts are called that choose among them
@@ -40,13 +41,14 @@ TASKS = {
 
 @dataclass(frozen=True)
 class QuantizableModule:
-    """A linear map inside a block.
+    """A module with a matrix inside a block, or one outside of them that was asked for.
 
     Attributes:
         name: dotted name in the model.
-        block: name of its block.
+        block: name of its block; its own name outside of them.
         out_features, in_features: shape as a map from inputs to outputs (`Conv1D` stores the transpose).
         element_size: bytes per weight as loaded.
+        kind: name of its class.
     """
 
     name: str
@@ -54,6 +56,7 @@ class QuantizableModule:
     out_features: int
     in_features: int
     element_size: int
+    kind: str = LINEAR
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class ModelView:
                 module.in_features,
                 module.element_size,
                 UNTOUCHED,
+                module.kind,
             )
             for unit, members in units(self, granularity).items()
             for module in members
@@ -91,7 +95,10 @@ class ModelView:
 
 
 def view_model(
-    model: PreTrainedModel, modules_to_not_convert: Sequence[str] | None = None, allow_skipped: bool = False
+    model: PreTrainedModel,
+    modules_to_not_convert: Sequence[str] | None = None,
+    allow_skipped: bool = False,
+    outside: Collection[str] = (),
 ) -> ModelView:
     """Find the blocks of a model and what in them can be quantized.
 
@@ -99,6 +106,7 @@ def view_model(
         model: any transformers model, on any device (meta included).
         modules_to_not_convert: names, suffixes or regular expressions as in transformers' own quantizers.
         allow_skipped: accept that more than half of the weights of the blocks have a form that is not supported.
+        outside: names of modules outside the blocks that are to be quantized, too.
 
     Raises:
         ModelError: nothing to quantize, or most of the blocks' weights would be skipped unasked.
@@ -117,20 +125,24 @@ def view_model(
             reason = "named in modules_to_not_convert"
         elif f"{name}.weight" in tied:
             reason = "shares its weight with another module"
-        elif block is None:
+        elif block is None and name not in outside:
             reason = "outside the blocks"
         elif any(name.startswith(mixture) and ROUTERS & set(name[len(mixture) :].split(".")) for mixture in mixtures):
             reason = "routes tokens to experts"
         elif float32_modules.intersection(name.split(".")):
             reason = "kept in float32 by the model"
             skipped.append(LeftAlone(name, reason, weights))
-        elif kind not in (nn.Linear, Conv1D):
+        elif kind in CONVOLUTIONS and (odd := _odd_convolution(model.get_submodule(name))) is not None:
+            reason = odd
+            skipped.append(LeftAlone(name, reason, weights))
+        elif kind not in (nn.Linear, Conv1D, *CONVOLUTIONS) and not (kind is nn.Embedding and block is None):
             reason = f"{kind.__name__} is not supported"
             skipped.append(LeftAlone(name, reason, weights))
         else:
             (weight,) = parameters
-            out_features, in_features = reversed(weight.shape) if kind is Conv1D else weight.shape
-            modules.append(QuantizableModule(name, block, out_features, in_features, weight.element_size()))
+            out_features, in_features = matrix_of(kind, weight).shape
+            sizes = out_features, in_features, weight.element_size()
+            modules.append(QuantizableModule(name, block or name, *sizes, kind.__name__))
             continue
         left.append(LeftAlone(name, reason, weights))
 
@@ -140,9 +152,75 @@ def view_model(
         )
         raise ModelError(f"{type(model).__name__} has nothing to quantize ({reasons or 'no matrices'})")
     if not allow_skipped:
-        _refuse_skipping(model, sum(module.out_features * module.in_features for module in modules), skipped)
+        inside = [module for module in modules if module.block != module.name]
+        _refuse_skipping(model, sum(module.out_features * module.in_features for module in inside), skipped)
     quantizable = sum(module.out_features * module.in_features * module.element_size for module in modules)
     return ModelView(blocks, tuple(modules), tuple(left), _saved_bytes(model) - quantizable)
+
+
+def _odd_convolution(module: nn.Module) -> str | None:
+    """Why a convolution is left alone, or None. A depthwise one has few weights for each scale."""
+    assert isinstance(module, CONVOLUTIONS)
+    if module.groups == module.in_channels > 1:
+        return "a depthwise convolution"
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return f"{type(module).__name__} with padding={module.padding!r} of {module.padding_mode} is not supported"
+    return None
+
+
+def output_embedding(model: PreTrainedModel) -> str:
+    """Name of the linear layer that predicts tokens.
+
+    Raises:
+        ModelError: there is none, or it shares its weight with the input embedding.
+    """
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or type(head) is not nn.Linear:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer that predicts tokens (get_output_embeddings()); leave"
+            " quantize_lm_head out"
+        )
+    others = _tied_to(model, name)
+    if others:
+        raise ModelError(
+            f"{name} shares its weight with {others[0]} (tie_word_embeddings); leave quantize_lm_head out, or save the"
+            " model with weights of their own: config.tie_word_embeddings=False"
+        )
+    return name
+
+
+def input_embedding(model: PreTrainedModel) -> str:
+    """Name of the module that looks tokens up.
+
+    Raises:
+        ModelError: there is none, or it is another one than `nn.Embedding`, or shares its weight.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    if name is None or type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        found = "nothing" if name is None else f"{name}, a {type(embedding).__name__},"
+        raise ModelError(
+            f"{type(model).__name__} looks tokens up in {found} not nn.Embedding; leave quantize_embeddings out"
+        )
+    others = _tied_to(model, name)
+    if others:
+        raise ModelError(
+            f"{name} shares its weight with {others[0]} (tie_word_embeddings); leave quantize_embeddings out, or save"
+            " the model with weights of their own: config.tie_word_embeddings=False"
+        )
+    return name
+
+
+def _tied_to(model: PreTrainedModel, name: str) -> list[str]:
+    """Names of the modules that share the weight of one."""
+    weight, tied = f"{name}.weight", model.all_tied_weights_keys
+    source = tied.get(weight, weight)
+    sharing = (source, *(target for target, other in tied.items() if other == source))
+    return [other.rpartition(".")[0] for other in sharing if other != weight]
 
 
 def _with_matrices(model: PreTrainedModel) -> Iterator[tuple[str, type[nn.Module], list[Tensor]]]:

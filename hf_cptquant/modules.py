@@ -1,4 +1,7 @@
-"""`QuantLinear` and `QuantConv1D`: packed weights in place of `nn.Linear` and GPT-2's `Conv1D`.
+"""Packed weights in place of those of `nn.Linear`, GPT-2's `Conv1D`, convolutions and `nn.Embedding`.
+
+A weight is packed as a matrix, outputs × inputs (`matrix_of`): the rows of an embedding are outputs, and the kernels of
+all input channels that reach an output channel of a convolution are its inputs.
 
 Each is an instance of the class that it replaces, so that adapter libraries, which look layers up by their class, take
 it for what it is. Buffers only, no parameters: k-bit preparation of adapters casts parameters, and nothing here is
@@ -12,14 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ModelError
-from .grid import QuantizedWeight
-from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, linear, to_layout
+from .grid import QuantizedWeight, dequantize
+from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, linear, reference, to_layout
 from .memory import trim
-from .packing import pack, packed_length, unpack
+from .packing import pack, packed_length, unpack, unpack_rows
 from .plan import LayerScheme
 
 
@@ -48,7 +52,7 @@ class ComputedWeight(Tensor):
 
 
 class PackedLayer(nn.Module):
-    """A linear layer whose weight stays packed: all that does not depend on the class it replaces.
+    """A layer whose weight stays packed: all that does not depend on the class it replaces.
 
     Args:
         in_features, out_features: as in `nn.Linear`.
@@ -108,6 +112,12 @@ class PackedLayer(nn.Module):
             module.bias = bias.detach().to(scale.dtype)
         return module.settle()
 
+    def like(self, other: nn.Module) -> PackedLayer:
+        """Take over what else was said when a dense or packed module of this class was made (`padding_idx`, …)."""
+        for name in getattr(other, "__constants__", ()):  # where torch's own modules have the names
+            setattr(self, name, getattr(other, name))
+        return self.train(other.training)
+
     def quantized(self) -> QuantizedWeight:
         """The integers, scales and zero points that were packed: the reverse of `from_quantized`."""
         wire, bits = to_layout(self.tensors, WIRE, self.in_features), self.scheme.bits
@@ -136,6 +146,10 @@ class PackedLayer(nn.Module):
     def _dense_weight(self) -> Tensor:
         return dense_weight(self.tensors, self.scheme.bits, self.in_features)
 
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """What the layer would give with another weight, `[out_features, in_features]`."""
+        return reference.linear(x, matrix, self.bias)
+
     @property
     def tensors(self) -> PackedTensors:
         """The packed weight as it lies in memory."""
@@ -161,7 +175,7 @@ class PackedLayer(nn.Module):
         module.weight = nn.Parameter(self._dense_weight(), requires_grad=False)
         if self.bias is not None:
             module.bias = nn.Parameter(self.bias, requires_grad=False)
-        elif module.bias is not None:  # `Conv1D` always has one
+        elif isinstance(module, Conv1D):  # which always has one
             module.bias = nn.Parameter(self.weight_scale.new_zeros(self.out_features), requires_grad=False)
         return module
 
@@ -234,7 +248,83 @@ class QuantConv1D(PackedLayer, Conv1D):
             return Conv1D(self.out_features, self.in_features)
 
 
-PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {nn.Linear: QuantLinear, Conv1D: QuantConv1D}
+class PackedConvolution(PackedLayer):
+    """A convolution whose weight stays packed, and is dequantized at each call."""
+
+    kernel_size: tuple[int, ...]
+    _conv_forward: Callable[..., Tensor]  # of torch's class: input, weight, bias → output
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(WIRE, "no packed kernel for convolutions: the reference dequantizes at each call")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, super()._dense_weight())
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, self._with_kernels(matrix).to(x.dtype), bias)
+
+    def _dense_weight(self) -> Tensor:
+        return self._with_kernels(super()._dense_weight())
+
+    def _with_kernels(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.out_features, -1, *self.kernel_size)
+
+    def _empty(self) -> nn.Module:
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        dense = nn.Conv1d if isinstance(self, nn.Conv1d) else nn.Conv2d
+        return dense(**{name: getattr(self, name) for name in names}, bias=self.bias is not None, device="meta")
+
+
+class QuantConv1d(PackedConvolution, nn.Conv1d):
+    """Packed form of `nn.Conv1d`."""
+
+
+class QuantConv2d(PackedConvolution, nn.Conv2d):
+    """Packed form of `nn.Conv2d`."""
+
+
+class QuantEmbedding(PackedLayer, nn.Embedding):
+    """Packed form of `nn.Embedding`. Only the rows that are looked up are dequantized."""
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(WIRE, "rows are looked up in the wire format, and only they are dequantized")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows, bits = tokens.flatten(), self.scheme.bits
+        if not len(rows):
+            return self.weight_scale.new_empty(*tokens.shape, self.in_features)
+        zero_point = None if self.weight_zero_point is None else unpack_rows(self.weight_zero_point, bits, rows)
+        integers = unpack(self.weight_packed[rows], bits, self.in_features)
+        return dequantize(integers, self.weight_scale[rows], zero_point).view(*tokens.shape, self.in_features)
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.embedding(x, matrix)
+
+    def _empty(self) -> nn.Module:
+        return nn.Embedding(self.out_features, self.in_features, self.padding_idx, device="meta")
+
+
+PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: QuantLinear,
+    Conv1D: QuantConv1D,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Embedding: QuantEmbedding,
+}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+def matrix_of(kind: type[nn.Module], weight: Tensor) -> Tensor:
+    """The weight of a dense module of a class as it is packed, `[out_features, in_features]`; a view."""
+    return weight.t() if kind is Conv1D else weight.flatten(1)
+
+
+def weight_of(kind: type[nn.Module], matrix: Tensor, shape: torch.Size) -> Tensor:
+    """Reverse of `matrix_of`, for a weight of a shape."""
+    return (matrix.t() if kind is Conv1D else matrix).reshape(shape)
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLayer]:

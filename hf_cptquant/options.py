@@ -46,6 +46,12 @@ def read_settings(
     target_compression: TargetCompressionOption = None,
     max_loss_increase: MaxLossIncreaseOption = None,
     bits_override: BitsOverrideOption = None,
+    quantize_lm_head: Annotated[
+        int | None, typer.Option(help="Bits of the layer that predicts tokens, which is left alone otherwise.")
+    ] = None,
+    quantize_embeddings: Annotated[
+        int | None, typer.Option(help="Bits of the embedding of tokens, which is left alone otherwise.")
+    ] = None,
     regularization: RegularizationOption = 0.0,
     plan: Annotated[
         Path | None, typer.Option(help="File of `cptquant plan` or `solve`, instead of measuring and allocating.")
@@ -100,6 +106,8 @@ def read_settings(
         target_compression=target_compression,
         max_loss_increase=max_loss_increase,
         bits_override=parse_overrides(bits_override or []) or None,
+        quantize_lm_head=quantize_lm_head,
+        quantize_embeddings=quantize_embeddings,
         regularization=regularization,
         plan=plan,
         granularity=granularity,

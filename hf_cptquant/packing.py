@@ -91,3 +91,21 @@ def unpack(words: Tensor, bits: int, count: int, dim: int = 1) -> Tensor:
             value = value | (stream[..., word + 1] << (WORD - start))
         values[..., index] = (value & (2**bits - 1)) - offset
     return values.flatten(1)[:, :count].contiguous()
+
+
+def unpack_rows(words: Tensor, bits: int, rows: Tensor) -> Tensor:
+    """Some rows of what was packed along dim 0, without unpacking the others.
+
+    Args:
+        words: int32 `[packed_length(count, bits), columns]`.
+        bits: 2 to 8.
+        rows: their numbers `[n]`.
+
+    Returns:
+        int8 `[n, columns]`.
+    """
+    block, place = rows // WORD, rows % WORD  # so many rows fill exactly `bits` words
+    wanted = block.unsqueeze(1) * bits + torch.arange(bits, device=rows.device)
+    of_block = words[wanted.clamp(max=len(words) - 1)]  # beyond the end no row is asked for
+    values = unpack(of_block.transpose(1, 2).reshape(-1, bits), bits, WORD).view(len(rows), -1, WORD)
+    return values.gather(2, place.view(-1, 1, 1).expand(-1, words.shape[1], 1)).squeeze(2)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .allocation import FrontierPoint, allocate, check_budget, fixed_bits, frontier, loadable_bits
@@ -28,8 +27,8 @@ from .errors import ConfigError, ModelError, PlanError
 from .evaluate import evaluating, losses_of_plans
 from .experts import linear_experts
 from .memory import peak_bytes
-from .model_view import TASKS, hub_name_of, max_length_of, task_of, view_model
-from .plan import BitPlan, LeftAlone, read_json
+from .model_view import TASKS, hub_name_of, input_embedding, max_length_of, output_embedding, task_of, view_model
+from .plan import LINEAR, BitPlan, LeftAlone, read_json, scheme_for
 from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
 from .recipe import BUDGETS, Recipe
 from .record import QuantizationRecord
@@ -55,7 +54,7 @@ class Preparation:
     """What is known before the weights are.
 
     Attributes:
-        plan: the undecided plan.
+        plan: the undecided plan, with the bits of what lies outside the blocks.
         calibration: the data; None if nothing needs them, or if the model writes them itself.
         given: the record of the plan that the recipe gives, if it gives one.
     """
@@ -90,12 +89,35 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
     if given is not None:
         plan = given.plan.undecided
     else:
-        plan = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped).plan(recipe.granularity)
+        plan = _undecided(model, recipe)
         check_budget(plan, recipe)
     _check_runtime(model, plan if given is None else given.plan, recipe)
     later = recipe.names_no_data and task_of(model) == "causal-lm"
     calibration = _calibration_for(model, recipe) if recipe.measures and not later else None
     return Preparation(plan, calibration, given)
+
+
+def _undecided(model: PreTrainedModel, recipe: Recipe) -> BitPlan:
+    """The plan of a model in which only what lies outside the blocks has its bits, if it is to be quantized."""
+    outside = {}
+    if recipe.quantize_embeddings is not None:
+        outside[input_embedding(model)] = recipe.quantize_embeddings
+    if recipe.quantize_lm_head is not None:
+        outside[output_embedding(model)] = recipe.quantize_lm_head
+    view = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped, outside)
+    for module in view.left:
+        if module.name in outside:
+            raise ConfigError(f"{module.name}, which a setting asks to quantize, cannot be: {module.reason}")
+    plan = view.plan(recipe.granularity)
+    modules = [
+        replace(
+            module, scheme=scheme_for(outside[module.name], module.in_features, recipe.group_size, recipe.symmetric)
+        )
+        if module.outside
+        else module
+        for module in plan.modules
+    ]
+    return replace(plan, modules=tuple(modules))
 
 
 def _check_runtime(model: PreTrainedModel, plan: BitPlan, recipe: Recipe) -> None:
@@ -109,10 +131,9 @@ def _check_runtime(model: PreTrainedModel, plan: BitPlan, recipe: Recipe) -> Non
     if recipe.target_runtime is None and not recipe.strict:
         return
     runtime = RUNTIMES[recipe.target_runtime or "vllm"]
-    kinds = {name: type(module) for name, module in model.named_modules()}
-    portable = not any(kinds.get(module.name) is Conv1D for module in plan.modules)
+    portable = all(module.kind == LINEAR for module in plan.modules)
     refuse((*model_problems(task_of(model), portable, runtime), *problems(plan, runtime)), runtime)
-    if not plan.packed and recipe.target_runtime is None:  # which the budget has minded otherwise
+    if not plan.inside.packed and recipe.target_runtime is None:  # which the budget has minded otherwise
         loadable_bits(plan, recipe.bits, recipe, runtime, fixed_bits(plan, recipe).keys())
 
 
@@ -158,11 +179,12 @@ def given_record(model: PreTrainedModel, recipe: Recipe) -> QuantizationRecord:
         settings = {**_portable(recipe), "granularity": given.granularity, "target_runtime": None}  # of nobody's choice
         given = QuantizationRecord(given, None, settings, {})
     assert given is not None, "there is a plan"
-    if not given.plan.packed:
+    if not given.plan.inside.packed:
         raise PlanError("the plan leaves everything at 16 bits; make one from its scores with `cptquant solve`")
     settings = {**given.settings, **{name: getattr(recipe, name) for name in LEARNING}}
     try:
-        view = view_model(model, settings["modules_to_not_convert"], settings["allow_skipped"])
+        outside = [module.name for module in given.plan.modules if module.outside]
+        view = view_model(model, settings["modules_to_not_convert"], settings["allow_skipped"], outside)
         undecided = view.plan(settings["granularity"])
     except KeyError as error:
         raise PlanError(f"the settings in the record of the plan lack {error}") from error
@@ -259,7 +281,7 @@ def score(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> S
     with linears_in_working_dtype(model):
         if recipe.method == "auto":
             return _best_of_all(model, preparation, recipe)
-        table = METHODS[recipe.method](model, preparation.plan, preparation.data, recipe)
+        table = METHODS[recipe.method](model, preparation.plan.inside, preparation.data, recipe)
         return replace(table, **_rounding(model, preparation.plan, recipe))
 
 
@@ -267,10 +289,13 @@ def _best_of_all(model: PreTrainedModel, preparation: Preparation, recipe: Recip
     """The table whose plan gives the least loss on held-out data; its settings tell the losses of all."""
     plan = preparation.plan
     calibration, judged = hold_out(preparation.data)
-    tables = score_by_all(model, plan, calibration, recipe)
+    tables = score_by_all(model, plan.inside, calibration, recipe)
     rounding = _rounding(model, plan, recipe)
     tables = {name: replace(table, **rounding) for name, table in tables.items()}
-    plans = {"unrounded": plan, **{name: allocate(table, recipe) for name, table in tables.items()}}
+    plans = {
+        "unrounded": replace(plan, modules=()),
+        **{name: allocate(table, recipe) for name, table in tables.items()},
+    }
     losses = losses_of_plans(model, plans, with_labels(model, judged.batches))
     best = min(tables, key=lambda name: losses[name])
     found = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -279,9 +304,9 @@ def _best_of_all(model: PreTrainedModel, preparation: Preparation, recipe: Recip
 
 
 def _rounding(model: PreTrainedModel, plan: BitPlan, recipe: Recipe) -> dict[str, Any]:
-    """What a table says of rounding to nearest."""
-    errors = relative_errors(model, plan, recipe)
-    return {"errors": errors, "group_size": recipe.group_size, "symmetric": recipe.symmetric}
+    """What a table says of a plan, and of rounding to nearest."""
+    errors = relative_errors(model, plan.inside, recipe)
+    return {"plan": plan, "errors": errors, "group_size": recipe.group_size, "symmetric": recipe.symmetric}
 
 
 def _scored(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> QuantizationRecord:
@@ -303,7 +328,7 @@ def decide(record: QuantizationRecord, recipe: Recipe) -> QuantizationRecord:
         refuse(problems(plan, runtime), runtime)
     measured = {name: value for name, value in record.measured.items() if name != PREDICTED}
     if table.costs:
-        bits = {module.unit: module.scheme.bits for module in plan.modules}
+        bits = {module.unit: module.scheme.bits for module in plan.inside.modules}
         measured[PREDICTED] = math.fsum(table.costs[unit].get(bits[unit], 0.0) for unit in bits)
     given = _portable(recipe)
     settings = {**record.settings, **{name: given[name] for name in DECIDING}}

@@ -25,6 +25,9 @@ PLAN_VERSION = 1
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 BITS = (*PACKED_BITS, 16)
 PER_CHANNEL = -1
+OUTSIDE = "outside the blocks"
+LINEAR, EMBEDDING = "Linear", "Embedding"
+LINEAR_KINDS = (LINEAR, "Conv1D")  # the second is GPT-2's, no convolution
 
 
 @dataclass(frozen=True, order=True)
@@ -113,11 +116,12 @@ class ModulePlan:
 
     Attributes:
         name: dotted name in the model.
-        block: name of the transformer layer that it belongs to.
+        block: name of the transformer layer that it belongs to; its own name if it lies outside of them.
         unit: the unit of decision (block, fused group, or the module itself).
         out_features, in_features: shape of the weight as a matrix that maps inputs to outputs.
         element_size: bytes of one weight in the model's own dtype.
         scheme: what it gets.
+        kind: name of the module's class.
     """
 
     name: str
@@ -127,11 +131,22 @@ class ModulePlan:
     in_features: int
     element_size: int
     scheme: LayerScheme
+    kind: str = LINEAR
 
     def __post_init__(self) -> None:
         for size in (self.out_features, self.in_features, self.element_size):
             if type(size) is not int or size < 1:
                 raise PlanError(f"{self.name}: a size must be a positive whole number, not {size!r}")
+
+    @property
+    def linear(self) -> bool:
+        """Whether its outputs are products of the rows of its inputs with the matrix."""
+        return self.kind in LINEAR_KINDS
+
+    @property
+    def outside(self) -> bool:
+        """Whether it lies outside the transformer layers. A setting then names its bits: no method decides on it."""
+        return self.block == self.name
 
     @property
     def weights(self) -> int:
@@ -214,16 +229,23 @@ class BitPlan:
         return 100 * (1 - self.nbytes / self.original_bytes)
 
     def by_block(self) -> dict[str, dict[str, ModulePlan]]:
-        """Block name → module name within the block → decision, both in the model's order."""
+        """Block name → module name within the block → decision, both in the model's order. What lies outside the
+        transformer layers is a block, and its name within it is empty."""
         blocks: dict[str, dict[str, ModulePlan]] = {}
         for module in self.modules:
-            blocks.setdefault(module.block, {})[module.name.removeprefix(module.block + ".")] = module
+            blocks.setdefault(module.block, {})[module.name.removeprefix(module.block).lstrip(".")] = module
         return blocks
 
     @property
     def undecided(self) -> BitPlan:
-        """The same units, all of them with 16 bits."""
-        return replace(self, modules=tuple(replace(module, scheme=UNTOUCHED) for module in self.modules))
+        """The same units with 16 bits, except those outside the transformer layers, on which no method decides."""
+        modules = (module if module.outside else replace(module, scheme=UNTOUCHED) for module in self.modules)
+        return replace(self, modules=tuple(modules))
+
+    @property
+    def inside(self) -> BitPlan:
+        """Of the modules those in transformer layers, which are what is measured and decided on."""
+        return replace(self, modules=tuple(module for module in self.modules if not module.outside))
 
     @property
     def granularity(self) -> str:
@@ -241,14 +263,16 @@ class BitPlan:
         )
 
     def maps(self) -> tuple[BitMap, ...]:
-        """The bits as pictures, one for each stack of blocks. Units that differ by a number alone, such as experts,
-        share a row."""
+        """The bits as pictures, one for each stack of blocks, and one for what lies outside of them. Units that differ
+        by a number alone, such as experts, share a row."""
         stacks: dict[str, list[tuple[str, str, int]]] = {}
-        for module in self.modules:
+        for module in self.inside.modules:
             stack, _, index = module.block.rpartition(".")
             unit = module.name if module.unit == module.block else module.unit
             kind = re.sub(r"\.\d+(?=\.|$)", ".*", unit.removeprefix(module.block))
             stacks.setdefault(stack, []).append((kind.lstrip("."), index, module.scheme.bits))
+        if outside := [(module.name, "", module.scheme.bits) for module in self.modules if module.outside]:
+            stacks[OUTSIDE] = outside
         return tuple(bit_map(stack, units) for stack, units in stacks.items())
 
     def _repr_html_(self) -> str:
@@ -312,6 +336,7 @@ class BitPlan:
                 module.name: {
                     "block": module.block,
                     "unit": module.unit,
+                    **({} if module.kind == LINEAR else {"kind": module.kind}),
                     "shape": [module.out_features, module.in_features],
                     "element_size": module.element_size,
                     **asdict(module.scheme),
@@ -361,9 +386,8 @@ def _module_from_dict(name: str, entry: Mapping[str, Any]) -> ModulePlan:
         try:
             out_features, in_features = entry["shape"]
             scheme = LayerScheme(entry["bits"], entry["group_size"], entry["symmetric"])
-            return ModulePlan(
-                name, entry["block"], entry["unit"], out_features, in_features, entry["element_size"], scheme
-            )
+            sizes = out_features, in_features, entry["element_size"]
+            return ModulePlan(name, entry["block"], entry["unit"], *sizes, scheme, entry.get("kind", LINEAR))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"its entry in the bit plan is wrong: {error}") from error
 

@@ -16,7 +16,6 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .arithmetic import working_dtype
@@ -25,7 +24,7 @@ from .errors import ModelError, PlanError, in_module
 from .experts import fuse_again
 from .grid import QuantizedWeight, dequantize
 from .memory import mapped_ranges, release
-from .modules import PACKED_CLASSES, packed_modules, replace_module
+from .modules import PACKED_CLASSES, matrix_of, packed_modules, replace_module
 from .plan import BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
 from .rounding import BLOCK_ROUNDINGS, Tuning, round_nearest
@@ -46,15 +45,13 @@ def apply_plan(model: nn.Module, plan: BitPlan) -> None:
     """
     check_fits(model, plan)
     for decision in logging.tqdm(plan.packed, desc="Quantizing"):
-        with in_module(decision.name):
-            module = model.get_submodule(decision.name)
-            with align_module_device(module):
-                _pack(model, decision.name, round_nearest(_matrix(module).detach().contiguous(), decision.scheme))
+        _pack_nearest(model, decision)
 
 
 @torch.no_grad()
 def apply_plan_by_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch], recipe: Recipe) -> None:
     """Round the modules of a plan block by block, each behind the rounded ones before it, and pack them, in place.
+    What lies outside the blocks is rounded to nearest afterwards.
 
     Args:
         model: dense, in evaluation mode, in memory.
@@ -68,11 +65,27 @@ def apply_plan_by_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequenc
     """
     check_fits(model, plan)
     check_in_memory(model, plan)
-    if not plan.packed:
-        return
+    if plan.inside.packed:
+        _tune_blocks(model, plan.inside, batches, recipe)
+    for decision in plan.packed:
+        if decision.outside:
+            _pack_nearest(model, decision)
+
+
+def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch], recipe: Recipe) -> None:
+    """As `apply_plan_by_blocks`, for a plan that packs modules in blocks, and no others."""
     of_block: dict[str, dict[str, LayerScheme]] = {module.block: {} for module in plan.modules}
+    untuned: dict[str, list[ModulePlan]] = {module.block: [] for module in plan.modules}
     for module in plan.packed:
-        of_block[module.block][module.name.removeprefix(module.block + ".")] = module.scheme
+        if module.linear:
+            of_block[module.block][module.name.removeprefix(module.block + ".")] = module.scheme
+        else:
+            untuned[module.block].append(module)
+    if any(untuned.values()):
+        logger.warning(
+            f"{sum(map(len, untuned.values()))} convolutions are rounded to nearest: rounding={recipe.rounding!r} is"
+            " for linear layers."
+        )
     _warn_of_few_tokens(plan, batches)
     prefix = Prefix(model, batches[0], list(of_block))
     by_curvature = recipe.rounding == "signround"
@@ -86,6 +99,10 @@ def apply_plan_by_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequenc
         pairs = [tuple(work.call(prefix.call(batch, one, position)) for one in both) for batch, *both in loaded]
         outputs = [work(call) for call, _ in pairs]
         calls = [call for _, call in pairs]
+        for decision in untuned[name]:
+            _pack_nearest(model, decision)
+            layer = work.block.get_submodule(decision.name.removeprefix(name + "."))
+            layer.weight.copy_(model.get_submodule(decision.name).weight)
         if of_block[name]:
             targets = [output[0] if isinstance(output, tuple) else output for output in outputs]
             tuning = Tuning(work.dtype, recipe.iters, recipe.seed, curvatures.get(name))
@@ -165,17 +182,25 @@ def check_in_memory(model: nn.Module, plan: BitPlan) -> None:
             )
 
 
+def _pack_nearest(model: nn.Module, decision: ModulePlan) -> None:
+    """Round the weight of a module to nearest and pack it."""
+    with in_module(decision.name):
+        module = model.get_submodule(decision.name)
+        with align_module_device(module):
+            _pack(model, decision.name, round_nearest(_matrix(module).detach().contiguous(), decision.scheme))
+
+
 def _pack(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:
     """Put a packed module in the place of a dense one."""
     module = model.get_submodule(name)
-    packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module.bias)
-    replace_module(model, name, packed.train(module.training))
+    packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module._parameters.get("bias"))
+    replace_module(model, name, packed.like(module))
     release(module.weight, mapped_ranges())
 
 
 def _matrix(module: nn.Module) -> torch.Tensor:
     """The weight as `[out_features, in_features]`."""
-    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+    return matrix_of(type(module), module.weight)
 
 
 def check_fits(model: nn.Module, plan: BitPlan) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import ConfigError
-from .plan import BitPlan
+from .plan import PACKED_BITS, BitPlan
 from .record import QuantizationRecord
 from .runtimes import RUNTIMES
 
@@ -28,6 +28,7 @@ ROUNDING_NAMES = ("nearest", "clipped", "gptq", "signround")
 QUALITIES = {"fast": ("nearest", 0), "balanced": ("signround", 80), "best": ("signround", 300)}  # rounding, iters
 RECOVER_NAMES = (None, "scales")
 PERTURB_NAMES = ("all", "first")
+OUTSIDE_SETTINGS = ("quantize_lm_head", "quantize_embeddings")
 _WITHOUT_METRIC = {
     "cmpq": ", which measures correlations; use metric='loss'",
     "auto": ", whose plans are compared by their loss; use metric='loss'",
@@ -41,7 +42,7 @@ _LEAST = {
     "cca_samples": 2,
     "seed": 0,
 }
-BIT_WIDTHS = (2, 3, 4, 5, 6, 8, 16)
+BIT_WIDTHS = (*PACKED_BITS, 16)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 RUNTIME_NAMES = (None, *RUNTIMES)
 HUB_IDS = {  # what `datasets.load_dataset` calls them: dataset, configuration
@@ -74,6 +75,8 @@ class Recipe:
     target_compression: float | None = None
     max_loss_increase: float | None = None
     bits_override: tuple[tuple[str, int], ...] = ()
+    quantize_lm_head: int | None = None
+    quantize_embeddings: int | None = None
     regularization: float = 0.0
     plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None
     group_size: int = 128
@@ -119,6 +122,8 @@ class Recipe:
         _check_choice("allow_skipped", self.allow_skipped, (True, False))
         _check_choice("target_runtime", self.target_runtime, RUNTIME_NAMES)
         _check_choice("strict", self.strict, (True, False))
+        for name in OUTSIDE_SETTINGS:
+            _check_choice(name, getattr(self, name), (None, *PACKED_BITS))
         for width in self.bits or ():
             _check_choice("bits", width, BIT_WIDTHS)
         if not self.bits or len(set(self.bits)) != len(self.bits):
@@ -155,7 +160,7 @@ class Recipe:
     def _check_plan(self) -> None:
         if not isinstance(self.plan, (str, os.PathLike, BitPlan, QuantizationRecord, type(None))):
             raise ConfigError(f"plan={self.plan!r} must be the file of a plan, or a BitPlan")
-        deciding = [name for name in (*BUDGETS, "bits_override") if getattr(self, name)]
+        deciding = [name for name in (*BUDGETS, "bits_override", *OUTSIDE_SETTINGS) if getattr(self, name)]
         if self.plan is not None and deciding:
             raise ConfigError(f"with plan= every module is decided; leave out {deciding[0]}, or make another plan")
 

@@ -29,8 +29,7 @@ from .arithmetic import linears_in_working_dtype
 from .calibration import batches_on
 from .errors import CalibrationError, ModelError
 from .grid import dequantize
-from .kernels import reference
-from .modules import packed_modules, replace_module
+from .modules import PackedLayer, packed_modules, replace_module
 from .plan import BitPlan
 from .sensitivity.metrics import Batch, forward, mean
 from .sensitivity.scoring import with_labels
@@ -196,15 +195,15 @@ class _Student:
         modules = {name: self._model.get_submodule(name) for name in self._weights}
         try:
             for name, module in modules.items():
-                module.forward = partial(self._linear, name, module.bias)
+                module.forward = partial(self._forward, name, module)
             yield
         finally:
             for module in modules.values():
                 del module.forward
 
-    def _linear(self, name: str, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    def _forward(self, name: str, module: PackedLayer, inputs: Tensor) -> Tensor:
         weight = self._weights[name]
-        return reference.linear(inputs, dequantize(weight.integers, self._scale(name), weight.zero_point), bias)
+        return module.product(inputs, dequantize(weight.integers, self._scale(name), weight.zero_point))
 
     def _scale(self, name: str) -> Tensor:
         """As it will be stored; rounding to its dtype counts as the identity in the backward pass."""
@@ -216,7 +215,7 @@ class _Student:
         for factor in self.factors.values():
             factor.grad = None
         asked = {name: weight.requires_grad for name, weight in self._norms.items()}
-        with differentiable(self._model, dict.fromkeys(module.block for module in plan.modules)):
+        with differentiable(self._model, dict.fromkeys(module.block for module in plan.inside.modules)):
             for weight in self._norms.values():
                 weight.requires_grad_(True)
             logits = forward(self._model, _on(self._model, example)).logits
@@ -250,7 +249,7 @@ class _Student:
         for name, weight in self._weights.items():
             module = self._model.get_submodule(name)
             scaled = replace(weight, scale=self._scale(name))
-            replace_module(self._model, name, type(module).from_quantized(scaled, module.bias).train(module.training))
+            replace_module(self._model, name, type(module).from_quantized(scaled, module.bias).like(module))
 
 
 def _is_norm(module: nn.Module) -> bool:

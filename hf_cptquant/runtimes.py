@@ -13,6 +13,12 @@ a name is in neither). A difference in bits or groups is found when the shapes o
 agree in all projections, which are looked up as `gate_proj`, `up_proj` and `down_proj` whatever the model calls them
 (`CompressedTensorsMoEMethod.get_moe_method`).
 
+The head, the matrix that predicts tokens, has its rows padded to a multiple of 64 before they are dealt out to ranks
+(`VocabParallelEmbedding`). It takes packed weights where its own name is among the targets, and the model's class
+gives it the quantization config (vLLM `compressed_tensors.py: get_quant_method`, SGLang `get_lm_head_scheme`), which
+most do; those that do not, such as OPT's, find a packed head nowhere to put and stop. Packed embeddings are looked up
+by vLLM alone, and by few of its classes (`compressed_tensors_embedding.py`), Llama's not among them.
+
 Kernels that only some GPUs or installations have (Machete, Exllama, Conch, Triton, Humming, which takes all widths)
 are not counted on: what passes runs on Marlin, which every NVIDIA GPU since Turing (vLLM) or Ampere (SGLang) has.
 Signed scales are safe: the kernels multiply by them. The exception has to be asked for: int8 activations for Marlin
@@ -21,13 +27,14 @@ Signed scales are safe: the kernels multiply by them. The exception has to be as
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from .errors import PlanError
-from .plan import PER_CHANNEL, UNTOUCHED, BitPlan, LayerScheme, ModulePlan
+from .plan import EMBEDDING, PER_CHANNEL, UNTOUCHED, BitPlan, LayerScheme, ModulePlan
 
 # Projections of the same inputs that inference engines fuse into one matrix: (name of the matrix, names of its parts).
 # Where a model has them fused already (`qkv_proj`, `c_attn`, `gate_up_proj`, …) they are one module.
@@ -55,6 +62,7 @@ ROW_PARALLEL = frozenset(
     {"o_proj", "out_proj", "down_proj", "fc2", "dense", "dense_4h_to_h", "c_proj", "wo", "Wo", "w2", "fc_out"}
 )
 WORD = 32
+HEAD_ROWS = 64  # `DEFAULT_VOCAB_PADDING_SIZE` of vLLM's and SGLang's vocab_parallel_embedding.py
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ def model_problems(task: str | None, portable: bool, runtime: Runtime) -> tuple[
     if task != SERVED_TASK:
         found.append(Problem((), f"{runtime.title} is only known to load causal language models", "use transformers"))
     if not portable:
-        rule = f"{runtime.title} reads the format of compressed-tensors, which cannot say Conv1D layers"
+        rule = f"{runtime.title} reads the format of compressed-tensors, in which only linear layers are written"
         found.append(Problem((), rule, "use transformers with hf_cptquant"))
     return tuple(found)
 
@@ -220,6 +228,9 @@ def _problem_of(parts: Sequence[ModulePlan], left: str | None, runtime: Runtime,
     if any(EXPERT.search(name) and name.rpartition(".")[2] not in EXPERT_PROJECTIONS for name in names):
         rule = f"{runtime.title} asks for the scheme of experts by the names {_listed(EXPERT_PROJECTIONS)}"
         return Problem(names, rule, "give 16 bits", UNTOUCHED)
+    if any(module.kind == EMBEDDING for module in parts):
+        rule = f"{runtime.title} is not known to look tokens up in packed embeddings"
+        return Problem(names, rule, "leave quantize_embeddings out", UNTOUCHED)
     if left is not None:
         rule = f"{runtime.title} keeps {left} in the same matrix, which is left alone, so all of it must be"
         return Problem(names, rule, "give 16 bits, or do not leave that one alone", UNTOUCHED)
@@ -259,7 +270,7 @@ def nearest_scheme(parts: Sequence[ModulePlan], wanted: LayerScheme, runtime: Ru
 def _unsplittable(parts: Sequence[ModulePlan], ranks: int) -> str | None:
     """Why no checkpoint of the model, quantized or not, can be split over so many ranks."""
     for module in parts:
-        what, size = ("input", module.in_features) if _is_row_parallel(module) else ("output", module.out_features)
+        what, size = ("input", module.in_features) if _is_row_parallel(module) else ("output", _rows(module))
         if size % ranks:
             return f"its {size} {what} features cannot be split over {ranks} ranks"
     return None
@@ -276,13 +287,14 @@ def _broken(parts: Sequence[ModulePlan], scheme: LayerScheme, runtime: Runtime, 
     share = "" if ranks == 1 else f" on each of {ranks} ranks"
     in_a_word = WORD // scheme.bits
     shapes = [_share(module, ranks) for module in parts]
-    for out_features, in_features in shapes:
+    for module, (out_features, in_features) in zip(parts, shapes, strict=True):
         if scheme.group_size != PER_CHANNEL and in_features % scheme.group_size:
             return f"{in_features} input features{share} are no whole groups of {scheme.group_size}"
         if in_features % in_a_word:
             return f"{in_features} input features{share} are no whole words of {in_a_word} integers"
-        if not scheme.symmetric and out_features % in_a_word:
-            return f"{out_features} output features{share} are no whole words of {in_a_word} zero points"
+        for rows in (module.out_features, out_features):  # what is in the file, and what a rank has of it
+            if not scheme.symmetric and rows % in_a_word:
+                return f"{rows} output features{share} are no whole words of {in_a_word} zero points"
     if len({in_features for _, in_features in shapes}) == 1 and not EXPERT.search(parts[0].name):
         shapes = [(sum(out_features for out_features, _ in shapes), shapes[0][1])]
     for out_features, in_features in shapes:
@@ -297,7 +309,12 @@ def _share(module: ModulePlan, ranks: int) -> tuple[int, int]:
     """Output and input features that one rank has."""
     if _is_row_parallel(module):
         return module.out_features, module.in_features // ranks
-    return module.out_features // ranks, module.in_features
+    return _rows(module) // ranks, module.in_features
+
+
+def _rows(module: ModulePlan) -> int:
+    """Output features, with the padding of a head."""
+    return math.ceil(module.out_features / HEAD_ROWS) * HEAD_ROWS if module.outside else module.out_features
 
 
 def _is_row_parallel(module: ModulePlan) -> bool:

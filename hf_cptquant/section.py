@@ -2,7 +2,7 @@
 
 It has the form of compressed-tensors, which plain transformers reads: `config_groups` with explicit, disjoint module
 names (no class names, no regular expressions, nothing that depends on the order of keys). It bears the record of the
-run under `"cptquant"`. Models that compressed-tensors cannot say (GPT-2's `Conv1D`) get the same section under our own
+run under `"cptquant"`. Models that plain transformers cannot load (GPT-2's `Conv1D`) get the same section under our own
 `quant_method`. Reading trusts nothing: names, bits, groups and shapes are checked against the model.
 """
 
@@ -28,7 +28,7 @@ def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
 
     Args:
         record: of the finished run.
-        portable: whether compressed-tensors can say every packed module; otherwise only this package reads it.
+        portable: whether plain transformers can load every packed module; otherwise only this package reads it.
     """
     plan = record.plan
     schemes = sorted({module.scheme for module in plan.packed})
@@ -49,10 +49,7 @@ def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
             "version": SECTION_VERSION,
             "allocation": record.settings["allocation"],
             "bits_per_weight": round(plan.bits_per_weight, 4),
-            "bit_plan": {
-                block: {name: module.scheme.bits for name, module in members.items()}
-                for block, members in plan.by_block().items()
-            },
+            "bit_plan": _write_bits(plan),
             **_scores_section(record.table),
             "settings": dict(record.settings),
             "calibration": dict(record.calibration),
@@ -60,6 +57,15 @@ def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
             "base_model": record.base_model,
         },
     }
+
+
+def _write_bits(plan: BitPlan) -> dict[str, Any]:
+    """Block → module name within the block → bits; outside the blocks, module name → bits."""
+    inside = {
+        block: {name: module.scheme.bits for name, module in members.items()}
+        for block, members in plan.inside.by_block().items()
+    }
+    return inside | {module.name: module.scheme.bits for module in plan.modules if module.outside}
 
 
 def _scores_section(table: SensitivityTable | None) -> dict[str, Any]:
@@ -103,11 +109,13 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
             )
         schemes = _read_schemes(section["config_groups"])
         settings = own["settings"]
-        plan = view_model(model, settings["modules_to_not_convert"], allow_skipped=True).plan(settings["granularity"])
+        inside = {name: bits for name, bits in own["bit_plan"].items() if not isinstance(bits, int)}
+        outside = {name: bits for name, bits in own["bit_plan"].items() if name not in inside}
+        view = view_model(model, settings["modules_to_not_convert"], allow_skipped=True, outside=outside)
+        plan = view.plan(settings["granularity"])
+        bit_plan = {f"{block}.{name}": bits for block, members in inside.items() for name, bits in members.items()}
+        bit_plan |= outside
         table = None if own["method"] is None else _read_scores(own, plan)
-        bit_plan = {
-            f"{block}.{name}": bits for block, members in own["bit_plan"].items() for name, bits in members.items()
-        }
         others = own["calibration"], own["measured"], own.get("base_model")
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"quantization_config in config.json is incomplete: {error!r}") from error
@@ -121,7 +129,9 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
     for module in plan.modules:
         with in_module(module.name):
             modules.append(_decided(module, schemes.get(module.name), bit_plan.get(module.name)))
-    return QuantizationRecord(replace(plan, modules=tuple(modules)), table, settings, *others)
+    plan = replace(plan, modules=tuple(modules))
+    table = table and replace(table, plan=plan.undecided)
+    return QuantizationRecord(plan, table, settings, *others)
 
 
 def _read_scores(own: Mapping[str, Any], plan: BitPlan) -> SensitivityTable:

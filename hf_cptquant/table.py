@@ -26,7 +26,7 @@ class SensitivityTable:
             `"correlation"` with other units.
         base: the metric of the unchanged model (a unit's correlation with itself: 1).
         raw: unit → change of the metric for the worse, in the model's order.
-        plan: the units, undecided.
+        plan: the units, undecided, and what lies outside the transformer layers with its bits.
         settings: those of the method that decide the figures.
         fingerprint: identifies model, data and settings that the figures belong to.
         costs: unit → bit width → predicted rise of the loss (nats), if the method prices bit widths.
@@ -50,8 +50,8 @@ class SensitivityTable:
 
     @property
     def blocks(self) -> dict[str, str]:
-        """Unit → the transformer layer that it belongs to."""
-        return {module.unit: module.block for module in self.plan.modules}
+        """Unit → the transformer layer that it belongs to; what lies outside of them is not measured."""
+        return {module.unit: module.block for module in self.plan.inside.modules}
 
     @property
     def scores(self) -> dict[str, float]:

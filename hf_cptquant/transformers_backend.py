@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from .checkpoint import build_skeleton, check_files, finish_loading, is_portable, with_plan_file
 from .config import CPTQuantCheckpointConfig, CPTQuantConfig
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .experts import LinearExperts, without_merging
 from .hub import push_to_hub, save_pretrained
 from .pipeline import Preparation, prepare, quantize_model
@@ -68,6 +68,7 @@ class CPTQuantHfQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config
         model.save_pretrained = partial(save_pretrained, model, self.record, tokenizer)
         model.push_to_hub = partial(push_to_hub, model, self.record, tokenizer)
+        model.resize_token_embeddings = partial(resize_token_embeddings, model, self.record)
         model.half, model.float = partial(nn.Module.half, model), partial(nn.Module.float, model)  # theirs refuse
         return model
 
@@ -88,7 +89,7 @@ class CPTQuantHfQuantizer(HfQuantizer):
             if name.rpartition(".")[0] not in dequantized and parameter.is_floating_point()
         }
         dtype = torch.float32 if dtype is None and others == {torch.float32} else dtype
-        del model.save_pretrained, model.push_to_hub, model.half, model.float
+        del model.save_pretrained, model.push_to_hub, model.resize_token_embeddings, model.half, model.float
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
@@ -103,6 +104,28 @@ class CPTQuantHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def resize_token_embeddings(
+    model: PreTrainedModel,
+    record: QuantizationRecord,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> nn.Module:
+    """As transformers' own, where the matrices with a row for each token are dense.
+
+    Raises:
+        ModelError: one is packed, and would have another number of rows.
+    """
+    packed = [module for module in record.plan.packed if module.outside]
+    unchanged = pad_to_multiple_of is None and new_num_tokens in {None, *(module.out_features for module in packed)}
+    if packed and not unchanged:
+        raise ModelError(
+            f"{packed[0].name} is packed with {packed[0].out_features} rows; resize the full-precision model before it"
+            " is quantized, or call dequantize() first"
+        )
+    return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
 
 def refuse_sharding(model: PreTrainedModel) -> None:

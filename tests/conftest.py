@@ -43,7 +43,8 @@ WIDTHS_OF_THEIRS = (2, 3, 4, 5, 6, 8) if PACKED_DENSELY else (2, 4, 8)  # that c
 
 def plan_of(blocks: Mapping[str, str]) -> BitPlan:
     """An undecided plan with one small module for each unit: unit → block."""
-    return BitPlan(tuple(ModulePlan(unit, block, unit, 8, 64, 2, UNTOUCHED) for unit, block in blocks.items()))
+    modules = ((unit if unit != block else f"{block}.linear", block, unit) for unit, block in blocks.items())
+    return BitPlan(tuple(ModulePlan(*names, 8, 64, 2, UNTOUCHED) for names in modules))
 
 
 SMALL_SETTINGS = {

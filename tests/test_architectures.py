@@ -28,6 +28,8 @@ ALONE = {
     # outputs of attention and of a mixer; what is fused already
     "o_proj", "out_proj", "dense", "attention_out", "out_lin", "Wo", "output", "output_linear", "c_proj", "qkv_proj",
     "query_key_value", "c_attn", "qkv", "Wqkv", "in_proj", "in_proj_qkvz", "in_proj_ba",
+    # a convolution
+    "conv_qk_grouped",
     # low-rank and index projections
     "q_b_proj", "kv_b_proj", "kv_proj", "wq_b", "wk", "q_gate_proj", "o_b_proj", "relative_pos_embeddings",
     # feed-forward

@@ -301,6 +301,8 @@ def test_every_option_reaches_its_setting():
         "target_compression": None,
         "max_loss_increase": None,
         "bits_override": ["*.down_proj=4", "a.*=16"],
+        "quantize_lm_head": 8,
+        "quantize_embeddings": 4,
         "regularization": 0.5,
         "plan": None,
         "quality": "best",
@@ -401,7 +403,7 @@ def test_check_of_a_folder_minds_the_model_too(quantized, plan_file, tmp_path, c
     config = {"architectures": ["GPT2LMHeadModel"], "quantization_config": {"quant_method": "cptquant"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert run("check", tmp_path) == 1
-    assert "compressed-tensors, which cannot say Conv1D layers" in capsys.readouterr().out
+    assert "compressed-tensors, in which only linear layers are written" in capsys.readouterr().out
     config = {"architectures": ["BertForMaskedLM"], "quantization_config": {"quant_method": "compressed-tensors"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert run("check", tmp_path) == 1

@@ -24,6 +24,8 @@ MANY = {
     "target_compression": None,
     "max_loss_increase": None,
     "bits_override": {"*.fc2": 4},
+    "quantize_lm_head": 8,
+    "quantize_embeddings": 4,
     "regularization": 0.25,
     "plan": None,
     "group_size": 64,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_cptquant.errors import CheckpointError
-from hf_cptquant.packing import pack, packed_length, unpack
+from hf_cptquant.packing import pack, packed_length, unpack, unpack_rows
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -106,3 +106,11 @@ def test_wrong_number_of_words_is_refused(bits, difference, dim):
     shape = (3, length + difference) if dim == 1 else (length + difference, 3)
     with pytest.raises(CheckpointError, match=f"{length + difference} words .* cannot hold 64 integers of {bits} bits"):
         unpack(torch.zeros(shape, dtype=torch.int32), bits, 64, dim)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("count", [1, 32, 45])
+def test_some_rows_are_unpacked_without_the_others(bits, count):
+    integers = random_integers(count, 3, bits)
+    rows = torch.arange(count).flip(0).repeat(2)
+    assert torch.equal(unpack_rows(pack(integers, bits, dim=0), bits, rows), integers[rows])

@@ -46,13 +46,14 @@ class Case:
     vocabulary: int | None = None
     save: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
+    outside: tuple[str, ...] = ()
 
     @property
     def dense(self) -> PreTrainedModel:
         return tiny_model(self.kind, **self.changes).to(self.dtype)
 
     def plan(self) -> BitPlan:
-        undecided = view_model(self.dense).plan("module")
+        undecided = view_model(self.dense, outside=self.outside).plan("module")
         bits = dict(zip((module.unit for module in undecided.modules), itertools.cycle(self.bits), strict=False))
         return undecided.with_bits(bits, self.group_size, self.symmetric)
 
@@ -73,6 +74,8 @@ CASES = {
     "per channel": Case(group_size=-1),
     "sharded": Case(save={"max_shard_size": "50KB"}),
     "tied embeddings": Case(changes={"tie_word_embeddings": True}),
+    "head": Case(outside=("lm_head",), changes={"vocab_size": 500}),
+    "head of 8 bits": Case((8,), outside=("lm_head",), dtype=torch.bfloat16),
     "resized": Case(vocabulary=520),
     "tied and resized": Case(changes={"tie_word_embeddings": True}, vocabulary=520),
     "OPT": Case(kind="opt"),
@@ -216,6 +219,7 @@ def test_weights_are_the_same_bit_for_bit(name, reloaded):
     job = reloaded.jobs[name]
     plan = job.model.hf_quantizer.record.plan
     assert {module.scheme.bits for module in plan.modules} == set(CASES[name].bits)
+    assert {module.name for module in plan.packed if module.outside} == set(CASES[name].outside)
     assert (job.folder / "model.safetensors.index.json").exists() == (name == "sharded")
     check_same(job.model, reloaded.weights(name))
 
@@ -273,13 +277,13 @@ def test_one_scheme_is_read_by_dequantizing_on_loading(name, reloaded):
 # compressed-tensors itself, in this process
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize(("kind", "outside"), [("llama", ()), ("llama", ("lm_head",)), ("opt", ())])
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_compressed_tensors_writes_and_reads_our_tensors(kind, group_size, symmetric, tmp_path):
+def test_compressed_tensors_writes_and_reads_our_tensors(kind, outside, group_size, symmetric, tmp_path):
     """Its compressor, given the dense model, our section of `config.json` and our scales, writes what we write; and
     reads it as we do."""
-    case = Case(WIDTHS_OF_THEIRS, kind, group_size, symmetric)
+    case = Case(WIDTHS_OF_THEIRS, kind, group_size, symmetric, outside=outside)
     theirs = case.dense
     theirs.save_pretrained(tmp_path / "dense")
     ours = case.quantized(tmp_path / "dense", case.plan())

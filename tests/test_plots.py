@@ -181,7 +181,7 @@ from hf_cptquant.plan import UNTOUCHED, BitPlan, ModulePlan
 from hf_cptquant.plots import plot_sensitivity
 from hf_cptquant.table import SensitivityTable
 assert "matplotlib" not in sys.modules, "loaded too early"
-plan = BitPlan((ModulePlan("a.0", "a.0", "a.0", 8, 64, 2, UNTOUCHED),))
+plan = BitPlan((ModulePlan("a.0.linear", "a.0", "a.0", 8, 64, 2, UNTOUCHED),))
 plot_sensitivity(SensitivityTable("pmpq", "loss", 1.0, {"a.0": 1.0}, plan, {}, ""), sys.argv[1])
 assert "matplotlib" in sys.modules
 assert "matplotlib.pyplot" not in sys.modules, "pyplot holds figures for good, and may want a display"

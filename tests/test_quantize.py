@@ -38,7 +38,7 @@ def test_non_finite_weights_name_the_module():
     ("change", "message"),
     [
         ({"name": "model.layers.9.mlp.up_proj"}, r"model.layers.9.mlp.up_proj: .* no such module"),
-        ({"name": "model.embed_tokens"}, r"model.embed_tokens: .* has a Embedding there"),
+        ({"name": "model.norm"}, r"model.norm: .* has a LlamaRMSNorm there"),
         ({"out_features": 3}, r"down_proj: the plan has shape \(3, 128\), the model \(64, 128\)"),
     ],
 )

@@ -79,7 +79,7 @@ def options(table: SensitivityTable, recipe: Recipe) -> dict[str, list[Option]]:
     """
 
     def cost(unit: str, bits: int) -> float:
-        if bits == 16:
+        if bits == 16 or unit not in table.raw:  # what lies outside the blocks costs the same in every plan
             return 0.0
         if bits not in (table.costs or table.errors).get(unit, ()) or (by_error and bits not in table.errors[unit]):
             known = ", ".join(map(str, (table.costs or table.errors).get(unit, ())))
@@ -171,18 +171,18 @@ def loadable_bits(
 
 
 def fixed_bits(plan: BitPlan, recipe: Recipe) -> dict[str, int]:
-    """Unit → bits where `bits_override` decides.
+    """Unit → bits where `bits_override` decides, and those of what lies outside the transformer layers.
 
     Raises:
         PlanError: a pattern matches no module, or patterns give modules of one unit different bits.
     """
     fixed: dict[str, tuple[int, str]] = {}
     for pattern, bits in recipe.bits_override:
-        matching = [module for module in plan.modules if fnmatchcase(module.name, pattern)]
+        matching = [module for module in plan.inside.modules if fnmatchcase(module.name, pattern)]
         if not matching:
             raise PlanError(
                 f"bits_override: {pattern!r} matches no quantizable module; they are named like"
-                f" {plan.modules[0].name!r}"
+                f" {plan.inside.modules[0].name!r}"
             )
         for module in matching:
             other = fixed.setdefault(module.unit, (bits, module.name))
@@ -191,7 +191,8 @@ def fixed_bits(plan: BitPlan, recipe: Recipe) -> dict[str, int]:
                     f"bits_override gives {other[1]} {other[0]} bits and {module.name} {bits}, which share the unit"
                     f" {module.unit}; use a finer granularity"
                 )
-    return {unit: bits for unit, (bits, _) in fixed.items()}
+    outside = {module.unit: module.scheme.bits for module in plan.modules if module.outside}
+    return {unit: bits for unit, (bits, _) in fixed.items()} | outside
 
 
 def largest_bytes(plan: BitPlan, recipe: Recipe) -> int:

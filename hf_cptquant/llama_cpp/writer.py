@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from ..errors import ExportError, in_module
 from ..model_view import read_config
-from ..modules import QuantLinear, packed_modules
+from ..modules import PackedLayer, packed_modules
 from ..plan import LayerScheme
 from ..record import QuantizationRecord
 from .blocks import block_type, encode, largest_difference
@@ -185,7 +185,7 @@ def _tensors(model: PreTrainedModel, kinds: Mapping[str, str]) -> Iterator[_GGUF
         yield _GGUFTensor("rope_freqs.weight", GGMLQuantizationType.F32, tuple(factors.shape), lambda: _bytes(factors))
     for name, module in model.named_modules():
         rows = _rows(heads.get(name.rpartition(".")[2]))
-        if isinstance(module, QuantLinear):
+        if isinstance(module, PackedLayer):
             yield _GGUFTensor(
                 gguf_name(names, f"{name}.weight"),
                 GGMLQuantizationType[kinds[name]],
@@ -216,7 +216,7 @@ def _rows(heads: int | None) -> Callable[[Tensor], Tensor]:
     return moved
 
 
-def _encoded(module: QuantLinear, rows: Callable[[Tensor], Tensor], kind: str) -> np.ndarray:
+def _encoded(module: PackedLayer, rows: Callable[[Tensor], Tensor], kind: str) -> np.ndarray:
     quantized = module.quantized()
     zero_point = None if quantized.zero_point is None else rows(quantized.zero_point)
     return encode(

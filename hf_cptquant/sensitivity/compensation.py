@@ -42,15 +42,16 @@ def shares_left(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch])
         batches: calibration data.
 
     Returns:
-        Module → Σd_i / Σ‖x_i‖², in (0, 1]; 1 where no token comes.
+        Module → Σd_i / Σ‖x_i‖², in (0, 1]; 1 where no token comes, and for convolutions, which are not tuned.
 
     Raises:
         ModelError: an input holds NaN or infinity; a block runs never or more than once.
     """
-    of_block: dict[str, list[str]] = {}
+    of_block: dict[str, list[str]] = {module.block: [] for module in plan.modules}
     for module in plan.modules:
-        of_block.setdefault(module.block, []).append(module.name.removeprefix(module.block + "."))
-    shares: dict[str, float] = {}
+        if module.linear:
+            of_block[module.block].append(module.name.removeprefix(module.block + "."))
+    shares = {module.name: 1.0 for module in plan.modules if not module.linear}
     before: list[Outputs] = [{} for _ in batches]
     with linears_in_working_dtype(model):
         prefix = Prefix(model, batches[0], list(of_block))

@@ -8,11 +8,11 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .. import ranks
 from ..grid import dequantize, fit_grid, quantize
+from ..modules import matrix_of
 from ..plan import BitPlan, LayerScheme, scheme_for
 from ..recipe import Recipe
 
@@ -21,7 +21,7 @@ def rounding_errors(module: nn.Module, schemes: Sequence[LayerScheme]) -> list[T
     """ΔW of rounding to nearest under each scheme, float32 `[out_features, in_features]`."""
     with align_module_device(module):
         weight = module.weight.detach()
-    matrix = weight.t().contiguous() if isinstance(module, Conv1D) else weight
+    matrix = matrix_of(type(module), weight).contiguous()
     changes = []
     for scheme in schemes:
         rounded = quantize(matrix, *fit_grid(matrix, scheme), scheme)

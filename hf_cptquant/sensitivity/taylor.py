@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -42,6 +43,7 @@ from ..calibration import CalibrationSet, batches_on, in_batches, spread_evenly
 from ..errors import CalibrationError, ModelError
 from ..experts import has_linear_experts
 from ..model_view import task_of
+from ..modules import CONVOLUTIONS
 from ..plan import BitPlan, LayerScheme, ModulePlan, scheme_for
 from ..recipe import Recipe
 from ..table import SensitivityTable
@@ -220,19 +222,24 @@ def _expanded(
     order = 0
 
     def observe(module: ModulePlan, inputs: Tensor, gradient: Tensor) -> None:
-        if len(counts) > 1 and field_of_rows(inputs, batch) is None:
+        layer = model.get_submodule(module.name)
+        by_sequence = field_of_rows(inputs, batch) is not None if module.linear else len(inputs) == len(counts)
+        if len(counts) > 1 and not by_sequence:
             raise ModelError(
                 f"{module.name} sees {tuple(inputs.shape)}, not one row for each token; use another method"
             )
-        changes = rounding_errors(model.get_submodule(module.name), schemes[module.name])
-        x, delta = (tensor.reshape(len(counts), -1, tensor.shape[-1]) for tensor in (inputs, gradient))
+        changes = rounding_errors(layer, schemes[module.name])
+        x, delta = (
+            tensor.reshape(len(counts), -1, *tensor.shape[-1 if module.linear else 1 :])
+            for tensor in (inputs, gradient)
+        )
         if order == 0:
-            of_weight = gradient_of_weight(x.flatten(0, 1), delta.flatten(0, 1))
+            of_weight = gradient_of_matrix(layer, x.flatten(0, 1), delta.flatten(0, 1))
             sums = [len(counts) * (of_weight * change).sum() for change in changes]
         else:
             fisher = torch.zeros_like(changes[0])
             for rows, of_rows, count in zip(x, delta, counts, strict=True):
-                of_weight = gradient_of_weight(rows, of_rows)
+                of_weight = gradient_of_matrix(layer, rows, of_rows)
                 fisher.addcmul_(of_weight, of_weight, value=count * len(counts) ** 2)
             sums = [(fisher * change.square_()).sum() / 2 for change in changes]
         terms[module.unit][:, order] += shares[module.name] * torch.stack(sums).cpu()
@@ -249,6 +256,20 @@ def _expanded(
         if not bool(torch.isfinite(found).all()):
             raise CalibrationError(f"a gradient in {unit} is not finite, though the loss is; try dtype=torch.float32")
     return outputs.loss.item(), terms
+
+
+def gradient_of_matrix(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient of the loss by the weight of a layer as a matrix, float32 `[out_features, in_features]`.
+
+    Args:
+        layer: linear, or a convolution.
+        inputs, gradient: of its outputs: `[rows, features]`; of a convolution `[batch, channels, …]`.
+    """
+    if not isinstance(layer, CONVOLUTIONS):
+        return gradient_of_weight(inputs, gradient)
+    by_weight = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
+    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return by_weight(inputs.float(), layer.weight.shape, gradient.float(), *settings).flatten(1)
 
 
 def gradient_of_weight(inputs: Tensor, gradient: Tensor) -> Tensor:
@@ -379,6 +400,7 @@ def differentiable(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Non
 
 
 def _tap(
-    observe: Callable[[Tensor, Tensor], None], _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    observe: Callable[[Tensor, Tensor], None], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
-    return _Tap.apply(inputs[0], output, observe)
+    tapped = _Tap.apply(inputs[0], output, observe)
+    return tapped.clone() if isinstance(module, CONVOLUTIONS) else tapped  # what follows those may write in place

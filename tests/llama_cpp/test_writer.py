@@ -102,6 +102,18 @@ def test_biases_heads_and_rotary_frequencies(quantized_folder, tmp_path):
     assert reader.fields["llama.rope.dimension_count"].contents() == 32
 
 
+def test_packed_embeddings_and_heads(quantized_folder, tmp_path):
+    outside = {"quantize_embeddings": 4, "quantize_lm_head": 8}
+    folder = quantized_folder(settings=outside, tie_word_embeddings=False)
+    ours = dense_weights(folder)
+    export_gguf(folder, tmp_path / "tiny.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    assert (kinds["token_embd.weight"], kinds["output.weight"]) == ("Q4_0", "Q8_0")
+    read = read_by_transformers(tmp_path / "tiny.gguf").state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(read[name], ours[name])
+
+
 def test_scales_that_are_rounded_are_told(quantized_folder, tmp_path, logged):
     folder = quantized_folder(dtype=torch.float32)
     report = export_gguf(folder, tmp_path / "tiny.gguf")

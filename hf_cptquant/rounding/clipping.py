@@ -14,10 +14,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..grid import QuantizedWeight, dequantize, extremes, grid_between, quantize
+from ..modules import matrix_of
 from ..plan import LayerScheme
 from ..sensitivity.compensation import input_products
 from ..sensitivity.prefix import Call
@@ -112,15 +112,9 @@ def round_by_inputs(
     rounded: dict[str, QuantizedWeight] = {}
     passes = [partial(block, *args, **kwargs) for args, kwargs in calls]
     for names, product in input_products(layers, passes):
-        matrices = [matrix_of(layers[name]) for name in names]
+        matrices = [matrix_of(type(layers[name]), layers[name].weight.detach()).contiguous() for name in names]
         found = together(matrices, [schemes[name] for name in names], product, dtype)
         rounded |= dict(zip(names, found, strict=True))
         if not bool(product.any()):
             logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")
     return {name: rounded[name] for name in schemes}
-
-
-def matrix_of(layer: nn.Module) -> Tensor:
-    """The weight as `[out_features, in_features]`."""
-    weight = layer.weight.detach()
-    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight

@@ -29,14 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 from ..grid import QuantizedWeight, dequantize, extremes, grid_between, integer_range
+from ..modules import matrix_of, weight_of
 from ..plan import LayerScheme
 from ..sensitivity.compensation import input_products
 from ..sensitivity.prefix import Call
 from . import gptq
-from .clipping import FACTORS, best_factors, matrix_of, narrowed_grid
+from .clipping import FACTORS, best_factors, narrowed_grid
 from .nearest import round_nearest
 
 LEAST_SIZE = 1e-6  # of an output, as a share of their mean square, that errors count relative to
@@ -158,15 +158,17 @@ def round_block(
         Layer → its integers.
     """
     layers = {name: block.get_submodule(name) for name in schemes}
-    transposed = {name for name, layer in layers.items() if isinstance(layer, Conv1D)}
-    matrices = {name: matrix_of(layer) for name, layer in layers.items()}
+    matrices = {name: matrix_of(type(layer), layer.weight.detach()).contiguous() for name, layer in layers.items()}
     nearest = {name: round_nearest(matrix, schemes[name], dtype) for name, matrix in matrices.items()}
     if not iterations:
         return nearest
     grids = _from_gptq(block, matrices, schemes, calls, targets, dtype)
 
     def as_parameters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"{name}.weight": w.t() if name in transposed else w for name, w in weights.items()}
+        return {
+            f"{name}.weight": weight_of(type(layers[name]), weight, layers[name].weight.shape)
+            for name, weight in weights.items()
+        }
 
     def rounded() -> dict[str, Tensor]:
         return as_parameters({name: grids[name.replace(".", "/")]() for name in layers})

@@ -193,9 +193,16 @@ def linear(
             else cpu.int8_linear(rows, weight, scale)
         )
         product = product if bias is None else product + bias
-    else:
+    elif layout == CPU_INT4:
+        product = cpu.int4_dense_linear(rows, weight, scale, zero_point, bias)
+    elif layout == CPU_INT8:
+        product = cpu.int8_dense_linear(rows, weight, scale, bias)
+    elif kernel == TRITON_DENSE:
         dense = dense_weight(PackedTensors(weight, scale, zero_point, layout), bits, in_features)
         product = reference.linear(rows, dense, bias)
+    else:
+        tiles = reference.dense_tiles(weight, scale, zero_point, bits, in_features)
+        product = reference.linear_of_tiles(rows, tiles, bias, len(scale))
     return product.reshape(*x.shape[:-1], weight.shape[0])
 
 

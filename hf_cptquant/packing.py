@@ -111,9 +111,14 @@ def spread(lanes: Tensor, bits: int) -> Tensor:
     size = width = lanes.element_size()
     while width > 1:
         width //= 2
-        field = width * bits
+        field, shift = width * bits, width * (8 - bits)
         lower = sum((2**field - 1) << (16 * width * place) for place in range(size // (2 * width)))
-        upper = (lanes & (lower << field)) << (8 * width - field)
-        lanes &= lower
-        lanes |= upper
+        upper = lower << field
+        if shift >= field:  # the halves do not meet on their way
+            lanes |= lanes << shift
+            lanes &= lower | upper << shift
+        else:
+            moved = (lanes & upper) << shift
+            lanes &= lower
+            lanes |= moved
     return lanes.view(-1).view(torch.uint8)

@@ -128,18 +128,18 @@ def int4_dense_linear(
     )
     zeros = _in_order_of_bytes(unpacked_zero, block) + 8  # integers are held from 0
     product = x.new_empty(rows, out_features)
-    of_blocks = product.view(rows, len(octets), 2, block // 2).permute(1, 0, 3, 2)
+    of_blocks = product.view(rows, len(octets), 2, block // 2).transpose(2, 3)
     step = (reference.rows_of_tile(in_features, x.device, block) or out_features) // block
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(octets), step):
             part = slice(start, start + step)
-            weights = spread(octets[part].to(torch.int16), 4).view(-1, len(table), in_features // len(table), block)
-            steps = weights.float()
+            integers = spread(octets[part].to(torch.int16), 4).view(-1, len(table), in_features // len(table), block)
+            steps = integers.float()
             steps -= zeros[part]
             steps *= scales[part]
-            dense = steps.to(table.dtype).to(dtype).view(-1, in_features, block)
-            of_part = of_blocks[part]
-            of_part.copy_(torch.matmul(inputs, dense).view(of_part.shape))
+            dense = table.new_empty(*steps.shape[1:3], len(steps), block).copy_(steps.permute(1, 2, 0, 3))
+            of_part = of_blocks[:, part]
+            of_part.copy_((inputs @ dense.view(in_features, -1).to(dtype)).view(of_part.shape))
     return product if bias is None else product.add_(bias)
 
 

@@ -132,12 +132,10 @@ def our_layers() -> dict[str, Callable[[tuple[int, int]], tuple[nn.Module, int]]
 def peer_layers(name: str) -> dict[str, Callable[[tuple[int, int]], tuple[nn.Module, int]]]:
     """Makers of a peer's layers with 4 bits in groups of 64 and with 8 bits, as far as it has them on this device."""
     if name == "torchao":
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # what it has for CPUs, in 0.18
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        configs = {
-            4: Int4WeightOnlyConfig(group_size=GROUP_SIZE, int4_packing_format="opaque"),
-            8: Int8WeightOnlyConfig(),
-        }
+        configs = {4: PrototypeInt4WeightOnlyConfig(group_size=GROUP_SIZE), 8: Int8WeightOnlyConfig()}
 
         def make(shape: tuple[int, int], bits: int) -> nn.Module:
             holder = nn.Sequential(dense_layer(shape))
@@ -160,13 +158,11 @@ def peer_layers(name: str) -> dict[str, Callable[[tuple[int, int]], tuple[nn.Mod
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         def make(shape: tuple[int, int], bits: int) -> nn.Module:
-            if bits != 4:
-                raise NotImplementedError("its 8 bits quantize the inputs, too")
             layer = Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
             layer.weight = Params4bit(dense_layer(shape).weight.data, False, blocksize=GROUP_SIZE, quant_type="nf4")
             return layer.to("cpu")
 
-    widths = (4,) if name == "bitsandbytes" else (4, 8)
+    widths = (4,) if name == "bitsandbytes" else (4, 8)  # its 8 bits quantize the inputs, too
     return {
         f"{bits} bits": lambda shape, bits=bits: (make(shape, bits), shape[0] * shape[1] * bits // 8) for bits in widths
     }

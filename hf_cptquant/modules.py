@@ -18,13 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .errors import ModelError
 from .grid import QuantizedWeight, dequantize
-from .kernels import WIRE, Choice, PackedTensors, choose_layout, dense_weight, linear, reference, to_layout
+from .kernels import (
+    REFERENCE,
+    WIRE,
+    Choice,
+    PackedTensors,
+    choose_layout,
+    dense_weight,
+    kernel_of,
+    linear,
+    reference,
+    to_layout,
+)
 from .memory import trim
 from .packing import pack, packed_length, unpack, unpack_rows
 from .plan import LayerScheme
+
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 
 class ComputedWeight(Tensor):
@@ -162,8 +176,14 @@ class PackedLayer(nn.Module):
         return choose_layout(self.scheme, self.out_features, self.in_features, scale.device, scale.dtype)
 
     def settle(self) -> PackedLayer:
-        """Bring the buffers into the layout of the device's kernel."""
-        return self._hold(to_layout(self.tensors, self.choice.layout, self.in_features))
+        """Bring the buffers into the layout of the device's kernel; the log tells of an accelerator without one."""
+        choice, device = self.choice, self.weight_scale.device
+        if (
+            device.type not in ("cpu", "meta")
+            and kernel_of(choice.layout, 1, self.weight_scale.dtype, device) == REFERENCE
+        ):
+            logger.warning_once(f"Packed layers run slowly here: {choice.reason}.")
+        return self._hold(to_layout(self.tensors, choice.layout, self.in_features))
 
     def _empty(self) -> nn.Module:
         """The dense module without values, on the meta device."""

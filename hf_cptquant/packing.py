@@ -76,21 +76,15 @@ def unpack(words: Tensor, bits: int, count: int, dim: int = 1) -> Tensor:
     rows, length = words.shape
     if length != packed_length(count, bits):
         raise CheckpointError(f"{length} words of 32 bits cannot hold {count} integers of {bits} bits")
-    offset = 2 ** (bits - 1)
-    if bits in (4, 8):  # whole integers lie in each byte: views instead of shifts
-        octets = words.contiguous().view(-1).view(torch.uint8).view(rows, -1)
-        if bits == 4:
-            octets = torch.stack((octets & 0xF, octets >> 4), -1).flatten(1)
-        return (octets[:, :count] - offset).view(torch.int8)
-    stream = F.pad(words, (0, -length % bits)).view(rows, -1, bits).to(torch.int64) & 0xFFFFFFFF
-    values = torch.empty(rows, stream.shape[1], WORD, dtype=torch.int8, device=words.device)
-    for index in range(WORD):
-        word, start = divmod(index * bits, WORD)
-        value = stream[..., word] >> start
-        if start + bits > WORD:
-            value = value | (stream[..., word + 1] << (WORD - start))
-        values[..., index] = (value & (2**bits - 1)) - offset
-    return values.flatten(1)[:, :count].contiguous()
+    octets = words.contiguous().view(-1).view(torch.uint8)
+    if bits == 8:
+        unsigned = octets.clone()
+    elif WORD % bits == 0:  # 2 or 4 bits: each byte becomes a lane of as many bytes as it holds integers
+        unsigned = spread(octets.to({2: torch.int32, 4: torch.int16}[bits]), bits)
+    else:
+        unsigned = spread(_eights(words, bits), bits)
+    unsigned -= 2 ** (bits - 1)
+    return unsigned.view(torch.int8).view(rows, -1)[:, :count].contiguous()
 
 
 def unpack_rows(words: Tensor, bits: int, rows: Tensor) -> Tensor:
@@ -109,3 +103,40 @@ def unpack_rows(words: Tensor, bits: int, rows: Tensor) -> Tensor:
     of_block = words[wanted.clamp(max=len(words) - 1)]  # beyond the end no row is asked for
     values = unpack(of_block.transpose(1, 2).reshape(-1, bits), bits, WORD).view(len(rows), -1, WORD)
     return values.gather(2, place.view(-1, 1, 1).expand(-1, words.shape[1], 1)).squeeze(2)
+
+
+def _eights(words: Tensor, bits: int) -> Tensor:
+    """Words `[rows, length]` → int64 lanes `[rows, n, 4]` that hold 8 integers each in their lowest bits."""
+    rows, length = words.shape
+    padded = F.pad(words, (0, -length % bits)).view(rows, -1, bits)
+    stream = padded.permute(2, 0, 1).to(torch.int64, memory_format=torch.contiguous_format) & 0xFFFFFFFF
+    lanes = torch.empty(*stream.shape[1:], WORD // 8, dtype=torch.int64, device=words.device)
+    for index in range(WORD // 8):
+        word, start = divmod(index * 8 * bits, WORD)
+        lane = stream[word] >> start
+        for following in range(1, math.ceil((start + 8 * bits) / WORD)):
+            lane |= stream[word + following] << (WORD * following - start)
+        lanes[..., index] = lane
+    return lanes.bitwise_and_(2 ** (8 * bits) - 1)
+
+
+def spread(lanes: Tensor, bits: int) -> Tensor:
+    """Lanes of n bytes that hold n integers in their lowest bits → uint8, one integer in each byte, flat.
+
+    The upper half of the bits that lie together moves to the upper half of their place, until each integer has a byte.
+    `lanes` is written over.
+    """
+    size = width = lanes.element_size()
+    while width > 1:
+        width //= 2
+        field, shift = width * bits, width * (8 - bits)
+        lower = sum((2**field - 1) << (16 * width * place) for place in range(size // (2 * width)))
+        upper = lower << field
+        if shift >= field:  # the halves do not meet on their way
+            lanes |= lanes << shift
+            lanes &= lower | upper << shift
+        else:
+            moved = (lanes & upper) << shift
+            lanes &= lower
+            lanes |= moved
+    return lanes.view(-1).view(torch.uint8)

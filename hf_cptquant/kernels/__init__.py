@@ -2,12 +2,16 @@
 
 The op is defined once (schema, shape rule, gradient) and dispatches on the layout that the weight is in. A layout
 is chosen for a module when it settles on a device (`choose_layout`), never per call, so that the weight is held once,
-in the form its kernel reads; `to_layout` converts losslessly both ways. `"wire"` is the file format and the reference.
+in the form its kernel reads; `to_layout` converts losslessly both ways. `"wire"` is the file format, which Triton's
+kernel on CUDA reads, too, and the reference everywhere.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +27,13 @@ WIRE, CPU_INT4, CPU_INT8 = "wire", "cpu_int4", "cpu_int8"
 MAX_ROWS = {CPU_INT4: 64, CPU_INT8: 16}
 KERNELS = {CPU_INT4: "torch int4", CPU_INT8: "torch int8"}
 REFERENCE = "dequantize, dense product"
+
+# Beyond these rows arithmetic decides, and the dense product of the GPU's own library is taken: the number is that of
+# vLLM for its Triton kernels of AWQ (`FP16_MATMUL_HEURISTIC_CONDITION`), not measured here
+MAX_ROWS_TRITON = 256
+TRITON, TRITON_DENSE = "Triton", "dequantize by Triton, dense product"
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,11 @@ def choose_layout(
     Args:
         dtype: dtype of the scales, which is the model's.
     """
-    if device.type != "cpu":
-        where = "meta, where offloaded weights are" if device.type == "meta" else device.type
-        return Choice(WIRE, f"no packed kernel for {where}: the reference dequantizes at each call")
+    if device.type != "cpu" or _interpreted():
+        missing = without_triton(device, dtype)
+        if missing is None:
+            return Choice(WIRE, f"Triton's kernel up to {MAX_ROWS_TRITON} rows, dequantize beyond")
+        return Choice(WIRE, f"no packed kernel for {missing}: the reference dequantizes at each call")
     if dtype != torch.bfloat16:
         return Choice(WIRE, f"torch's CPU kernels are fast in bfloat16 only, the model is in {dtype}")
     if scheme.bits == 8 and scheme.symmetric and scheme.group_size == PER_CHANNEL:
@@ -82,8 +95,41 @@ def choose_layout(
     return Choice(CPU_INT4, f"torch's int4 kernel up to {MAX_ROWS[CPU_INT4]} rows, dequantize beyond")
 
 
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, which is for testing and takes tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache
+def without_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels do not run on a device for a dtype of inputs and scales, or None where they do."""
+    if device.type == "meta":
+        return "meta, where offloaded weights are"
+    if dtype not in TRITON_DTYPES:
+        return f"{dtype}, which Triton's does not take"
+    if importlib.util.find_spec("triton") is None:
+        return f"{device.type}, since triton is not installed (pip install triton)"
+    if _interpreted():
+        return None
+    if device.type == "mps":
+        return "mps, which Triton does not compile for"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"{'ROCm' if device.type == 'cuda' else device.type}, on which Triton's was never tried"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        least, found = (".".join(map(str, each)) for each in (MIN_CAPABILITY, capability))
+        return f"cuda with capability {found}, since Triton needs {least}"
+    return None
+
+
 def kernel_of(layout: str, rows: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The kernel that multiplies so many rows of a dtype with a weight in a layout: `REFERENCE` or one of torch's."""
+    """The kernel that multiplies so many rows with a weight in a layout: `REFERENCE`, one of torch's or of Triton's.
+
+    Args:
+        dtype: of inputs and scales, or what they are promoted to.
+    """
+    if layout == WIRE and (device.type != "cpu" or _interpreted()) and without_triton(device, dtype) is None:
+        return TRITON if 0 < rows <= MAX_ROWS_TRITON else TRITON_DENSE
     fast = layout in MAX_ROWS and device.type == "cpu" and dtype == torch.bfloat16 and 0 < rows <= MAX_ROWS[layout]
     return KERNELS[layout] if fast else REFERENCE
 
@@ -110,6 +156,10 @@ def dense_weight(tensors: PackedTensors, bits: int, in_features: int) -> Tensor:
         return cpu.int4_dense(tensors.weight, tensors.scale, tensors.zero_point, in_features)
     if tensors.layout == CPU_INT8:
         return cpu.int8_dense(tensors.weight, tensors.scale)
+    if kernel_of(WIRE, 0, tensors.scale.dtype, tensors.weight.device) == TRITON_DENSE:
+        from . import triton_kernel
+
+        return triton_kernel.dense_weight(tensors.weight, tensors.scale, tensors.zero_point, bits, in_features)
     return reference.dense_weight(tensors.weight, tensors.scale, tensors.zero_point, bits, in_features)
 
 
@@ -130,7 +180,12 @@ def linear(
     """
     in_features = x.shape[-1]
     rows = x.reshape(-1, in_features)
-    if kernel_of(layout, len(rows), x.dtype, x.device) != REFERENCE:
+    kernel = kernel_of(layout, len(rows), torch.promote_types(x.dtype, scale.dtype), x.device)
+    if kernel == TRITON:
+        from . import triton_kernel
+
+        product = triton_kernel.linear(rows.contiguous(), weight, scale, zero_point, bias, bits)
+    elif kernel in KERNELS.values():
         rows = rows.contiguous()
         product = (
             cpu.int4_linear(rows, weight, scale, group_size)
@@ -138,9 +193,16 @@ def linear(
             else cpu.int8_linear(rows, weight, scale)
         )
         product = product if bias is None else product + bias
-    else:
+    elif layout == CPU_INT4:
+        product = cpu.int4_dense_linear(rows, weight, scale, zero_point, bias)
+    elif layout == CPU_INT8:
+        product = cpu.int8_dense_linear(rows, weight, scale, bias)
+    elif kernel == TRITON_DENSE:
         dense = dense_weight(PackedTensors(weight, scale, zero_point, layout), bits, in_features)
         product = reference.linear(rows, dense, bias)
+    else:
+        tiles = reference.dense_tiles(weight, scale, zero_point, bits, in_features)
+        product = reference.linear_of_tiles(rows, tiles, bias, len(scale))
     return product.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -14,8 +14,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..arithmetic import working_dtype
 from ..grid import dequantize
-from ..packing import pack, packed_length, unpack
+from ..packing import pack, packed_length, spread, unpack
+from . import reference
 
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 INT4_BLOCKS = (64, 32)  # rows per block: AVX-512, AVX2 and the scalar fallback
@@ -107,6 +109,47 @@ def int4_linear(x: Tensor, packed: Tensor, table: Tensor, group_size: int) -> Te
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, table)
 
 
+def int4_dense_linear(
+    x: Tensor, packed: Tensor, table: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`x [rows, in]` times an int4 weight for many rows → `[rows, out]` in the dtype of `x`.
+
+    Blocks are dequantized as they lie, input features first, a few at a time. The two integers of a byte become
+    neighbours, so output features are in the order 0, 32, 1, 33, … within a block of 64, and are brought back in the
+    product. The weights are those of `int4_dense`, bit for bit.
+    """
+    (rows, in_features), out_features, block = x.shape, len(packed), _known_block()
+    dtype = working_dtype(x.dtype, x.device)
+    inputs = x.to(dtype)
+    octets = packed.view(-1, in_features, block // 2)
+    scales = _in_order_of_bytes(table[..., 0], block)
+    unpacked_zero = (
+        torch.zeros_like(table[..., 0]) if zero_point is None else unpack(zero_point, 4, out_features, 0).t()
+    )
+    zeros = _in_order_of_bytes(unpacked_zero, block) + 8  # integers are held from 0
+    product = x.new_empty(rows, out_features)
+    of_blocks = product.view(rows, len(octets), 2, block // 2).transpose(2, 3)
+    step = (reference.rows_of_tile(in_features, x.device, block) or out_features) // block
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, len(octets), step):
+            part = slice(start, start + step)
+            integers = spread(octets[part].to(torch.int16), 4).view(-1, len(table), in_features // len(table), block)
+            steps = integers.float()
+            steps -= zeros[part]
+            steps *= scales[part]
+            dense = table.new_empty(*steps.shape[1:3], len(steps), block).copy_(steps.permute(1, 2, 0, 3))
+            of_part = of_blocks[:, part]
+            of_part.copy_((inputs @ dense.view(in_features, -1).to(dtype)).view(of_part.shape))
+    return product if bias is None else product.add_(bias)
+
+
+def _in_order_of_bytes(values: Tensor, block: int) -> Tensor:
+    """Values by group and output feature, `[groups, out]` → float32 `[blocks, groups, 1, block]` in the order in which
+    bytes hold a block's integers."""
+    halves = values.float().view(len(values), -1, 2, block // 2)
+    return halves.permute(1, 0, 3, 2).reshape(-1, len(values), 1, block)
+
+
 def int8_to_kernel(words: Tensor, in_features: int) -> Tensor:
     """Wire words → int8 `[out, in]`."""
     integers = words.new_empty(len(words), in_features, dtype=torch.int8)
@@ -127,6 +170,16 @@ def int8_to_wire(integers: Tensor) -> Tensor:
 def int8_linear(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
     """`x` `[rows, in]` times a symmetric per-channel int8 weight `[out, in]`, scale `[out, 1]` → `[rows, out]`."""
     return torch.ops.aten._weight_int8pack_mm(x, integers, scale.flatten())
+
+
+def int8_dense_linear(x: Tensor, integers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for many rows: the integers are exact in bfloat16, and the product is scaled afterwards."""
+    inputs = x.float() if x.dtype == torch.float16 else x  # products with integers may be too large for it
+    rows = reference.rows_of_tile(integers.shape[1], x.device) or len(integers)
+    tiles = (part.to(inputs.dtype) for part in integers.split(rows))
+    product = reference.linear_of_tiles(inputs, tiles, None, len(integers))
+    product *= scale.flatten()
+    return (product if bias is None else product.add_(bias)).to(x.dtype)
 
 
 def int8_dense(integers: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,319 @@
+"""How fast packed layers and models run beside bfloat16, and beside other libraries' layers, on this machine.
+
+Products: one linear layer, by shape, scheme and rows, as a ratio to `nn.Linear` in bfloat16 (2: twice as fast). The
+calls go round over so many copies of each layer that no weight is still in the cache. Models: SmolLM2-135M, and random
+weights in the shape of Llama-3.2-1B; each in a process of its own, in bfloat16 and with 4 bits in groups of 64 and a
+few blocks at 8 bits (about 4.5 bits per weight). Decoding reads all weights for every token, so its speed is also
+given as a share of the bandwidth with which memory is copied. Peers are measured where they are installed:
+
+    uv run --with torchao --with optimum-quanto --with hqq --with bitsandbytes --with llama-cpp-python \\
+        python benchmarks/runtime.py
+
+`OMP_NUM_THREADS` chooses the threads. The last line printed is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from environment import environment
+from timing import median_seconds
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_cptquant import CPTQuantConfig
+from hf_cptquant.demo import write_bundled_model
+from hf_cptquant.grid import QuantizedWeight, integer_range
+from hf_cptquant.llama_cpp import export_gguf
+from hf_cptquant.model_view import view_model
+from hf_cptquant.modules import QuantLinear, explain_choice
+from hf_cptquant.plan import LayerScheme
+
+RESULTS = Path(__file__).parent / "results" / "runtime.json"
+LLAMA_CPP_PEER = Path(__file__).parent / "peers" / "llama_cpp_peer.py"
+SHAPES = ("576x576", "2048x2048", "4096x4096", "4096x14336", "14336x4096")  # outputs, inputs
+ROWS = (1, 8, 32, 128, 512)
+GROUP_SIZE = 64
+SCHEMES = (LayerScheme(4, GROUP_SIZE), LayerScheme(4, GROUP_SIZE, False), LayerScheme(8), LayerScheme(3, GROUP_SIZE),
+           LayerScheme(2, GROUP_SIZE))  # fmt: skip
+OUT_OF_CACHE = 2**26  # bytes over which the copies of a layer go round
+PROMPT, TOKENS = 256, 24
+LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}  # fmt: skip
+MODELS = ("SmolLM2-135M-Instruct", "Llama-1B, random")
+PEERS = {"torchao": "torchao", "quanto": "optimum-quanto", "hqq": "hqq", "bitsandbytes": "bitsandbytes"}
+
+
+def installed(distribution: str) -> str | None:
+    """The version of a distribution, if it is here."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def dense_layer(shape: tuple[int, int]) -> nn.Linear:
+    """A random layer in bfloat16 without a bias."""
+    layer = nn.Linear(shape[1], shape[0], bias=False, device="meta").bfloat16().to_empty(device="cpu")
+    layer.weight = nn.Parameter(torch.randn(shape, dtype=torch.bfloat16) * 0.05, requires_grad=False)
+    return layer
+
+
+def packed_layer(scheme: LayerScheme, shape: tuple[int, int]) -> QuantLinear:
+    """A packed layer of random integers."""
+    low, high = integer_range(scheme.bits)
+    groups = (shape[0], scheme.groups(shape[1]))
+    integers = torch.randint(low, high + 1, shape, dtype=torch.int8)
+    zero_point = None if scheme.symmetric else torch.randint(low, high + 1, groups, dtype=torch.int8)
+    scale = (0.005 * (0.5 + torch.rand(groups))).bfloat16()
+    return QuantLinear.from_quantized(QuantizedWeight(integers, scale, zero_point, scheme), None)
+
+
+def copies_of(layer: nn.Module, nbytes: int) -> list[nn.Module]:
+    """So many copies that they do not fit into the cache together."""
+    return [layer, *(copy.deepcopy(layer) for _ in range(OUT_OF_CACHE // nbytes))]
+
+
+def calls(layers: Sequence[nn.Module], x: Tensor) -> list[Callable[[], Tensor]]:
+    """One call for each copy."""
+    return [lambda layer=layer: layer(x) for layer in layers]
+
+
+@torch.no_grad()
+def products(
+    makers: dict[str, Callable[[tuple[int, int]], tuple[nn.Module, int]]], shapes: Sequence[str], budget: float
+) -> dict[str, Any]:
+    """Shape → kind of layer → rows → speed relative to bfloat16, and the milliseconds of bfloat16.
+
+    Args:
+        makers: kind → a function that makes a layer of a shape, and says how many bytes its weight has.
+        shapes: outputs × inputs, such as `576x576`.
+        budget: seconds for each shape and number of rows.
+    """
+    found: dict[str, Any] = {}
+    for name in shapes:
+        out_features, in_features = map(int, name.split("x"))
+        shape = (out_features, in_features)
+        dense = copies_of(dense_layer(shape), 2 * shape[0] * shape[1])
+        kinds = {kind: copies_of(*make(shape)) for kind, make in makers.items()}
+        of_shape: dict[str, Any] = {"bfloat16, ms": {}, **{kind: {} for kind in kinds}}
+        for rows in ROWS:
+            x = torch.randn(rows, shape[1]).bfloat16()
+            layers = {"bfloat16": dense, **kinds}
+            seconds = median_seconds({kind: calls(layers[kind], x) for kind in layers}, budget)
+            of_shape["bfloat16, ms"][str(rows)] = round(1000 * seconds["bfloat16"], 4)
+            for kind in kinds:
+                of_shape[kind][str(rows)] = round(seconds["bfloat16"] / seconds[kind], 3)
+        found[name] = of_shape
+    return found
+
+
+def our_layers() -> dict[str, Callable[[tuple[int, int]], tuple[nn.Module, int]]]:
+    """Makers of packed layers by scheme."""
+
+    def maker(scheme: LayerScheme) -> Callable[[tuple[int, int]], tuple[nn.Module, int]]:
+        return lambda shape: (packed_layer(scheme, shape), scheme.nbytes(*shape, 2))
+
+    return {str(scheme): maker(scheme) for scheme in SCHEMES}
+
+
+def peer_layers(name: str) -> dict[str, Callable[[tuple[int, int]], tuple[nn.Module, int]]]:
+    """Makers of a peer's layers with 4 bits in groups of 64 and with 8 bits, as far as it has them on this device."""
+    if name == "torchao":
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # what it has for CPUs, in 0.18
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        configs = {4: PrototypeInt4WeightOnlyConfig(group_size=GROUP_SIZE), 8: Int8WeightOnlyConfig()}
+
+        def make(shape: tuple[int, int], bits: int) -> nn.Module:
+            holder = nn.Sequential(dense_layer(shape))
+            quantize_(holder, configs[bits])
+            return holder[0]
+    elif name == "quanto":
+        from optimum.quanto import QLinear, freeze, qint4, qint8
+
+        def make(shape: tuple[int, int], bits: int) -> nn.Module:
+            layer = QLinear.from_module(dense_layer(shape), weights={4: qint4, 8: qint8}[bits])
+            freeze(layer)
+            return layer
+    elif name == "hqq":
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        def make(shape: tuple[int, int], bits: int) -> nn.Module:
+            settings = BaseQuantizeConfig(nbits=bits, group_size=GROUP_SIZE)
+            return HQQLinear(dense_layer(shape), settings, compute_dtype=torch.bfloat16, device="cpu")
+    else:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        def make(shape: tuple[int, int], bits: int) -> nn.Module:
+            layer = Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+            layer.weight = Params4bit(dense_layer(shape).weight.data, False, blocksize=GROUP_SIZE, quant_type="nf4")
+            return layer.to("cpu")
+
+    widths = (4,) if name == "bitsandbytes" else (4, 8)  # its 8 bits quantize the inputs, too
+    return {
+        f"{bits} bits": lambda shape, bits=bits: (make(shape, bits), shape[0] * shape[1] * bits // 8) for bits in widths
+    }
+
+
+@torch.no_grad()
+def overhead() -> dict[str, float]:
+    """Microseconds of a call with one row and a weight of 576 × 576 that stays in the cache, and the ratio."""
+    shape, x = (576, 576), torch.randn(1, 576).bfloat16()
+    kinds = {"bfloat16": dense_layer(shape), **{str(scheme): packed_layer(scheme, shape) for scheme in SCHEMES}}
+    seconds = median_seconds({kind: calls([layer], x) for kind, layer in kinds.items()}, 1.0)
+    microseconds = {kind: round(1e6 * taken, 2) for kind, taken in seconds.items()}
+    ratios = {f"{kind}, ratio": round(seconds[kind] / seconds["bfloat16"], 3) for kind in kinds}
+    return {**microseconds, **ratios}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second when memory is copied."""
+    source = torch.ones(2**28, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    seconds = median_seconds({"copy": [lambda: target.copy_(source)]}, 1.0)["copy"]
+    return 2 * source.nbytes / seconds
+
+
+@torch.no_grad()
+def of_model(folder: str) -> dict[str, float]:
+    """Seconds to load a model, its resident memory, and tokens per second; run in a process of its own."""
+    resident = psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    loaded = time.perf_counter() - start
+    ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    prefill = median_seconds({"": [lambda: model(ids, use_cache=False, logits_to_keep=1)]}, 0.0)[""]
+    found = model(ids[:, :32], use_cache=True, logits_to_keep=1)
+    cache, steps = found.past_key_values, []
+    for _ in range(TOKENS + 1):
+        token = found.logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        found = model(token, past_key_values=cache, use_cache=True)
+        steps.append(time.perf_counter() - start)
+    held = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    if not model.config.tie_word_embeddings:  # of an embedding of its own one row is read
+        held.pop(id(model.get_input_embeddings().weight))
+    return {
+        "load_seconds": round(loaded, 3),
+        "resident_mb": round((psutil.Process().memory_info().rss - resident) / 1e6, 1),
+        "prefill_tokens_per_second": round(PROMPT / prefill, 2),
+        "decode_tokens_per_second": round(TOKENS / sum(steps[1:]), 2),
+        "read_bytes_per_token": sum(held.values()),
+    }
+
+
+def write_model(name: str, folder: Path) -> None:
+    """The bfloat16 model by that name."""
+    if name == MODELS[0]:
+        write_bundled_model(folder)
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
+    model.tie_weights()
+    model.save_pretrained(folder)
+
+
+def write_quantized(source: Path, folder: Path) -> float:
+    """The model with 4 bits, but the first of every 16 blocks with 8; its bits per weight."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    undecided = view_model(model).plan("module")
+    blocks = list(dict.fromkeys(module.block for module in undecided.modules))
+    bits = {module.unit: 4 if blocks.index(module.block) % 16 else 8 for module in undecided.modules}
+    plan = undecided.with_bits(bits, GROUP_SIZE)
+    del model
+    config = CPTQuantConfig(plan=plan, quality="fast")
+    AutoModelForCausalLM.from_pretrained(source, quantization_config=config).save_pretrained(folder)
+    return plan.bits_per_weight
+
+
+def child(*command: str) -> dict[str, Any]:
+    """What a process of its own prints as JSON in its last line, or the error that it ended with."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def models(names: Sequence[str], bandwidth: float) -> dict[str, Any]:
+    """Model → kind (bfloat16, packed, llama.cpp) → figures; those of packed models also relative to bfloat16."""
+    found: dict[str, Any] = {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as work:
+            original, quantized = Path(work, "original"), Path(work, "quantized")
+            write_model(name, original)
+            bits = write_quantized(original, quantized)
+            dense, packed = (child(__file__, "--model", str(folder)) for folder in (original, quantized))
+            for figures in (dense, packed):
+                reads = figures["read_bytes_per_token"] * figures["decode_tokens_per_second"]
+                figures["share_of_copy_bandwidth"] = round(reads / bandwidth, 3)
+            ratios = {
+                f"{kind}_ratio": round(packed[key] / dense[key], 3)
+                for kind in ("decode", "prefill")
+                for key in [f"{kind}_tokens_per_second"]
+            }
+            found[name] = {"bits_per_weight": round(bits, 4), "bfloat16": dense, "packed": {**packed, **ratios}}
+            if name == MODELS[0] and installed("llama-cpp-python"):
+                file = Path(work, "model.gguf")
+                export_gguf(quantized, file)
+                settings = (str(torch.get_num_threads()), str(PROMPT), str(TOKENS))
+                found[name]["llama.cpp"] = child(str(LLAMA_CPP_PEER), str(file), *settings)
+    return found
+
+
+def main() -> None:
+    """Measure, write the result file, print it as the last line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each shape and number of rows")
+    parser.add_argument("--shapes", nargs="*", default=SHAPES, help="outputs x inputs of the products")
+    parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS, help="which models to run")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)  # what the processes are told that this one starts
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.model or arguments.peer:
+        found = (
+            of_model(arguments.model)
+            if arguments.model
+            else products(peer_layers(arguments.peer), arguments.shapes, arguments.seconds)
+        )
+        print(json.dumps(found))
+        return
+    start, bandwidth = time.perf_counter(), copy_bandwidth()
+    versions = {name: installed(distribution) for name, distribution in PEERS.items()}
+    peer = (__file__, "--seconds", f"{arguments.seconds / 4:g}", "--shapes", *arguments.shapes, "--peer")
+    peers = [name for name, version in versions.items() if version is not None]
+    result = {
+        "command": f"python benchmarks/runtime.py --seconds {arguments.seconds:g}",
+        "kernels": {str(scheme): explain_choice(packed_layer(scheme, (2048, 2048))) for scheme in SCHEMES},
+        "copy_bandwidth_gb_per_second": round(bandwidth / 1e9, 2),
+        "overhead_microseconds": overhead(),
+        "models": models(arguments.models, bandwidth),
+        "products": products(our_layers(), arguments.shapes, arguments.seconds),
+        "peers": {name: child(*peer, name) for name in peers},
+        "peer_versions": {**versions, "llama.cpp": installed("llama-cpp-python")},
+        "seconds": round(time.perf_counter() - start, 1),
+        **environment(),
+    }
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

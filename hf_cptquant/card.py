@@ -43,12 +43,14 @@ PIPELINE_TAGS = {
     "masked-lm": "fill-mask",
     "sequence-classification": "text-classification",
     "seq2seq-lm": "text2text-generation",
+    "image-classification": "image-classification",
 }
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
 }
 MADE_BY = {"library": "hf-cptquant"}  # marks our results among others in the metadata
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +29,22 @@ from .runtimes import matrices
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # what modules beside the experts are called that choose among them
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-# What a model is trained to do, by the table of transformers that lists its class.
+
+def _classes(table: Mapping[str, str | tuple[str, ...]]) -> frozenset[str]:
+    """The classes that a table of transformers lists, without those that compute no loss."""
+    listed = (names if isinstance(names, tuple) else (names,) for names in table.values())
+    return frozenset(name for names in listed for name in names if not name.endswith("WithTeacher"))
+
+
+# What a model is trained to do → the classes that transformers lists for it. A class listed twice has the first task.
 TASKS = {
-    "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "seq2seq-lm": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "causal-lm": _classes(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "masked-lm": _classes(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "sequence-classification": _classes(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    "seq2seq-lm": _classes(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "image-classification": _classes(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
 }
+CLASSIFIERS = ("sequence-classification", "image-classification")  # one label for all of an input
 
 
 @dataclass(frozen=True)
@@ -217,10 +226,13 @@ def units(view: ModelView, granularity: str) -> dict[str, tuple[QuantizableModul
 
 
 def task_of(model: nn.Module) -> str | None:
-    """`"causal-lm"`, `"masked-lm"`, `"sequence-classification"`, `"seq2seq-lm"`, or None for a class without such a
-    head."""
-    name = type(model).__name__
-    return next((task for task, classes in TASKS.items() if name in classes.values()), None)
+    """A name in `TASKS`, or None for a class without such a head."""
+    return task_of_class(type(model).__name__)
+
+
+def task_of_class(name: str) -> str | None:
+    """As `task_of`, by the name of the class."""
+    return next((task for task, classes in TASKS.items() if name in classes), None)
 
 
 def read_config(model: str) -> PreTrainedConfig:
@@ -233,8 +245,7 @@ def read_config(model: str) -> PreTrainedConfig:
 
 def class_named_in(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that a config names, if it is one that computes a loss."""
-    known = {name for classes in TASKS.values() for name in classes.values()}
-    named = next((name for name in config.architectures or () if name in known), None)
+    named = next((name for name in config.architectures or () if task_of_class(name)), None)
     return None if named is None else getattr(transformers, named)
 
 

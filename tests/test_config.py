@@ -43,6 +43,7 @@ MANY = {
     "dataset": ["first text", "second text"],
     "tokenizer": "some/model",
     "text_column": "body",
+    "image_column": "picture",
     "label_column": "stars",
     "num_samples": 16,
     "sequence_length": 64,

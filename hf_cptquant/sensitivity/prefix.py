@@ -117,7 +117,7 @@ def running_order(model: PreTrainedModel, batch: Batch, blocks: Sequence[str]) -
         for name in blocks:
             block = model.get_submodule(name)
             hooks.enter_context(block.register_forward_hook(lambda *_, name=name: calls.append(name)))
-        forward(model, next(batches_on([first], model.device)))
+        forward(model, next(batches_on([first], model)))
     odd = [name for name in blocks if calls.count(name) != 1]
     if odd:
         raise ModelError(

@@ -18,7 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from . import ranks
@@ -31,8 +31,8 @@ from .doctor import diagnose
 from .errors import CheckpointError, CPTQuantError, ModelError
 from .folder_evaluation import evaluate_folder, uniform_control
 from .hub import Target, check_can_push, push_folder
-from .images import find_image_processor
-from .model_view import class_named_in, read_config, task_of, task_of_class
+from .images import find_preprocessor
+from .model_view import class_named_in, head_of, head_of_class, read_config
 from .options import (
     AllocationOption,
     BatchSizeOption,
@@ -116,8 +116,7 @@ def quantize(
         return
     quantized.save_pretrained(output, max_shard_size=max_shard_size)
     add_command(output, context.obj)
-    read = find_image_processor if task_of(quantized) == "image-classification" else AutoTokenizer.from_pretrained
-    read(config.tokenizer or model).save_pretrained(output)
+    find_preprocessor(config.tokenizer or model, head_of(quantized)).save_pretrained(output)
     say(f"Written to {output}. See the plan with: cptquant inspect {output}")
     if push_to_hub is not None:
         push(output, push_to_hub, private)
@@ -329,7 +328,7 @@ def problems_of_folder(source: Path, runtime: Runtime) -> tuple[Problem, ...]:
         (architecture,) = config["architectures"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{source / 'config.json'} is not that of a quantized model: {error!r}") from error
-    return model_problems(task_of_class(architecture), portable, runtime)
+    return model_problems(head_of_class(architecture), portable, runtime)
 
 
 @app.command()

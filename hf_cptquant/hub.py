@@ -30,9 +30,9 @@ from .calibration import find_tokenizer
 from .card import OUR_PART, for_repository, is_generic, text_around, with_our_part
 from .checkpoint import CARD_FILE, save_checkpoint
 from .errors import CalibrationError, CheckpointError, CPTQuantError, HubError
-from .images import find_image_processor
+from .images import find_preprocessor
 from .leaderboard import leaderboard_files
-from .model_view import task_of_class
+from .model_view import head_of_class
 from .plan import PLAN_FILE
 from .record import QuantizationRecord
 
@@ -279,18 +279,18 @@ def _tokenizer_files(folder: Path, target: Target, sources: Sequence[Any], scrat
     """The files of the tokenizer, or image processor, of the source model; none, and a warning, if it is nowhere."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vocabulary = config.get("text_config", config).get("vocab_size", 0)
-    images = any(task_of_class(name) == "image-classification" for name in config.get("architectures") or ())
-    what = "image processor" if images else "tokenizer"
+    head = next(map(head_of_class, config.get("architectures") or ()), None)
+    what = {"image-classification": "image processor", "image-text-to-text": "processor"}.get(str(head), "tokenizer")
     given = [source for source in sources if source is not None and source != ""]
     for source in given:
         try:
-            found = (
-                find_image_processor(source, target.token)
-                if images
-                else find_tokenizer(source, vocabulary, target.token)
-            )
-            found.save_pretrained(scratch)
-        except (CalibrationError, ImportError) as error:  # the latter: a library that it needs is not installed
+            if what == "tokenizer":
+                find_tokenizer(source, vocabulary, target.token).save_pretrained(scratch)
+            elif isinstance(source, (str, os.PathLike)):
+                find_preprocessor(os.fspath(source), head, target.token).save_pretrained(scratch)
+            else:
+                source.save_pretrained(scratch)
+        except (CalibrationError, ImportError, OSError, ValueError) as error:  # ImportError: what it needs is missing
             logger.info(str(error))
         else:
             return {path.relative_to(scratch).as_posix(): path for path in scratch.rglob("*") if path.is_file()}

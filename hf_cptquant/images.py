@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, ProcessorMixin
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.utils import logging
 
 from .errors import CalibrationError
@@ -80,6 +80,24 @@ def find_image_processor(processor: Any, token: str | bool | None = None) -> Any
             f"tokenizer= is {type(processor).__name__}; for a model that reads images pass an image processor"
         )
     return processor
+
+
+def find_preprocessor(source: str, head: str | None, token: str | bool | None = None) -> Any:
+    """What goes beside a model so that it can be used: a tokenizer, an image processor, or a processor that has both.
+
+    Args:
+        source: name or path.
+        head: of the model, see `model_view.head_of_class`.
+        token: for the Hub.
+
+    Raises:
+        CalibrationError: there is no image processor.
+        OSError, ValueError: there is no tokenizer or processor.
+    """
+    if head == "image-classification":
+        return find_image_processor(source, token)
+    auto_class = AutoProcessor if head == "image-text-to-text" else AutoTokenizer
+    return auto_class.from_pretrained(source, token=token)
 
 
 def tokens_of(pixel_values: Tensor) -> int:

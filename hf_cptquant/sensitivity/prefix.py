@@ -121,7 +121,8 @@ def running_order(model: PreTrainedModel, batch: Batch, blocks: Sequence[str]) -
     odd = [name for name in blocks if calls.count(name) != 1]
     if odd:
         raise ModelError(
-            f"{odd[0]} runs {calls.count(odd[0])} times in one forward pass; blocks that run once are supported"
+            f"{odd[0]} runs {calls.count(odd[0])} times in one forward pass; blocks that run once are supported, and"
+            " modules_to_not_convert leaves others alone"
         )
     return calls
 

@@ -12,6 +12,7 @@ this package and, in a process that does not import it, in plain transformers wi
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -51,7 +52,7 @@ TASKS = {
 }
 STEPS = ("loads", "plans", "packs", "saves", "reloads packed", "reloads plain")
 SECONDS = 300
-LARGEST = 120_000_000  # parameters that are made here
+LARGEST = 250_000_000  # parameters that are made here
 VOCABULARY = 512
 IDS = ("_token_id", "_token_index")
 BITS = (4, 8)
@@ -60,8 +61,8 @@ BITS = (4, 8)
 FEWER = dict.fromkeys(
     ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth",
      "num_decoder_layers", "num_encoder_layers"), 2
-)  # fmt: skip
-WORDS = {"vocab_size": VOCABULARY}
+) | {"num_kv_shared_layers": 0, "first_k_dense_replace": 1}  # fmt: skip
+WORDS = {"vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY}
 NARROWER = {
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim", "out_hidden_size",
@@ -111,6 +112,8 @@ def _smaller(config: PreTrainedConfig, limits: Mapping[str, int]) -> dict[str, A
             and "vocab_size" in limits
         ):
             found[name] = VOCABULARY - 1
+        elif value is None and name == "head_dim" and name in limits:
+            found[name] = limits[name]
     if "num_attention_heads" in found and vars(config).get("num_key_value_heads") == config.num_attention_heads:
         found["num_key_value_heads"] = found["num_attention_heads"]
     return found
@@ -125,7 +128,7 @@ def empty_model(task: str, model_type: str) -> PreTrainedModel:
     """
     classes = TASKS[task][model_type]
     model_class = getattr(transformers, classes if isinstance(classes, str) else classes[0])
-    config_class = getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
+    config_class = model_class.config_class or getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
     reasons, size = [], math.inf
     for limits in SHRINKINGS:
         try:
@@ -251,7 +254,9 @@ def main() -> None:
             step()  # here, so that the processes have imported what all of them need
         found |= walk(names, Path(root))
     found = {name: found[name] for name in all_names() if name in found}
-    options.output.write_text(json.dumps({**environment(), "architectures": found}, indent=1) + "\n", encoding="utf-8")
+    about = environment()
+    about["versions"] |= {"compressed-tensors": importlib.metadata.version("compressed-tensors")}
+    options.output.write_text(json.dumps({**about, "architectures": found}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({step: sum(of.get(step, "") is None for of in found.values()) for step in STEPS}))
 
 

@@ -98,7 +98,7 @@ def load_evaluation(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
         CalibrationError: as `load_calibration`.
     """
     if recipe.names_no_data:
-        raise _no_data("no data to evaluate on", facts)
+        raise _no_data(f"no {'images' if facts.task == 'image-classification' else 'text'} to evaluate on", facts)
     return _load(recipe, facts, EVALUATION_SPLITS, 1.0)
 
 

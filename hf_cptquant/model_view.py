@@ -37,12 +37,13 @@ def _classes(table: Mapping[str, str | tuple[str, ...]]) -> frozenset[str]:
     return frozenset(name for names in listed for name in names if not name.endswith("WithTeacher"))
 
 
-# What a model is trained to do → the classes that transformers lists for it. A class listed twice has the first task.
+# What a model is trained to do → the classes that transformers lists for it. A class
+# that is listed twice (BART's, for masked language models, too) has the first task.
 TASKS = {
     "causal-lm": _classes(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "seq2seq-lm": _classes(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     "masked-lm": _classes(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     "sequence-classification": _classes(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
-    "seq2seq-lm": _classes(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     "image-classification": _classes(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
 }
 # Language models that read images, too. They are calibrated on text alone, as causal language models.

@@ -19,9 +19,16 @@ STEPS = ("loads", "plans", "packs", "saves", "reloads packed", "reloads plain") 
 TOLD = (  # reasons that many architectures share, by what they have in common
     (r"^MemoryError: ", "not tried: its default config, shrunk as far as it allows, is too large"),
     (r"^ImportError: .*?requires the (\w+) library", r"needs the library \1"),
-    (r"^ModelError: .* nothing to quantize \((.*)\)", r"nothing to quantize: \1"),
+    (
+        r"nothing to quantize \(.*?× (\w+) is not",
+        r"nothing to quantize: its blocks are made of `\1`, which is not supported",
+    ),
     (r"would be skipped, e\.g\. \S+: (\w+) is no", r"most weights of the blocks are in `\1`, which is not supported"),
     (r"^ModelError: \w+ (cannot be run on text alone|computes no loss)", r"\1"),
+    (
+        r"^ModelError: \d+% of the weights .* would be skipped",
+        "most weights of the blocks are in modules that are not supported",
+    ),
     (r"^ValueError: quant_method='cptquant'", "in our own format, since compressed-tensors cannot say `Conv1D`"),
     (r"other weights than before: \S*experts", "experts: transformers keeps them fused and reads no packed ones"),
     (r"other weights than before: (.*)$", "other weights than before"),

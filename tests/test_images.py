@@ -271,9 +271,7 @@ def test_positions_in_another_order_are_not_correlated(pixels):
 WAYS = {
     "default": {"iters": 2, "quality": "balanced"},
     "gptq": {"rounding": "gptq"},
-    "cmpq": {"method": "cmpq"},
-    "auto": {"method": "auto"},
-    "recovered": {"recover": "scales"},
+    "best of all": {"method": "auto"},
     "the paper's": {"allocation": "kmeans", "method": "pmpq"},
 }
 

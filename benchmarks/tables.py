@@ -16,6 +16,7 @@ from paper import COUNTERPARTS, DEVIATIONS, DROPS
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 STEPS = ("loads", "plans", "packs", "saves", "reloads packed", "reloads plain")  # of `architectures.py`
+NOT_YET = "not tried yet"
 TOLD = (  # reasons that many architectures share, by what they have in common
     (r"^MemoryError: ", "not tried: its default config, shrunk as far as it allows, is too large"),
     (r"^ImportError: .*?requires the (\w+) library", r"needs the library \1"),
@@ -284,8 +285,10 @@ def architectures_table(result: dict[str, Any]) -> str:
         by_task.setdefault(name.partition("/")[0], []).append(steps)
     lines = [f"| | registered | {' | '.join(STEPS)} |", f"|---|---|{'---|' * len(STEPS)}"]
     for task, of_task in by_task.items():
-        reached = (sum(steps.get(step, "") is None for steps in of_task) for step in STEPS)
-        lines.append(f"| {task} | {len(of_task)} | {' | '.join(map(str, reached))} |")
+        reached = [str(sum(steps.get(step, "") is None for steps in of_task)) for step in STEPS]
+        if untried := sum(NOT_YET in steps.values() for steps in of_task):
+            reached[-1] += f" ({untried} not tried)"
+        lines.append(f"| {task} | {len(of_task)} | {' | '.join(reached)} |")
     reasons: dict[str, dict[str, list[str]]] = {step: {} for step in STEPS}
     for name, steps in found.items():
         for step, reason in steps.items():

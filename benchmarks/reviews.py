@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_cptquant import CPTQuantConfig, evaluate_model
-from hf_cptquant.calibration import TRAINING_SPLITS, read_documents
+from hf_cptquant.sources import TRAINING_SPLITS, read_documents
 
 MINILM = "all-MiniLM-L6-v2"
 TRAINING, HELD_OUT, LENGTH = 2048, 320, 96  # reviews, reviews, tokens of each

@@ -15,6 +15,26 @@ from paper import COUNTERPARTS, DEVIATIONS, DROPS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+STEPS = ("loads", "plans", "packs", "saves", "reloads packed", "reloads plain")  # of `architectures.py`
+NOT_YET = "not tried yet"
+TOLD = (  # reasons that many architectures share, by what they have in common
+    (r"^MemoryError: ", "not tried: its default config, shrunk as far as it allows, is too large"),
+    (r"^ImportError: .*?requires the (\w+) library", r"needs the library \1"),
+    (
+        r"nothing to quantize \(.*?× (\w+) is not",
+        r"nothing to quantize: its blocks are made of `\1`, which is not supported",
+    ),
+    (r"would be skipped, e\.g\. \S+: (\w+) is no", r"most weights of the blocks are in `\1`, which is not supported"),
+    (r"^ModelError: \w+ (cannot be run on text alone|computes no loss)", r"\1"),
+    (
+        r"^ModelError: \d+% of the weights .* would be skipped",
+        "most weights of the blocks are in modules that are not supported",
+    ),
+    (r"^ValueError: quant_method='cptquant'", "in our own format, since compressed-tensors cannot say `Conv1D`"),
+    (r"other weights than before: \S*experts", "experts: transformers keeps them fused and reads no packed ones"),
+    (r"other weights than before: (.*)$", "other weights than before"),
+    (r"object has no attribute 'weight'", "its class reads the weights of layers when it is built"),
+)
 METHOD_LABELS = {
     "oracle, bfloat16": "measured one by one in bfloat16",
     "tdmpq, taylor": '`tdmpq`, `estimator="taylor"`',
@@ -257,6 +277,53 @@ def encoder_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def architectures_table(result: dict[str, Any]) -> str:
+    """How many architectures come how far, by task, and which do not, with the reason."""
+    found = result["architectures"]
+    by_task: dict[str, list[dict[str, str | None]]] = {}
+    for name, steps in found.items():
+        by_task.setdefault(name.partition("/")[0], []).append(steps)
+    lines = [f"| | registered | {' | '.join(STEPS)} |", f"|---|---|{'---|' * len(STEPS)}"]
+    for task, of_task in by_task.items():
+        reached = [str(sum(steps.get(step, "") is None for steps in of_task)) for step in STEPS]
+        if untried := sum(NOT_YET in steps.values() for steps in of_task):
+            reached[-1] += f" ({untried} not tried)"
+        lines.append(f"| {task} | {len(of_task)} | {' | '.join(reached)} |")
+    reasons: dict[str, dict[str, list[str]]] = {step: {} for step in STEPS}
+    for name, steps in found.items():
+        for step, reason in steps.items():
+            if reason is not None:
+                reasons[step].setdefault(_told(reason), []).append(name)
+    for step, of_step in reasons.items():
+        if of_step:
+            count = sum(map(len, of_step.values()))
+            lines += [
+                "",
+                f"<details><summary>{count} × not “{step}”</summary>",
+                "",
+                "| reason | architectures |",
+                "|---|---|",
+            ]
+            for reason, names in sorted(of_step.items(), key=lambda item: (-len(item[1]), item[0])):
+                lines.append(f"| {reason} | {', '.join(f'`{name}`' for name in names)} |")
+            lines += ["", "</details>"]
+    versions = result["versions"]
+    lines += [
+        "",
+        f"transformers {versions['transformers']}, compressed-tensors {versions['compressed-tensors']}, torch"
+        f" {versions['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _told(reason: str) -> str:
+    """A reason as a cell of a table, alike for models that only differ in their names and numbers."""
+    for pattern, told in TOLD:
+        if match := re.search(pattern, reason):
+            return match.expand(told)
+    return reason.replace("|", "\\|").replace("<", "&lt;")
+
+
 TABLES = {
     "sensitivity": sensitivity_table,
     "allocation": allocation_table,
@@ -264,6 +331,7 @@ TABLES = {
     "accuracy": accuracy_table,
     "encoder": encoder_table,
     "paper_tables": paper_tables,
+    "architectures": architectures_table,
     "llama_cpp": llama_cpp_table,
 }
 

@@ -11,8 +11,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,18 +19,18 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .errors import CalibrationError
+from .images import image_fields, tokens_of
 from .model_view import max_length_of, task_of
-from .recipe import HUB_DATASETS, HUB_IDS, WAYS_WITHOUT_NETWORK, Recipe
+from .recipe import HUB_DATASETS, IMAGE_DATASETS, WAYS_WITH_IMAGES, WAYS_WITHOUT_NETWORK, Recipe
+from .sources import EVALUATION_SPLITS, POOL, TRAINING_SPLITS, Documents, chosen_labels, draw, read_documents
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 MASKED_SHARE = 0.15  # of the tokens of a window, as BERT was trained
-POOL = 8  # windows are drawn from at most this many times the tokens that are needed
 LOGIT_BYTES = 2**28  # in float32; passes that derive by them hold a few times as much
 HELD_OUT_SHARE = 0.25
 SMALLEST_VOCABULARY_SHARE = 0.9  # models pad their embeddings, but by little
-TRAINING_SPLITS = dict.fromkeys(HUB_DATASETS, "train")
-EVALUATION_SPLITS = {"wikitext2": "test", "c4": "validation", "imdb": "test"}
+IMAGE_TOKENS = 4096  # in a batch of images; see `images.tokens_of`
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,9 @@ class ModelFacts:
 
     Attributes:
         task: see `model_view.TASKS`.
-        vocabulary: rows of the token embedding.
+        vocabulary: rows of the token embedding; 0 for a model that reads images.
         max_length: positions that the model can take, or None if unlimited.
-        name_or_path: where its own tokenizer is.
+        name_or_path: where its own tokenizer or image processor is.
         classes: outputs of a classifier.
     """
 
@@ -59,28 +57,21 @@ class CalibrationSet:
     """Batches and their description.
 
     Attributes:
-        batches: keyword arguments for `model.forward`, on the CPU; `input_ids` and masks `[batch, length]`.
-        description: JSON values: source, sequences, length, tokens, SHA-256 of the tokens.
+        batches: keyword arguments for `model.forward`, on the CPU: `input_ids` and masks `[batch, length]`, or
+            `pixel_values` `[batch, channels, height, width]` in float32.
+        description: JSON values: source, sequences, length, tokens, SHA-256 of the tokens; `image_size` of images,
+            whose tokens are counted by `images.tokens_of`.
     """
 
     batches: tuple[Mapping[str, Tensor], ...]
     description: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Texts in order, with a label each or none."""
-
-    texts: Iterable[str]
-    labels: tuple[int, ...] | None
-    source: str
-
-
 def facts_of(model: PreTrainedModel) -> ModelFacts:
     """What the data for a model with a task must fit; the weights are not read."""
     task = task_of(model)
     assert task is not None, "the caller has checked that the model computes a loss"
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = 0 if task == "image-classification" else model.get_input_embeddings().num_embeddings
     return ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
 
 
@@ -92,9 +83,8 @@ def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
             vocabulary.
     """
     if recipe.names_no_data:
-        raise _no_data(
-            "no calibration data" if recipe.dataset is None else "only causal language models write their own text"
-        )
+        reason = "no calibration data" if recipe.dataset is None else "only causal language models write their own text"
+        raise _no_data(reason, facts)
     return _load(recipe, facts, TRAINING_SPLITS, MASKED_SHARE)
 
 
@@ -108,46 +98,52 @@ def load_evaluation(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
         CalibrationError: as `load_calibration`.
     """
     if recipe.names_no_data:
-        raise _no_data("no text to evaluate on")
+        raise _no_data(f"no {'images' if facts.task == 'image-classification' else 'text'} to evaluate on", facts)
     return _load(recipe, facts, EVALUATION_SPLITS, 1.0)
 
 
-def _no_data(reason: str) -> CalibrationError:
+def _no_data(reason: str, facts: ModelFacts) -> CalibrationError:
+    images = facts.task == "image-classification"
+    named = [name for name in HUB_DATASETS if (name in IMAGE_DATASETS) == images]
     return CalibrationError(
-        f"{reason}: pass dataset=, one of {', '.join(HUB_DATASETS)} from the Hub, or without a network"
-        f" {WAYS_WITHOUT_NETWORK}"
+        f"{reason}: pass dataset=, one of {', '.join(named)} from the Hub, or without a network"
+        f" {WAYS_WITH_IMAGES if images else WAYS_WITHOUT_NETWORK}"
     )
 
 
 def _load(recipe: Recipe, facts: ModelFacts, splits: Mapping[str, str], masked_share: float) -> CalibrationSet:
+    if facts.task == "image-classification":
+        fields, source = image_fields(recipe, facts.classes, facts.name_or_path, splits)
+        batch_size = max(1, IMAGE_TOKENS * sequences_in(fields) // tokens_in(fields))
+    else:
+        fields, source = _text_fields(recipe, facts, splits, masked_share)
+        _check_ids(fields["input_ids"], facts)
+        batch_size = max(1, LOGIT_BYTES // (4 * fields["input_ids"].shape[1] * facts.vocabulary))
+    if sequences_in(fields) < recipe.num_samples:
+        logger.info(f"The data give {sequences_in(fields)} sequences, fewer than num_samples={recipe.num_samples}.")
+    return _calibration_set(fields, source, recipe.batch_size or batch_size)
+
+
+def _text_fields(
+    recipe: Recipe, facts: ModelFacts, splits: Mapping[str, str], masked_share: float
+) -> tuple[dict[str, Tensor], str]:
+    """Inputs and labels, each `[sequences, …]`, and where the text comes from."""
     length = min(recipe.sequence_length, facts.max_length or recipe.sequence_length)
     if _is_tokens(recipe.dataset):
         if facts.task == "sequence-classification" and recipe.metric == "accuracy":
             raise CalibrationError(
                 "metric='accuracy' needs labels, which token tensors don't have; give labelled texts"
             )
-        rows, source = _token_rows(recipe.dataset, length, recipe), "token tensors"
-        fields = _arrange(rows, facts, recipe, masked_share, lambda: load_tokenizer(recipe, facts))
-    else:
-        tokenizer = load_tokenizer(recipe, facts)
-        length = min(length, tokenizer.model_max_length)
-        documents = read_documents(recipe, facts.task == "sequence-classification", splits)
-        source = documents.source
-        if facts.task == "sequence-classification":
-            fields = _classification_fields(documents, tokenizer, length, recipe, facts)
-        else:
-            stream = _token_stream(documents.texts, tokenizer, POOL * recipe.num_samples * length)
-            rows = _windows(stream, length - _special_tokens(tokenizer, facts.task), recipe)
-            fields = _arrange(rows, facts, recipe, masked_share, lambda: tokenizer)
-    input_ids = fields["input_ids"]
-    _check_ids(input_ids, facts)
-    sequences, width = input_ids.shape
-    if sequences < recipe.num_samples:
-        logger.info(
-            f"The data give {sequences} sequences of {width} tokens, fewer than num_samples={recipe.num_samples}."
-        )
-    batch_size = recipe.batch_size or max(1, LOGIT_BYTES // (4 * width * facts.vocabulary))
-    return _calibration_set(fields, source, batch_size)
+        rows = _token_rows(recipe.dataset, length, recipe)
+        return _arrange(rows, facts, recipe, masked_share, lambda: load_tokenizer(recipe, facts)), "token tensors"
+    tokenizer = load_tokenizer(recipe, facts)
+    length = min(length, tokenizer.model_max_length)
+    documents = read_documents(recipe, facts.task == "sequence-classification", splits)
+    if facts.task == "sequence-classification":
+        return _classification_fields(documents, tokenizer, length, recipe, facts), documents.source
+    stream = _token_stream(documents.texts, tokenizer, POOL * recipe.num_samples * length)
+    rows = _windows(stream, length - _special_tokens(tokenizer, facts.task), recipe)
+    return _arrange(rows, facts, recipe, masked_share, lambda: tokenizer), documents.source
 
 
 def hold_out(calibration: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
@@ -165,7 +161,7 @@ def hold_out(calibration: CalibrationSet) -> tuple[CalibrationSet, CalibrationSe
     fields = _joined(calibration.batches)
     kept = sequences - max(1, round(HELD_OUT_SHARE * sequences))
     parts = ({name: tensor[rows] for name, tensor in fields.items()} for rows in (slice(kept), slice(kept, None)))
-    size = len(calibration.batches[0]["input_ids"])
+    size = sequences_in(calibration.batches[0])
     measured, judged = (_calibration_set(part, source, size) for part in parts)
     return measured, judged
 
@@ -173,18 +169,28 @@ def hold_out(calibration: CalibrationSet) -> tuple[CalibrationSet, CalibrationSe
 def spread_evenly(calibration: CalibrationSet, tokens: int) -> tuple[dict[str, Tensor], ...]:
     """So many sequences that they hold about so many tokens (at least one sequence, at most all), evenly chosen."""
     fields = _joined(calibration.batches)
-    sequences, width = fields["input_ids"].shape
-    count = min(sequences, max(1, round(tokens / width)))
+    sequences = sequences_in(fields)
+    count = min(sequences, max(1, round(tokens * sequences / tokens_in(fields))))
     rows = torch.arange(count) * sequences // count
     chosen = {name: tensor[rows] for name, tensor in fields.items()}
-    return in_batches([chosen], len(calibration.batches[0]["input_ids"]))
+    return in_batches([chosen], sequences_in(calibration.batches[0]))
 
 
 def in_batches(batches: Sequence[Mapping[str, Tensor]], size: int) -> tuple[dict[str, Tensor], ...]:
     """The same sequences in batches of another size."""
     fields = _joined(batches)
-    starts = range(0, len(fields["input_ids"]), size)
+    starts = range(0, sequences_in(fields), size)
     return tuple({name: tensor[start : start + size] for name, tensor in fields.items()} for start in starts)
+
+
+def sequences_in(batch: Mapping[str, Tensor]) -> int:
+    """How many sequences of tokens, or images, a batch has."""
+    return len(batch["pixel_values"] if "pixel_values" in batch else batch["input_ids"])
+
+
+def tokens_in(batch: Mapping[str, Tensor]) -> int:
+    """How many tokens a batch has; images count by their size."""
+    return tokens_of(batch["pixel_values"]) if "pixel_values" in batch else batch["input_ids"].numel()
 
 
 def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -192,12 +198,15 @@ def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _calibration_set(fields: Mapping[str, Tensor], source: str, batch_size: int) -> CalibrationSet:
-    sequences, width = fields["input_ids"].shape
+    sequences, tokens = sequences_in(fields), tokens_in(fields)
+    pixels = fields.get("pixel_values")
+    size = {} if pixels is None else {"image_size": list(pixels.shape[2:])}  # empty where a processor has cut patches
     description = {
         "source": source,
         "sequences": sequences,
-        "sequence_length": width,
-        "tokens": fields["input_ids"].numel(),
+        **size,
+        "sequence_length": tokens // sequences,
+        "tokens": tokens,
         "sha256": hashlib.sha256(b"".join(fields[name].numpy().tobytes() for name in sorted(fields))).hexdigest(),
     }
     return CalibrationSet(in_batches([fields], batch_size), description)
@@ -240,77 +249,6 @@ def find_tokenizer(tokenizer: Any, vocabulary: int, token: str | bool | None = N
     return tokenizer
 
 
-def read_documents(recipe: Recipe, labelled: bool, splits: Mapping[str, str]) -> Documents:
-    """Texts (and, for a classifier, labels) from a Hub name, a file, a list of strings or a `datasets.Dataset`."""
-    dataset = recipe.dataset
-    if isinstance(dataset, str) and dataset in HUB_DATASETS:
-        return _from_hub(dataset, splits[dataset], recipe, labelled)
-    if isinstance(dataset, (str, os.PathLike)):
-        return _from_file(Path(dataset), recipe, labelled)
-    if isinstance(dataset, (list, tuple)) and all(isinstance(text, str) for text in dataset):
-        return Documents(tuple(dataset), None, f"{len(dataset)} texts")
-    import datasets
-
-    if isinstance(dataset, datasets.Dataset):
-        return _from_dataset(dataset, "datasets.Dataset", recipe, labelled)
-    raise CalibrationError(
-        f"dataset= is {type(dataset).__name__}; pass one of {', '.join(HUB_DATASETS)}, or {WAYS_WITHOUT_NETWORK}"
-    )
-
-
-def _from_hub(name: str, split: str, recipe: Recipe, labelled: bool) -> Documents:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(*filter(None, HUB_IDS[name]), split=split, streaming=name == "c4")
-        if name == "imdb":
-            dataset = dataset.shuffle(seed=recipe.seed)
-        elif name == "c4":
-            dataset = datasets.Dataset.from_list(list(islice(dataset, POOL * recipe.num_samples)))
-    except OSError as error:
-        raise CalibrationError(
-            f"dataset={name!r} is on the Hugging Face Hub, which could not be reached ({error}); without a network"
-            f" pass {WAYS_WITHOUT_NETWORK}"
-        ) from error
-    return _from_dataset(dataset, name, recipe, labelled, default_label="label" if name == "imdb" else None)
-
-
-def _from_file(path: Path, recipe: Recipe, labelled: bool) -> Documents:
-    import datasets
-    import pyarrow
-    import pyarrow.json
-    import pyarrow.parquet
-
-    if not path.is_file():
-        raise CalibrationError(f"the file {path} does not exist")
-    try:
-        if path.suffix == ".txt":
-            return Documents((path.read_text(encoding="utf-8"),), None, path.name)
-        read = pyarrow.parquet.read_table if path.suffix == ".parquet" else pyarrow.json.read_json
-        return _from_dataset(datasets.Dataset(read(path)), path.name, recipe, labelled)
-    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
-        raise CalibrationError(f"the file {path} cannot be read as {path.suffix}: {error}") from error
-
-
-def _from_dataset(
-    dataset: Any, source: str, recipe: Recipe, labelled: bool, default_label: str | None = None
-) -> Documents:
-    columns = {name: feature.dtype for name, feature in dataset.features.items()}
-    textual = [name for name, dtype in columns.items() if dtype in ("string", "large_string")]
-    column = recipe.text_column or ("text" if "text" in textual else textual[0] if len(textual) == 1 else None)
-    if column not in textual:
-        raise CalibrationError(
-            f"{source} has no text column {column or '(several fit)'}; set text_column= to one of"
-            f" {textual or list(columns)}"
-        )
-    label_column = recipe.label_column or default_label
-    if not labelled or label_column is None:
-        return Documents(dataset[column], None, source)
-    if label_column not in columns:
-        raise CalibrationError(f"{source} has no label column {label_column!r}; its columns are {list(columns)}")
-    return Documents(dataset[column], tuple(dataset[label_column]), source)
-
-
 def _is_tokens(dataset: Any) -> bool:
     return isinstance(dataset, Tensor) or (
         isinstance(dataset, (list, tuple)) and len(dataset) > 0 and all(isinstance(item, Tensor) for item in dataset)
@@ -329,7 +267,8 @@ def _token_rows(tokens: Any, length: int, recipe: Recipe) -> Tensor:
         and len({item.shape[1] for item in matrices}) == 1
         and matrices[0].shape[1] <= length
     ):
-        return _draw(torch.cat(matrices), recipe)
+        rows = torch.cat(matrices)
+        return rows[draw(len(rows), recipe)]
     return _windows(torch.cat([item.long().cpu().flatten() for item in given]), length, recipe)
 
 
@@ -356,12 +295,8 @@ def _windows(stream: Tensor, length: int, recipe: Recipe) -> Tensor:
             if len(stream)
             else "the data hold no text"
         )
-    return _draw(stream[: len(stream) // length * length].view(-1, length), recipe)
-
-
-def _draw(rows: Tensor, recipe: Recipe) -> Tensor:
-    generator = torch.Generator().manual_seed(recipe.seed)
-    return rows[torch.randperm(len(rows), generator=generator)[: recipe.num_samples].sort().values]
+    rows = stream[: len(stream) // length * length].view(-1, length)
+    return rows[draw(len(rows), recipe)]
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, task: str) -> int:
@@ -414,7 +349,7 @@ def _classification_fields(
     filled = [index for index, text in enumerate(documents.texts) if text.strip()]
     if not filled:
         raise CalibrationError("the data hold no text")
-    chosen = _draw(torch.tensor(filled), recipe).tolist()
+    chosen = [filled[index] for index in draw(len(filled), recipe).tolist()]
     texts = list(documents.texts)
     if tokenizer.pad_token is None:
         raise CalibrationError(
@@ -424,21 +359,7 @@ def _classification_fields(
         [texts[index] for index in chosen], truncation=True, max_length=length, padding=True, return_tensors="pt"
     )
     fields = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-    if documents.labels is not None:
-        labels = [documents.labels[index] for index in chosen]
-        wrong = [label for label in labels if type(label) is not int or not 0 <= label < facts.classes]
-        if wrong and facts.classes > 1:
-            raise CalibrationError(
-                f"the label {wrong[0]!r} is not one of the model's {facts.classes} classes, numbered from 0; set"
-                " label_column to the right column, or map its values to numbers"
-            )
-        fields["labels"] = torch.tensor(labels)
-    elif recipe.metric == "accuracy":
-        raise CalibrationError(
-            f"metric='accuracy' needs labels, and {documents.source} has none; set label_column to a column of a"
-            " datasets.Dataset or of a .jsonl or .parquet file, or use metric='loss'"
-        )
-    return fields
+    return {**fields, **chosen_labels(documents, chosen, recipe, facts.classes)}
 
 
 def _check_ids(input_ids: Tensor, facts: ModelFacts) -> None:
@@ -449,12 +370,15 @@ def _check_ids(input_ids: Tensor, facts: ModelFacts) -> None:
         )
 
 
-def batches_on(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The batches, one at a time, on a model's device.
+def batches_on(batches: Iterable[Mapping[str, Tensor]], model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The batches, one at a time, on a model's device, pixel values in its dtype.
 
     The device of a model whose embeddings are offloaded is `meta`; accelerate then moves its inputs to where they are
     needed.
     """
-    place = torch.device("cpu") if device.type == "meta" else device
+    place = torch.device("cpu") if model.device.type == "meta" else model.device
     for batch in batches:
-        yield {name: tensor.to(place) for name, tensor in batch.items()}
+        yield {
+            name: tensor.to(place, model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in batch.items()
+        }

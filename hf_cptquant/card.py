@@ -43,12 +43,16 @@ PIPELINE_TAGS = {
     "masked-lm": "fill-mask",
     "sequence-classification": "text-classification",
     "seq2seq-lm": "text2text-generation",
+    "image-classification": "image-classification",
+    "image-text-to-text": "image-text-to-text",
 }
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
+    "image-text-to-text": "AutoModelForImageTextToText",
 }
 MADE_BY = {"library": "hf-cptquant"}  # marks our results among others in the metadata
 
@@ -59,7 +63,7 @@ class CardFacts:
 
     Attributes:
         name: title.
-        task: see `model_view.TASKS`.
+        task: see `model_view.TASKS`, or `"image-text-to-text"`.
         portable: whether it is in the format of compressed-tensors.
         limits: where it does not load, in a sentence, or None if plain transformers loads it.
         vllm: whether it keeps vLLM's rules (`runtimes.py`).

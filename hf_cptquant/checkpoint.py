@@ -25,7 +25,7 @@ from .card import CardFacts, render_card
 from .errors import CheckpointError, PlanError, in_module
 from .experts import fused_experts, has_linear_experts, take_apart
 from .memory import mapped_ranges, release, trim
-from .model_view import class_named_in, read_config, task_of
+from .model_view import class_named_in, head_of, read_config
 from .modules import PACKED_CLASSES, PackedLayer, QuantLinear, packed_modules, replace_module
 from .plan import LINEAR, PLAN_FILE, PLAN_PICTURE, SENSITIVITY_PICTURE, ModulePlan, read_json
 from .plots import plot_plan, plot_sensitivity
@@ -201,7 +201,7 @@ def save_checkpoint(
         if limits is not None:
             logger.warning(limits)
         target_runtime = record.settings.get("target_runtime") or "vllm"
-        if task_of(model) == SERVED_TASK and (unloadable := problems_of(model, record, target_runtime)):
+        if head_of(model) == SERVED_TASK and (unloadable := problems_of(model, record, target_runtime)):
             logger.warning(in_one_line(unloadable, RUNTIMES[target_runtime]))
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -273,7 +273,7 @@ def add_results(folder: Path, results: Sequence[EvaluationResult]) -> None:
 
 
 def _facts(model: PreTrainedModel, record: QuantizationRecord, folder: Path, limits: str | None) -> CardFacts:
-    task = task_of(model)
+    task = head_of(model)
     assert task is not None, "a model without a loss is not quantized"
     served = not problems_of(model, record, "vllm")
     return CardFacts(folder.absolute().name, task, is_portable(model), limits, served)
@@ -294,7 +294,10 @@ def _card(record: QuantizationRecord, facts: CardFacts, folder: Path) -> str:
 def problems_of(model: nn.Module, record: QuantizationRecord, runtime: str) -> tuple[Problem, ...]:
     """What a runtime (a name in `RUNTIMES`) would not load of a quantized model."""
     rules = RUNTIMES[runtime]
-    return (*model_problems(task_of(model), is_portable(model), rules), *problems(record.plan, rules))
+    return (
+        *model_problems(head_of(model), is_portable(model), rules),
+        *problems(record.plan, rules),
+    )
 
 
 def limits_of(model: PreTrainedModel) -> str | None:

@@ -18,7 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from . import ranks
@@ -31,11 +31,13 @@ from .doctor import diagnose
 from .errors import CheckpointError, CPTQuantError, ModelError
 from .folder_evaluation import evaluate_folder, uniform_control
 from .hub import Target, check_can_push, push_folder
-from .model_view import TASKS, class_named_in, read_config
+from .images import find_preprocessor
+from .model_view import class_named_in, head_of, head_of_class, read_config
 from .options import (
     AllocationOption,
     BatchSizeOption,
     BitsOverrideOption,
+    ImageColumnOption,
     LabelColumnOption,
     MaxLossIncreaseOption,
     RegularizationOption,
@@ -114,7 +116,7 @@ def quantize(
         return
     quantized.save_pretrained(output, max_shard_size=max_shard_size)
     add_command(output, context.obj)
-    AutoTokenizer.from_pretrained(config.tokenizer or model).save_pretrained(output)
+    find_preprocessor(config.tokenizer or model, head_of(quantized)).save_pretrained(output)
     say(f"Written to {output}. See the plan with: cptquant inspect {output}")
     if push_to_hub is not None:
         push(output, push_to_hub, private)
@@ -326,8 +328,7 @@ def problems_of_folder(source: Path, runtime: Runtime) -> tuple[Problem, ...]:
         (architecture,) = config["architectures"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{source / 'config.json'} is not that of a quantized model: {error!r}") from error
-    task = next((task for task, classes in TASKS.items() if architecture in classes.values()), None)
-    return model_problems(task, portable, runtime)
+    return model_problems(head_of_class(architecture), portable, runtime)
 
 
 @app.command()
@@ -341,10 +342,15 @@ def evaluate(
         bool, typer.Option("--control", help="Also the original, rounded to the one bit width nearest in size.")
     ] = False,
     dataset: Annotated[
-        str, typer.Option(help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file.")
+        str,
+        typer.Option(
+            help="wikitext2, c4, imdb, or a .txt, .jsonl or .parquet file; for images imagenet-1k, cifar10, food101 or"
+            " a .parquet file."
+        ),
     ] = "wikitext2",
     tokenizer: TokenizerOption = None,
     text_column: TextColumnOption = None,
+    image_column: ImageColumnOption = None,
     label_column: LabelColumnOption = None,
     num_samples: Annotated[int, typer.Option(help="Windows, drawn at random.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 2048,
@@ -369,6 +375,7 @@ def evaluate(
         dataset=dataset,
         tokenizer=tokenizer,
         text_column=text_column,
+        image_column=image_column,
         label_column=label_column,
         num_samples=num_samples,
         sequence_length=sequence_length,

@@ -83,13 +83,17 @@ class CPTQuantConfig(QuantizationConfigMixin):
         cca_components, cca_samples: principal components of each unit, and tokens, that `"cmpq"` correlates.
         dataset: calibration data: `"wikitext2"`, `"c4"` or `"imdb"` from the Hub; a path to a text, JSON Lines or
             Parquet file; a list of strings; a `datasets.Dataset`; token tensors `[sequences, length]`; or `"self"`, the
-            default for causal language models: text that the model itself writes.
-        tokenizer: name, path or object; by default the model's own.
-        text_column, label_column: columns of a dataset. Without labels, a classifier is measured against its own
-            predictions.
-        num_samples: calibration sequences.
-        sequence_length: tokens in each, at most what the model can take.
-        batch_size: sequences at a time; by default as many as keep the logits within 256 MiB. No score depends on it.
+            default for causal language models: text that the model itself writes. For image classifiers
+            `"imagenet-1k"`, `"cifar10"` or `"food101"` from the Hub; a `datasets.Dataset` or Parquet file with a column
+            of images; a list of PIL images; or float pixel values `[images, channels, height, width]`, as the model's
+            image processor gives them.
+        tokenizer: name, path or object of a tokenizer, or of an image processor; by default the model's own.
+        text_column, image_column, label_column: columns of a dataset. Without labels, a classifier is measured against
+            its own predictions.
+        num_samples: calibration sequences, or images.
+        sequence_length: tokens in each, at most what the model can take. (An image has those that it has.)
+        batch_size: sequences at a time; by default as many as keep the logits within 256 MiB, or images with 4,096
+            patches of 16 × 16 pixels. No score depends on it.
         modules_to_not_convert: names, suffixes or regular expressions of modules to leave alone.
         allow_skipped: accept that most of the weights of the blocks are in modules that cannot be quantized.
         target_runtime: `"vllm"` (on CUDA), `"vllm-cpu"` or `"sglang"`: choose only plans that it loads (`runtimes.py`):
@@ -141,6 +145,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         dataset: Any = None,
         tokenizer: Any = None,
         text_column: str | None = None,
+        image_column: str | None = None,
         label_column: str | None = None,
         num_samples: int = 128,
         sequence_length: int = 2048,
@@ -190,6 +195,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.text_column = text_column
+        self.image_column = image_column
         self.label_column = label_column
         self.num_samples = num_samples
         self.sequence_length = sequence_length

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import ranks
-from .calibration import EVALUATION_SPLITS, CalibrationSet, facts_of, load_evaluation
+from .calibration import CalibrationSet, facts_of, load_evaluation
 from .config import CPTQuantConfig
 from .errors import EvaluationError
 from .grid import dequantize
-from .model_view import TASKS, task_of
+from .model_view import CLASSIFIERS, TASKS, task_of
 from .modules import matrix_of, weight_of
 from .plan import BitPlan
 from .predictions import predictions, predictions_per_window, targets
@@ -34,6 +34,7 @@ from .results import EvaluationResult, Provenance, figure
 from .rounding import round_nearest
 from .sensitivity.engine import changed_weights
 from .sensitivity.metrics import LOSS_CHUNK, Batch, mean_loss, not_finite
+from .sources import EVALUATION_SPLITS
 
 METRIC_MODULES = Path(__file__).with_name("metrics")
 """Folder of modules for `evaluate.load`, which need no network: `perplexity`, `pseudo_perplexity`, `accuracy`."""
@@ -120,9 +121,7 @@ def evaluation_data(model: PreTrainedModel, recipe: Recipe, compared: bool) -> C
     task = task_of(model)
     if task is None:
         raise EvaluationError(f"{type(model).__name__} has none of the heads that are evaluated: {', '.join(TASKS)}")
-    if task == "sequence-classification" and (
-        model.num_labels < 2 or model.config.problem_type == "multi_label_classification"
-    ):
+    if task in CLASSIFIERS and (model.num_labels < 2 or model.config.problem_type == "multi_label_classification"):
         raise EvaluationError(f"{type(model).__name__} predicts no single class out of several, which accuracy needs")
     data = load_evaluation(recipe, facts_of(model))
     if "labels" not in data.batches[0] and not compared:
@@ -135,12 +134,12 @@ def evaluation_data(model: PreTrainedModel, recipe: Recipe, compared: bool) -> C
 
 def check_comparable(model: PreTrainedModel, original: PreTrainedModel) -> None:
     """Raise `EvaluationError` unless two models predict the same things from the same inputs; weights are not read."""
+    tasks = task_of(model), task_of(original)
+    of_both = [facts_of(each) for each in (model, original) if task_of(each)]
     facts = {
-        "task": (task_of(model), task_of(original)),
-        "vocabulary": tuple(each.get_input_embeddings().num_embeddings for each in (model, original)),
-        "number of classes": (model.num_labels, original.num_labels)
-        if task_of(model) == "sequence-classification"
-        else (0, 0),
+        "task": tasks,
+        "vocabulary": tuple(each.vocabulary for each in of_both),
+        "number of classes": tuple(each.classes for each in of_both) if tasks[0] in CLASSIFIERS else (0, 0),
     }
     for name, (own, other) in facts.items():
         if own != other:

@@ -21,12 +21,12 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .calibration import LOGIT_BYTES
+from .calibration import LOGIT_BYTES, sequences_in
 from .config import CPTQuantConfig
 from .errors import EvaluationError
 from .evaluate import check_comparable, evaluation_data, measure_windows, name_of, results_of
 from .experts import linear_experts
-from .model_view import TASKS, class_named_in, read_config, task_of
+from .model_view import CLASSIFIERS, TASKS, class_named_in, read_config, task_of
 from .plan import PACKED_BITS, BitPlan
 from .predictions import kept_in_a_file, predictions, predictions_per_window
 from .quantize import apply_plan, dequantize_model
@@ -135,8 +135,8 @@ def _measure_in_turn(
     device_map: str | None,
 ) -> dict[str, np.ndarray]:
     task = str(task_of(original))
-    windows = sum(len(batch["input_ids"]) for batch in batches)
-    classes = original.num_labels if task == "sequence-classification" else original.config.get_text_config().vocab_size
+    windows = sum(sequences_in(batch) for batch in batches)
+    classes = original.num_labels if task in CLASSIFIERS else original.config.get_text_config().vocab_size
     nbytes = windows * predictions_per_window(task, batches[0]) * classes * _dtype(original).itemsize
     with kept_in_a_file(predictions(_load(against, device_map), batches, "Running the original"), nbytes) as kept:
         clear_device_cache(garbage_collection=True)

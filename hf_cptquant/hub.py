@@ -24,19 +24,22 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
 from .calibration import find_tokenizer
 from .card import OUR_PART, for_repository, is_generic, text_around, with_our_part
 from .checkpoint import CARD_FILE, save_checkpoint
 from .errors import CalibrationError, CheckpointError, CPTQuantError, HubError
+from .images import find_preprocessor
 from .leaderboard import leaderboard_files
+from .model_view import head_of_class
 from .plan import PLAN_FILE
 from .record import QuantizationRecord
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 TOKENIZER_FILES = frozenset(("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
+IMAGE_PROCESSOR_FILES = frozenset((IMAGE_PROCESSOR_NAME, PROCESSOR_NAME))
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 WAITS = (1.0, 4.0)  # seconds before the commit is tried again
 WAYS_OUT = {
@@ -152,12 +155,13 @@ def push_folder(folder: str | os.PathLike, target: Target, tokenizers: Sequence[
     """Push a quantized model from the folder that it was saved to, in one commit.
 
     Files whose names begin with a dot stay. Weights of an earlier push that the folder does not have are removed. If
-    neither the folder nor the repository has a tokenizer, that of the source model is added.
+    neither the folder nor the repository has a tokenizer (an image processor), that of the source model is added.
 
     Args:
         folder: of `save_pretrained` or `cptquant quantize`.
         target: where to.
-        tokenizers: where the tokenizer may be (names, paths, objects, None), before the model that was quantized.
+        tokenizers: where the tokenizer or image processor may be (names, paths, objects, None), before the model that
+            was quantized.
 
     Returns:
         The commit; the last one if the repository has all of it already.
@@ -235,7 +239,7 @@ def _operations(
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
-    if not TOKENIZER_FILES & (local.keys() | remote):
+    if not (TOKENIZER_FILES | IMAGE_PROCESSOR_FILES) & (local.keys() | remote):
         local |= _tokenizer_files(folder, target, sources, scratch / "tokenizer")
     existing = None
     if CARD_FILE in remote:
@@ -272,21 +276,28 @@ def _card(ours: str, existing: str | None, target: Target) -> str:
 
 
 def _tokenizer_files(folder: Path, target: Target, sources: Sequence[Any], scratch: Path) -> dict[str, Path]:
-    """The files of the tokenizer of the source model; none, and a warning, if it is nowhere."""
+    """The files of the tokenizer, or image processor, of the source model; none, and a warning, if it is nowhere."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vocabulary = config.get("text_config", config).get("vocab_size", 0)
+    head = next(map(head_of_class, config.get("architectures") or ()), None)
+    what = {"image-classification": "image processor", "image-text-to-text": "processor"}.get(str(head), "tokenizer")
     given = [source for source in sources if source is not None and source != ""]
     for source in given:
         try:
-            find_tokenizer(source, vocabulary, target.token).save_pretrained(scratch)
-        except (CalibrationError, ImportError) as error:  # the latter: a library that it needs is not installed
+            if what == "tokenizer":
+                find_tokenizer(source, vocabulary, target.token).save_pretrained(scratch)
+            elif isinstance(source, (str, os.PathLike)):
+                find_preprocessor(os.fspath(source), head, target.token).save_pretrained(scratch)
+            else:
+                source.save_pretrained(scratch)
+        except (CalibrationError, ImportError, OSError, ValueError) as error:  # ImportError: what it needs is missing
             logger.info(str(error))
         else:
             return {path.relative_to(scratch).as_posix(): path for path in scratch.rglob("*") if path.is_file()}
     tried = ", ".join(repr(getattr(source, "name_or_path", source)) for source in given)
     logger.warning(
-        f"{target.repo_id} has no tokenizer, and there is none that fits at {tried or 'the source model'}; push it with"
-        f' tokenizer.push_to_hub("{target.repo_id}").'
+        f"{target.repo_id} has no {what}, and there is none that fits at {tried or 'the source model'}; push it with"
+        f' {what.replace(" ", "_")}.push_to_hub("{target.repo_id}").'
     )
     return {}
 

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-from .recipe import HUB_IDS
+from .recipe import HUB_IDS, IMAGE_DATASETS
 from .record import QuantizationRecord
 from .results import EvaluationResult
 
@@ -36,7 +36,8 @@ def _entries(result: EvaluationResult, api: HfApi) -> list[dict[str, Any]]:
     except (EntryNotFoundError, RepositoryNotFoundError):
         return []
     place = (configuration or "default", result.split)
-    notes = f"accuracy on {result.windows} texts of at most {result.sequence_length} tokens, seed {result.seed}"
+    of_length = "images" if result.dataset in IMAGE_DATASETS else f"texts of at most {result.sequence_length} tokens"
+    notes = f"accuracy on {result.windows} {of_length}, seed {result.seed}"
     return [
         {"dataset": {"id": dataset, "task_id": task["id"]}, "value": result.value, "notes": notes}
         for task in yaml.safe_load(benchmark.read_bytes())["tasks"]

@@ -7,9 +7,10 @@ validated before its weights are read.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +31,25 @@ from .runtimes import matrices
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # what modules beside the experts are called that choose among them
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-# What a model is trained to do, by the table of transformers that lists its class.
+
+def _classes(table: Mapping[str, str | tuple[str, ...]]) -> frozenset[str]:
+    """The classes that a table of transformers lists, without those that compute no loss."""
+    listed = (names if isinstance(names, tuple) else (names,) for names in table.values())
+    return frozenset(name for names in listed for name in names if not name.endswith("WithTeacher"))
+
+
+# What a model is trained to do → the classes that transformers lists for it. A class
+# that is listed twice (BART's, for masked language models, too) has the first task.
 TASKS = {
-    "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "seq2seq-lm": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "causal-lm": _classes(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "seq2seq-lm": _classes(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "masked-lm": _classes(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "sequence-classification": _classes(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    "image-classification": _classes(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
 }
+# Language models that read images, too. They are calibrated on text alone, as causal language models.
+READ_IMAGES = _classes(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+CLASSIFIERS = ("sequence-classification", "image-classification")  # one label for all of an input
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,9 @@ def view_model(
     Raises:
         ModelError: nothing to quantize, or most of the blocks' weights would be skipped unasked.
     """
-    blocks = find_blocks(model)
+    in_language = _language_part(model)
+    found = find_blocks(model)
+    blocks = tuple(name for name in found if in_language(name))
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     float32_modules = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
     mixtures = _mixtures(model)
@@ -125,6 +140,8 @@ def view_model(
             reason = "named in modules_to_not_convert"
         elif f"{name}.weight" in tied:
             reason = "shares its weight with another module"
+        elif block is None and any(name.startswith(other + ".") for other in found):
+            reason = "reads images, which calibration on text does not show it"
         elif block is None and name not in outside:
             reason = "outside the blocks"
         elif any(name.startswith(mixture) and ROUTERS & set(name[len(mixture) :].split(".")) for mixture in mixtures):
@@ -223,6 +240,17 @@ def _tied_to(model: PreTrainedModel, name: str) -> list[str]:
     return [other.rpartition(".")[0] for other in sharing if other != weight]
 
 
+def _language_part(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether a module, by its name, reads text: all do but those that language models have for images."""
+    if type(model).__name__ not in READ_IMAGES:
+        return lambda _: True
+    names = {id(module): name + "." for name, module in model.named_modules() if name}
+    decoder = names.get(id(model.get_decoder()), "")
+    encoders = (names.get(id(model.get_encoder(modality)), "") for modality in ("image", "video", "audio"))
+    towers = tuple(name for name in encoders if name and not decoder.startswith(name))
+    return lambda name: name.startswith(decoder) and not name.startswith(towers)
+
+
 def _with_matrices(model: PreTrainedModel) -> Iterator[tuple[str, type[nn.Module], list[Tensor]]]:
     """Name, class and matrices of the modules that have some; each projection of fused experts as the linear layer that
     it becomes."""
@@ -295,10 +323,37 @@ def units(view: ModelView, granularity: str) -> dict[str, tuple[QuantizableModul
 
 
 def task_of(model: nn.Module) -> str | None:
-    """`"causal-lm"`, `"masked-lm"`, `"sequence-classification"`, `"seq2seq-lm"`, or None for a class without such a
-    head."""
+    """A name in `TASKS`, or None for a class without such a head.
+
+    A language model that reads images, too, is `"causal-lm"`, or None if it cannot be run on text alone."""
     name = type(model).__name__
-    return next((task for task, classes in TASKS.items() if name in classes.values()), None)
+    return None if name in READ_IMAGES and _needs_images(model) else task_of_class(name)
+
+
+def task_of_class(name: str) -> str | None:
+    """As `task_of`, by the name of the class."""
+    listed = next((task for task, classes in TASKS.items() if name in classes), None)
+    return "causal-lm" if listed is None and name in READ_IMAGES else listed
+
+
+def head_of(model: nn.Module) -> str | None:
+    """As `head_of_class`."""
+    return head_of_class(type(model).__name__)
+
+
+def head_of_class(name: str) -> str | None:
+    """As `task_of_class`, but `"image-text-to-text"` for a language model that reads images, too."""
+    return "image-text-to-text" if name in READ_IMAGES else task_of_class(name)
+
+
+def _needs_images(model: nn.Module) -> bool:
+    """Whether the text is only the answer to what an encoder has read, or `forward` has to be given more than text."""
+    required = {
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+    return bool(model.config.is_encoder_decoder or required - {"input_ids"})
 
 
 def read_config(model: str) -> PreTrainedConfig:
@@ -311,8 +366,7 @@ def read_config(model: str) -> PreTrainedConfig:
 
 def class_named_in(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that a config names, if it is one that computes a loss."""
-    known = {name for classes in TASKS.values() for name in classes.values()}
-    named = next((name for name in config.architectures or () if name in known), None)
+    named = next((name for name in config.architectures or () if task_of_class(name)), None)
     return None if named is None else getattr(transformers, named)
 
 

@@ -26,8 +26,11 @@ BitsOverrideOption = Annotated[list[str] | None, typer.Option(help="PATTERN=BITS
 TargetRuntimeOption = Annotated[
     str | None, typer.Option(help="vllm, vllm-cpu or sglang: choose only plans that it loads.")
 ]
-TokenizerOption = Annotated[str | None, typer.Option(help="Name or folder; by default the model's own.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option(help="Name or folder, for images of an image processor; by default the model's own.")
+]
 TextColumnOption = Annotated[str | None, typer.Option(help="Column of the texts.")]
+ImageColumnOption = Annotated[str | None, typer.Option(help="Column of the images.")]
 LabelColumnOption = Annotated[str | None, typer.Option(help="Column of the labels (classifiers).")]
 BatchSizeOption = Annotated[int | None, typer.Option(help="Sequences at a time.")]
 RegularizationOption = Annotated[float, typer.Option(help="Weight of the rounding error beside the loss.")]
@@ -65,10 +68,15 @@ def read_settings(
     group_size: Annotated[int, typer.Option(help="Input features that share a scale below 8 bits.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
     dataset: Annotated[
-        str, typer.Option(help="wikitext2, c4, imdb, a .txt, .jsonl or .parquet file, or self: the model's own text.")
+        str,
+        typer.Option(
+            help="wikitext2, c4, imdb, a .txt, .jsonl or .parquet file, or self: the model's own text; for images"
+            " imagenet-1k, cifar10, food101 or a .parquet file."
+        ),
     ] = "wikitext2",
     tokenizer: TokenizerOption = None,
     text_column: TextColumnOption = None,
+    image_column: ImageColumnOption = None,
     label_column: LabelColumnOption = None,
     num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 2048,
@@ -127,6 +135,7 @@ def read_settings(
         dataset=dataset,
         tokenizer=tokenizer,
         text_column=text_column,
+        image_column=image_column,
         label_column=label_column,
         num_samples=num_samples,
         sequence_length=sequence_length,

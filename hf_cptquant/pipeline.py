@@ -27,7 +27,16 @@ from .errors import ConfigError, ModelError, PlanError
 from .evaluate import evaluating, losses_of_plans
 from .experts import linear_experts
 from .memory import peak_bytes
-from .model_view import TASKS, hub_name_of, input_embedding, max_length_of, output_embedding, task_of, view_model
+from .model_view import (
+    TASKS,
+    head_of,
+    hub_name_of,
+    input_embedding,
+    max_length_of,
+    output_embedding,
+    task_of,
+    view_model,
+)
 from .plan import LINEAR, BitPlan, LeftAlone, read_json, scheme_for
 from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
 from .recipe import BUDGETS, Recipe
@@ -80,6 +89,11 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
         CalibrationError: the data or the tokenizer cannot be used.
     """
     if task_of(model) is None:
+        if head_of(model) == "image-text-to-text":
+            raise ModelError(
+                f"{type(model).__name__} cannot be run on text alone, on which language models that read images are"
+                " calibrated; only those whose decoder reads text and images in one sequence can be quantized"
+            )
         raise ModelError(
             f"{type(model).__name__} computes no loss that calibration could measure; load the model with one of"
             f" the heads"
@@ -132,7 +146,7 @@ def _check_runtime(model: PreTrainedModel, plan: BitPlan, recipe: Recipe) -> Non
         return
     runtime = RUNTIMES[recipe.target_runtime or "vllm"]
     portable = all(module.kind == LINEAR for module in plan.modules)
-    refuse((*model_problems(task_of(model), portable, runtime), *problems(plan, runtime)), runtime)
+    refuse((*model_problems(head_of(model), portable, runtime), *problems(plan, runtime)), runtime)
     if not plan.inside.packed and recipe.target_runtime is None:  # which the budget has minded otherwise
         loadable_bits(plan, recipe.bits, recipe, runtime, fixed_bits(plan, recipe).keys())
 

@@ -72,7 +72,7 @@ def predictions(model: PreTrainedModel, batches: Sequence[Batch], desc: str | No
 
             def run(parts: Sequence[Batch]) -> Tensor:
                 with linears_in_working_dtype(model):
-                    return torch.cat([_logits(model, str(task), part, bar) for part in batches_on(parts, model.device)])
+                    return torch.cat([_logits(model, str(task), part, bar) for part in batches_on(parts, model)])
 
             yield backing_off(run, [batch])
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .arithmetic import working_dtype
-from .calibration import batches_on
+from .calibration import batches_on, tokens_in
 from .errors import ModelError, PlanError, in_module
 from .experts import fuse_again
 from .grid import QuantizedWeight, dequantize
@@ -95,7 +95,7 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
     for position, name in enumerate(logging.tqdm(prefix.order, desc="Rounding", unit="block")):
         block, stack = model.get_submodule(name), name.rpartition(".")[0]
         work = _WorkingCopy(block)
-        loaded = zip(batches_on(batches, model.device), original, rounded, strict=True)
+        loaded = zip(batches_on(batches, model), original, rounded, strict=True)
         pairs = [tuple(work.call(prefix.call(batch, one, position)) for one in both) for batch, *both in loaded]
         outputs = [work(call) for call, _ in pairs]
         calls = [call for _, call in pairs]
@@ -158,7 +158,7 @@ def _recast(tree: Any, before: torch.dtype, after: torch.dtype) -> Any:
 
 
 def _warn_of_few_tokens(plan: BitPlan, batches: Sequence[Batch]) -> None:
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    tokens = sum(tokens_in(batch) for batch in batches)
     widest = max(plan.packed, key=lambda module: module.in_features)
     if tokens < widest.in_features:
         logger.warning(

@@ -49,12 +49,20 @@ HUB_IDS = {  # what `datasets.load_dataset` calls them: dataset, configuration
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
     "imdb": ("stanfordnlp/imdb", None),
+    "imagenet-1k": ("ILSVRC/imagenet-1k", None),
+    "cifar10": ("uoft-cs/cifar10", None),
+    "food101": ("ethz/food101", None),
 }
 HUB_DATASETS = tuple(HUB_IDS)
+IMAGE_DATASETS = ("imagenet-1k", "cifar10", "food101")
 SELF = "self"  # text that the model itself writes
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 WAYS_WITHOUT_NETWORK = (
     f"a list of strings, a path to a file ({', '.join(FILE_SUFFIXES)}), a datasets.Dataset, or token tensors"
+)
+WAYS_WITH_IMAGES = (
+    "a list of PIL images, a datasets.Dataset or .parquet file with a column of images, or float pixel values [images,"
+    " channels, height, width]"
 )
 
 
@@ -96,6 +104,7 @@ class Recipe:
     dataset: Any = None
     tokenizer: Any = None
     text_column: str | None = None
+    image_column: str | None = None
     label_column: str | None = None
     num_samples: int = 128
     sequence_length: int = 2048
@@ -148,7 +157,7 @@ class Recipe:
             raise ConfigError(f"metric={self.metric!r} cannot be had with method={self.method!r}{reason}")
         if not isinstance(self.work_dir, (str, os.PathLike, type(None))):
             raise ConfigError(f"work_dir={self.work_dir!r} must be a folder")
-        for name in ("text_column", "label_column"):
+        for name in ("text_column", "image_column", "label_column"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be the name of a column")
         if not all(isinstance(pattern, str) for pattern in self.modules_to_not_convert or ()):

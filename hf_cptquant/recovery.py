@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .arithmetic import linears_in_working_dtype
-from .calibration import batches_on
+from .calibration import batches_on, sequences_in, tokens_in
 from .errors import CalibrationError, ModelError
 from .grid import dequantize
 from .modules import PackedLayer, packed_modules, replace_module
@@ -74,7 +74,7 @@ def remember(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Example]:
         ModelError: its outputs are no classes.
     """
     examples = []
-    predictions = sum(batch["input_ids"].numel() for batch in batches)
+    predictions = sum(tokens_in(batch) for batch in batches)
     needed, free = predictions * CLASSES * BYTES_OF_CLASS, psutil.virtual_memory().available
     if needed > free:
         raise CalibrationError(
@@ -83,7 +83,7 @@ def remember(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Example]:
         )
     labelled = with_labels(model, batches)
     with linears_in_working_dtype(model):
-        for batch, on_device in zip(labelled, batches_on(labelled, model.device), strict=True):
+        for batch, on_device in zip(labelled, batches_on(labelled, model), strict=True):
             logits = forward(model, on_device).logits
             if logits.shape[-1] < 2:
                 raise ModelError(
@@ -167,11 +167,11 @@ def recover(
 @torch.no_grad()
 def _judged(model: PreTrainedModel, examples: Sequence[Example]) -> float:
     found = [divergence(forward(model, _on(model, example)).logits, example)[0] for example in examples]
-    return mean(found, [len(example.batch["input_ids"]) for example in examples])
+    return mean(found, [sequences_in(example.batch) for example in examples])
 
 
 def _on(model: PreTrainedModel, example: Example) -> Batch:
-    return next(batches_on([example.batch], model.device))
+    return next(batches_on([example.batch], model))
 
 
 class _Student:

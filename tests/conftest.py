@@ -104,6 +104,12 @@ TINY_MIXTURES: dict[str, tuple[str, str, dict]] = {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
         "moe_shared_expert_intermediate_size": 64, "n_group": 1, "topk_group": 1, "vocab_size": 512}),
 }  # fmt: skip
+TINY_VISION: dict[str, tuple[str, str, dict]] = {  # patches of one size; stages, and attention within windows
+    "vit": ("ViTForImageClassification", "ViTConfig", {"hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8, "num_labels": 5}),
+    "swin": ("SwinForImageClassification", "SwinConfig", {"image_size": 32, "patch_size": 4, "embed_dim": 32,
+        "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "num_labels": 5}),
+}  # fmt: skip
 AUTO_CLASSES = {
     "llama": transformers.AutoModelForCausalLM, "opt": transformers.AutoModelForCausalLM,
     "gpt2": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM,
@@ -158,7 +164,7 @@ def quantized(smollm2: Path, small_config, tmp_path_factory: pytest.TempPathFact
 
 def tiny_model(kind: str, **changes) -> PreTrainedModel:
     """A random model of a few thousand weights, the same at every call."""
-    model_class, config_class, settings = {**TINY_CONFIGS, **TINY_MIXTURES}[kind]
+    model_class, config_class, settings = {**TINY_CONFIGS, **TINY_MIXTURES, **TINY_VISION}[kind]
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**{**settings, **changes})
     model = getattr(transformers, model_class)(config)

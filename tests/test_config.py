@@ -45,6 +45,7 @@ MANY = {
     "dataset": ["first text", "second text"],
     "tokenizer": "some/model",
     "text_column": "body",
+    "image_column": "picture",
     "label_column": "stars",
     "num_samples": 16,
     "sequence_length": 64,
@@ -263,9 +264,8 @@ def test_unknown_dataset_names_the_nearest(name, nearest):
 
 
 def test_unknown_dataset_like_no_other_lists_what_there_is():
-    with pytest.raises(
-        ConfigError, match=r"wikitext2, c4, imdb, self nor a file ending in \.txt, \.jsonl, \.json, \.parquet$"
-    ):
+    named = "wikitext2, c4, imdb, imagenet-1k, cifar10, food101, self"
+    with pytest.raises(ConfigError, match=rf"{named} nor a file ending in \.txt, \.jsonl, \.json, \.parquet$"):
         CPTQuantConfig(dataset="qqqqqqqq")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arithmetic import linears_in_working_dtype
-from ..calibration import batches_on
+from ..calibration import batches_on, tokens_in
 from ..sensitivity.metrics import Batch, forward
 from ..sensitivity.scoring import with_labels
 from ..sensitivity.taylor import differentiable, gradient_of_drawn, uniform_numbers
@@ -58,7 +58,7 @@ def curvature_of_outputs(
         if first.requires_grad:
             first.register_hook(partial(add, name))
 
-    for batch in batches_on(with_labels(model, batches), model.device):
+    for batch in batches_on(with_labels(model, batches), model):
         uniform = uniform_numbers(batch["labels"], seed, range(start, start := start + len(batch["labels"])))
         with ExitStack() as hooks:
             for name in blocks:
@@ -67,7 +67,7 @@ def curvature_of_outputs(
             hooks.enter_context(differentiable(model, blocks))
             logits = forward(model, batch).logits
             logits.backward(len(batch["labels"]) * gradient_of_drawn(model, batch["labels"], logits.detach(), uniform))
-        tokens += batch["input_ids"].numel()
+        tokens += tokens_in(batch)
         if tokens >= TOKENS:
             break
     return {name: _damped(sums[name] / tokens) for name in blocks if name in sums}

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .. import ranks
-from ..calibration import CalibrationSet, batches_on
+from ..calibration import CalibrationSet, batches_on, sequences_in
 from ..errors import ModelError
 from ..experts import LinearExperts
 from ..model_view import task_of
@@ -41,6 +41,7 @@ from .scoring import facts_of, open_journal
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
+POSITIONS = "positions"  # of a vision model, after their number
 KEPT_VARIANCE = 0.99
 CONSTANT = 1e-9  # a feature varies if its standard deviation is above this share of its root mean square
 RIDGE = 1e-6  # relative to a unit's largest variance
@@ -96,7 +97,8 @@ def units_by_tokens(model: PreTrainedModel, plan: BitPlan, batch: Batch) -> dict
 
     A unit's outputs are those of its block, of all experts of a layer together, or of its projections side by side. In
     an encoder–decoder the decoder's run over the labels, except the keys and values of its attention to the encoder:
-    where these are part of a larger unit, they are left out. Outputs over different tokens cannot be compared.
+    where these are part of a larger unit, they are left out. Outputs over different tokens cannot be compared, nor can
+    those of vision models over different numbers of positions: these inputs are called `"17 positions"`.
 
     Raises:
         ModelError: outputs that are not one row for each token, or fewer than two units over the same tokens.
@@ -115,6 +117,8 @@ def units_by_tokens(model: PreTrainedModel, plan: BitPlan, batch: Batch) -> dict
 
     def look(name: str, output: Any) -> None:
         field = field_of_rows(_first(output), one)
+        if field == "pixel_values":
+            field = _positions_of_image(model.get_submodule(name), _first(output))
         if field is None:
             raise ModelError(
                 f"{name} gives {tuple(_first(output).shape)}, not one row for each token; use a coarser granularity"
@@ -125,11 +129,11 @@ def units_by_tokens(model: PreTrainedModel, plan: BitPlan, batch: Batch) -> dict
         for name in itertools.chain.from_iterable(members.values()):
             hook = partial(lambda name, *seen: look(name, seen[2]), name)
             hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
-        model(**next(batches_on([one], model.device)))
+        model(**next(batches_on([one], model)))
     groups: dict[str, dict[str, tuple[str, ...]]] = {}
     for unit, names in members.items():
-        fields = {field_of[name] for name in names}
-        field = "labels" if "labels" in fields else "input_ids"
+        fields = [field_of[name] for name in names]
+        field = "labels" if "labels" in fields else fields[0]
         groups.setdefault(field, {})[unit] = tuple(name for name in names if field_of[name] == field)
     for field, units in groups.items():
         if len(units) < 2:
@@ -171,7 +175,7 @@ def sample_outputs(
             rows[name].append(output.flatten(0, -2)[positions.to(output.device)].cpu())
 
         bar = logging.tqdm(chosen, desc="Collecting outputs", disable=ranks.rank() > 0)
-        for batch, positions in zip(batches_on(batches, model.device), bar, strict=True):
+        for batch, positions in zip(batches_on(batches, model), bar, strict=True):
             with ExitStack() as hooks:
                 for name in names:
                     hook = partial(keep, name, positions)
@@ -190,9 +194,23 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _positions_of_image(module: nn.Module, output: Tensor) -> str | None:
+    """What to call the positions for which a module of a vision model gives a row each, `[1, …, features]`; None if its
+    output for one image is something else: channels first, or windows as a batch of their own, in another order."""
+    has_rows = len(output) == 1 and (output.dim() <= 3 or isinstance(module, nn.Linear))
+    return f"{output[0, ..., 0].numel()} {POSITIONS}" if has_rows else None
+
+
+def _mask(batch: Batch, field: str) -> Tensor:
+    """Which of the positions of a field count, `[sequences, positions]`."""
+    if field.endswith(POSITIONS):
+        return torch.ones(sequences_in(batch), int(field.split()[0]), dtype=torch.long)
+    return batch["attention_mask"] if field == "input_ids" else torch.ones_like(batch[field])
+
+
 def _draw(batches: Sequence[Batch], field: str, count: int, seed: int) -> list[Tensor]:
     """Per batch, the flat positions of the sample."""
-    masks = [batch["attention_mask"] if field == "input_ids" else torch.ones_like(batch[field]) for batch in batches]
+    masks = [_mask(batch, field) for batch in batches]
     valid = torch.cat([mask.flatten() for mask in masks]).nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
     chosen = valid[torch.randperm(len(valid), generator=generator)[:count]].sort().values

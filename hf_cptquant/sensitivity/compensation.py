@@ -63,7 +63,7 @@ def shares_left(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch])
             def advance(batch: Batch, done: Outputs, position: int = position, after: list[Outputs] = after) -> None:
                 after.append(prefix.outputs(batch, done, position, position + 1))
 
-            on_device = batches_on(batches, model.device)
+            on_device = batches_on(batches, model)
             passes = [partial(advance, *given) for given in zip(on_device, before, strict=True)]
             with in_module(name):
                 for names, product in input_products(layers, passes):

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..calibration import batches_on
+from ..calibration import batches_on, sequences_in, tokens_in
 from .metrics import Batch, Metric, mean, not_finite
 from .prefix import Outputs, Prefix
 
@@ -85,7 +85,7 @@ class SuffixRunner:
         return [self._figure(values, block) for values in backing_off(on, self._batches)]
 
     def _loaded(self) -> Iterator[tuple[Batch, Outputs]]:
-        return zip(batches_on(self._batches, self._model.device), self._carried, strict=True)
+        return zip(batches_on(self._batches, self._model), self._carried, strict=True)
 
     def _restart(self) -> None:
         self._carried, self._position = [{} for _ in self._batches], 0
@@ -101,7 +101,7 @@ class SuffixRunner:
 
     def _values(self, position: int, changes: Sequence[Change]) -> list[list[float]]:
         """Per change (or once for the unchanged model), the metric of every batch."""
-        together = self._stacked_tokens // max(batch["input_ids"].numel() for batch in self._batches)
+        together = self._stacked_tokens // max(tokens_in(batch) for batch in self._batches)
         if together > 1 and len(changes) > 1:
             starts = range(0, len(changes), together)
             return [row for start in starts for row in self._stacked(position, changes[start : start + together])]
@@ -121,7 +121,7 @@ class SuffixRunner:
                 )
         columns = []
         for (batch, _), *variants in zip(self._loaded(), *changed, strict=True):
-            size, count = len(batch["input_ids"]), len(changes)
+            size, count = sequences_in(batch), len(changes)
             repeated = {name: tensor.repeat(count, *(1,) * (tensor.dim() - 1)) for name, tensor in batch.items()}
             final = self._prefix.outputs(repeated, _stack(variants, size), position + 1, len(self.order))
             parts = (_part(final, index, size, count) for index in range(count))
@@ -133,7 +133,7 @@ class SuffixRunner:
             return self._metric.of_batch(self._model, batch)
 
     def _figure(self, values: Sequence[float], block: str | None) -> float:
-        average = mean(values, [len(batch["input_ids"]) for batch in self._batches])
+        average = mean(values, [sequences_in(batch) for batch in self._batches])
         figure = self._metric.of_mean(average)
         if not math.isfinite(figure):
             where = "the unchanged model" if block is None else f"a change to {block}"
@@ -152,7 +152,7 @@ def backing_off(work: Callable[[Sequence[Batch]], Result], batches: Sequence[Bat
         try:
             return work(batches)
         except RuntimeError as error:
-            largest = max(len(batch["input_ids"]) for batch in batches)
+            largest = max(sequences_in(batch) for batch in batches)
             if not should_reduce_batch_size(error) or largest == 1:
                 raise
         size = largest // 2

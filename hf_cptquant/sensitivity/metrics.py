@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
-from ..calibration import batches_on
+from ..calibration import batches_on, sequences_in
 from ..errors import CalibrationError, ModelError
 from ..model_view import task_of
 
@@ -91,7 +91,10 @@ METRICS = {
 
 def field_of_rows(rows: Tensor, batch: Batch) -> str | None:
     """Which tokens of a batch the rows of activations `[..., features]` stand for: its `input_ids`, its `labels`, or
-    neither. (Some models flatten batch and length on the way.)"""
+    neither. (Some models flatten batch and length on the way.) Rows for `pixel_values` are equally many for each image,
+    one image after the other, but how many depends on the layer."""
+    if "pixel_values" in batch:
+        return "pixel_values" if len(rows) % sequences_in(batch) == 0 else None
     count = rows.numel() // rows.shape[-1]
     return next((name for name in ("input_ids", "labels") if name in batch and batch[name].numel() == count), None)
 
@@ -112,8 +115,8 @@ def mean_loss(model: PreTrainedModel, batches: Sequence[Batch], desc: str | None
         CalibrationError, ModelError: the loss is not finite.
     """
     bar = logging.tqdm(batches, desc=desc) if desc else batches
-    losses = [batch_loss(model, batch) for batch in batches_on(bar, model.device)]
-    average = mean(losses, [len(batch["input_ids"]) for batch in batches])
+    losses = [batch_loss(model, batch) for batch in batches_on(bar, model)]
+    average = mean(losses, [sequences_in(batch) for batch in batches])
     if not math.isfinite(average):
         raise not_finite(model, batches[0], f"the loss is {average}")
     return average
@@ -140,7 +143,7 @@ def not_finite(model: PreTrainedModel, batch: Batch, what: str) -> CalibrationEr
             if name:
                 hooks.enter_context(module.register_forward_hook(lambda *seen, name=name: look(name, seen[2])))
         with torch.no_grad():
-            forward(model, next(batches_on([batch], model.device)))
+            forward(model, next(batches_on([batch], model)))
     place = (
         f"the output of {found[0]} is the first that holds NaN or infinity"
         if found

@@ -117,11 +117,12 @@ def running_order(model: PreTrainedModel, batch: Batch, blocks: Sequence[str]) -
         for name in blocks:
             block = model.get_submodule(name)
             hooks.enter_context(block.register_forward_hook(lambda *_, name=name: calls.append(name)))
-        forward(model, next(batches_on([first], model.device)))
+        forward(model, next(batches_on([first], model)))
     odd = [name for name in blocks if calls.count(name) != 1]
     if odd:
         raise ModelError(
-            f"{odd[0]} runs {calls.count(odd[0])} times in one forward pass; blocks that run once are supported"
+            f"{odd[0]} runs {calls.count(odd[0])} times in one forward pass; blocks that run once are supported, and"
+            " modules_to_not_convert leaves others alone"
         )
     return calls
 

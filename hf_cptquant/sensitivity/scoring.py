@@ -134,7 +134,7 @@ def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[Batch
 
     @torch.no_grad()
     def labelled(batches: Sequence[Batch]) -> tuple[Batch, ...]:
-        predicted = [model(**batch).logits.argmax(-1).cpu() for batch in batches_on(batches, model.device)]
+        predicted = [model(**batch).logits.argmax(-1).cpu() for batch in batches_on(batches, model)]
         return tuple({**batch, "labels": labels} for batch, labels in zip(batches, predicted, strict=True))
 
     return backing_off(labelled, batches)

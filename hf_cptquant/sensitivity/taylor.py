@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from .. import ranks
 from ..arithmetic import working_dtype
-from ..calibration import CalibrationSet, batches_on, in_batches, spread_evenly
+from ..calibration import CalibrationSet, batches_on, in_batches, sequences_in, spread_evenly
 from ..errors import CalibrationError, ModelError
 from ..experts import has_linear_experts
 from ..model_view import task_of
@@ -101,17 +101,17 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     if recipe.compensates:
         enough = TOKENS_FOR_INPUT * max(module.in_features for module in plan.modules)
         shares = shares_left(model, plan, spread_evenly(calibration, max(recipe.taylor_samples, enough)))
-    ends = itertools.accumulate(len(batch["input_ids"]) for batch in batches)
+    ends = itertools.accumulate(sequences_in(batch) for batch in batches)
     spans = [
-        (f"sequences {end - len(batch['input_ids'])} to {end - 1}", end - len(batch["input_ids"]), batch)
+        (f"sequences {end - sequences_in(batch)} to {end - 1}", end - sequences_in(batch), batch)
         for end, batch in zip(ends, batches, strict=True)
     ]
     pending = [span for span in ranks.share(spans) if span[0] not in journal.results]
-    total = sum(len(batch["input_ids"]) for _, _, batch in pending)
+    total = sum(sequences_in(batch) for _, _, batch in pending)
     with logging.tqdm(total=total, desc="Scoring units", unit="sequence", disable=ranks.rank() > 0) as bar:
         for key, start, batch in pending:
             journal.add(key, _measured(model, plan, schemes, shares, batch, start, recipe.seed))
-            bar.update(len(batch["input_ids"]))
+            bar.update(sequences_in(batch))
     found = {key: parts for gathered in ranks.gather(journal.results) for key, parts in gathered.items()}
     results = [part for key, _, _ in spans for part in found[key]]
     sequences, predictions = (sum(part[count] for part in results) for count in ("sequences", "predictions"))
@@ -175,14 +175,14 @@ def _measured(
     """
     if not any(schemes.values()):  # nothing to price, only the loss to measure
         terms: dict[str, list[float]] = {module.unit: [] for module in plan.modules}
-        counts = {"sequences": len(batch["input_ids"]), "predictions": sum(_predictions(model, batch))}
+        counts = {"sequences": sequences_in(batch), "predictions": sum(_predictions(model, batch))}
         return [{**counts, "loss": mean_loss(model, [batch]), "terms": terms}]
 
     def work(parts: Sequence[Batch]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = []
         number = start
-        for part in batches_on(parts, model.device):
-            numbers = range(number, number := number + len(part["input_ids"]))
+        for part in batches_on(parts, model):
+            numbers = range(number, number := number + sequences_in(part))
             uniform = uniform_numbers(part["labels"], seed, numbers)
             loss, terms = _expanded(model, plan, schemes, shares, part, uniform)
             found = {unit: sums.tolist() for unit, sums in terms.items()}
@@ -375,13 +375,15 @@ def tapped(
 
 @contextmanager
 def differentiable(model: PreTrainedModel, names: Iterable[str]) -> Iterator[None]:
-    """Let gradients flow from the embeddings on, through checkpointed blocks; no parameter gets one."""
+    """Let gradients flow from the embeddings, or from pixel values, on through checkpointed blocks; no parameter gets
+    one."""
     wanted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     blocks = {name: model.get_submodule(name) for name in names}
     own = {name: block.__dict__.get("forward") for name, block in blocks.items()}
     with ExitStack() as hooks:
         for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
             hooks.enter_context(embedding.register_forward_hook(lambda *seen: seen[2].requires_grad_()))
+        hooks.enter_context(model.register_forward_pre_hook(_with_gradients, with_kwargs=True))
         try:
             for name in wanted:
                 model.get_parameter(name).requires_grad_(False)
@@ -397,6 +399,17 @@ def differentiable(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Non
                     del block.forward
                 else:
                     block.forward = own[name]
+
+
+def _with_gradients(
+    _model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a model with such numbers as have gradients getting them."""
+
+    def leaf(value: Any) -> Any:
+        return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return args, {name: leaf(value) for name, value in inputs.items()}
 
 
 def _tap(

@@ -18,8 +18,8 @@ def literal_scores(model, plan, batches, levels) -> dict[str, float]:
 
     def mean_loss(candidate) -> float:
         labelled = [b if "labels" in b else {**b, "labels": predictions[i]} for i, b in enumerate(batches)]
-        total = sum(candidate(**b).loss.double().item() * len(b["input_ids"]) for b in labelled)
-        return total / sum(len(b["input_ids"]) for b in batches)
+        total = sum(candidate(**b).loss.double().item() * len(next(iter(b.values()))) for b in labelled)
+        return total / sum(len(next(iter(b.values()))) for b in batches)
 
     predictions = [None if "labels" in batch else model(**batch).logits.argmax(-1) for batch in batches]
     base = mean_loss(model)

@@ -90,9 +90,12 @@ def literal_costs(kind, plan, batches, recipe) -> tuple[float, dict, dict, int]:
     }
     first, second, losses, predictions = {}, {}, [], 0
     sequences = [
-        {name: tensor[i : i + 1] for name, tensor in batch.items()}
+        {
+            name: tensor[i : i + 1].to(torch.float64 if tensor.is_floating_point() else None)
+            for name, tensor in batch.items()
+        }
         for batch in batches
-        for i in range(len(batch["input_ids"]))
+        for i in range(len(next(iter(batch.values()))))
     ]
     for index, sequence in enumerate(sequences):
         if "labels" not in sequence:
@@ -533,7 +536,7 @@ def test_a_regression_has_no_classes_to_draw_from(tokens, minilm):
     model = tiny_model("bert-classifier", num_labels=1)
     recipe = taylor_recipe("bert-classifier", tokens)
     texts = calibration_for(model, recipe, minilm)
-    graded = tuple({**batch, "labels": torch.rand(len(batch["input_ids"]))} for batch in texts.batches)
+    graded = tuple({**batch, "labels": torch.rand(len(next(iter(batch.values()))))} for batch in texts.batches)
     with pytest.raises(CPTQuantError, match="no classes; use estimator='perturbation'"):
         METHODS["tdmpq"](model, view_model(model).plan("block"), replace(texts, batches=graded), recipe)
 

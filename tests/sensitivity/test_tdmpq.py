@@ -41,10 +41,10 @@ def literal_scores(model, plan, batches, recipe) -> dict[str, float]:
 
     def total_variation() -> float:
         labelled = [b if "labels" in b else {**b, "labels": predictions[i]} for i, b in enumerate(batches)]
-        return sum(model(**b).loss.double().item() * len(b["input_ids"]) for b in labelled)
+        return sum(model(**b).loss.double().item() * len(next(iter(b.values()))) for b in labelled)
 
     predictions = [None if "labels" in batch else model(**batch).logits.argmax(-1) for batch in batches]
-    sequences = sum(len(batch["input_ids"]) for batch in batches)
+    sequences = sum(len(next(iter(batch.values()))) for batch in batches)
     base = total_variation() / sequences
     scores = {}
     for unit in dict.fromkeys(module.unit for module in plan.modules):

@@ -25,7 +25,7 @@ TILE = 2**20  # weights that a thread dequantizes at a time: large enough that c
 
 def rows_of_tile(in_features: int, device: torch.device, multiple: int = 1) -> int | None:
     """Output features that are dequantized at a time, a multiple of some number; None for all."""
-    if device.type != "cpu":
+    if device.type != "cpu" or torch.compiler.is_compiling():
         return None
     return max(1, TILE * torch.get_num_threads() // (in_features * multiple)) * multiple
 

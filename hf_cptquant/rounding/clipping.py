@@ -59,20 +59,14 @@ def best_factors(weight: Tensor, scheme: LayerScheme, importance: Tensor, dtype:
     return best
 
 
-def narrowed_grid(
-    weight: Tensor, scheme: LayerScheme, factors: Tensor, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points of ranges times factors `[out_features, groups]`, as `fit_grid` gives those of whole
-    ranges."""
-    low, high = extremes(weight, scheme)
-    return grid_between(low * factors, high * factors, scheme, dtype or weight.dtype)
-
-
 def clipped_grid(
     weight: Tensor, scheme: LayerScheme, importance: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points of the best ranges; arguments as of `best_factors`."""
-    return narrowed_grid(weight, scheme, best_factors(weight, scheme, importance, dtype), dtype)
+    """Scales and zero points of the best ranges, as `fit_grid` gives those of whole ones; arguments as of
+    `best_factors`."""
+    factors = best_factors(weight, scheme, importance, dtype)
+    low, high = extremes(weight, scheme)
+    return grid_between(low * factors, high * factors, scheme, dtype or weight.dtype)
 
 
 def round_together(

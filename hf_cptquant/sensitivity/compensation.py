@@ -88,23 +88,19 @@ def share_left(product: Tensor) -> float:
 
 @torch.no_grad()
 def input_products(
-    layers: Mapping[str, nn.Module],
-    passes: Sequence[Callable[[], Any]],
-    token_weights: Sequence[Tensor] | None = None,
+    layers: Mapping[str, nn.Module], passes: Sequence[Callable[[], Any]]
 ) -> list[tuple[tuple[str, ...], Tensor]]:
     """XXᵀ of the inputs of layers, float32 `[in_features, in_features]`, once for layers that share them.
 
     Args:
         layers: by name.
         passes: run what the layers belong to, on different data.
-        token_weights: for each pass, how much each of its tokens counts, float32; all alike where a layer does not see
-            one row for each token, and by default.
 
     Raises:
         ModelError: an input holds NaN or infinity.
     """
     sums: dict[tuple[str, ...], Tensor] = {}
-    for index, run in enumerate(passes):
+    for run in passes:
         seen: dict[str, Tensor] = {}
 
         def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, Tensor] = seen) -> None:
@@ -123,10 +119,7 @@ def input_products(
                 if not bool(torch.isfinite(rows).all()):
                     raise ModelError("its inputs hold NaN or infinity; try dtype=torch.float32")
             key = tuple(names)
-            weighted = rows
-            if token_weights is not None and len(token_weights[index]) == len(rows):
-                weighted = rows * token_weights[index].unsqueeze(1)
-            product = weighted.t() @ rows
+            product = rows.t() @ rows
             sums[key] = sums[key] + product if key in sums else product
     reached = {name for names in sums for name in names}
     for name, layer in layers.items():

@@ -122,8 +122,10 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         ]
         for unit in dict.fromkeys(module.unit for module in plan.modules)
     }
-    signal = 0.0 if tuned else share_of_signal(itertools.chain.from_iterable(terms.values()), predictions)
-    logger.info(f"{signal:.0%} of the first-order terms is more than chance over {predictions} predictions")
+    signal = 0.0
+    if not tuned:
+        signal = share_of_signal(itertools.chain.from_iterable(terms.values()), predictions)
+        logger.info(f"{signal:.0%} of the first-order terms is more than the chance of {predictions} predictions.")
     costs = {
         unit: {bits: signal * first + second for bits, (first, second) in zip(widths, found, strict=True)}
         for unit, found in terms.items()

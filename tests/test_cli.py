@@ -314,6 +314,7 @@ def test_every_option_reaches_its_setting():
         "dataset": "some.txt",
         "tokenizer": "tokenizer",
         "text_column": "text",
+        "image_column": None,
         "label_column": "label",
         "num_samples": 3,
         "sequence_length": 9,

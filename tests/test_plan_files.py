@@ -315,8 +315,10 @@ def test_a_measured_frontier_tells_the_loss_of_each_plan(folder, tokens):
     dataset = torch.cat([batch["input_ids"] for batch in _batches(model, tokens)])
     judged = dataset[6:]
     base = model(input_ids=judged, labels=judged).loss.item()
-    for point in (points[0], points[-1]):
-        dense = load(folder, CPTQuantConfig(quality="fast", plan=point.plan)).dequantize()
+    for point in points:
+        dense = load(folder)  # unrounded, where a plan leaves everything at 16 bits
+        if point.plan.packed:
+            dense = load(folder, CPTQuantConfig(quality="fast", plan=point.plan)).dequantize()
         assert point.measured == pytest.approx(dense(input_ids=judged, labels=judged).loss.item() - base, abs=2e-3)
     assert points[0].measured != points[-1].measured
     assert [point.plan for point in points] == sorted((p.plan for p in points), key=lambda plan: plan.nbytes)

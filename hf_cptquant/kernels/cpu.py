@@ -173,13 +173,16 @@ def int8_linear(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
 
 
 def int8_dense_linear(x: Tensor, integers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for many rows: the integers are exact in bfloat16, and the product is scaled afterwards."""
-    inputs = x.float() if x.dtype == torch.float16 else x  # products with integers may be too large for it
+    """The same for many rows. In bfloat16 the integers themselves are multiplied, which are exact in it, and the
+    product is scaled; wider inputs would tell that from the product with the dequantized weight, which is rounded."""
     rows = reference.rows_of_tile(integers.shape[1], x.device) or len(integers)
-    tiles = (part.to(inputs.dtype) for part in integers.split(rows))
-    product = reference.linear_of_tiles(inputs, tiles, None, len(integers))
+    if x.dtype != torch.bfloat16:
+        parts = zip(integers.split(rows), scale.split(rows), strict=True)
+        tiles = (reference.dequantized(part, of_part, None) for part, of_part in parts)
+        return reference.linear_of_tiles(x, tiles, bias, len(integers))
+    product = reference.linear_of_tiles(x, (part.to(x.dtype) for part in integers.split(rows)), None, len(integers))
     product *= scale.flatten()
-    return (product if bias is None else product.add_(bias)).to(x.dtype)
+    return product if bias is None else product.add_(bias)
 
 
 def int8_dense(integers: Tensor, scale: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ import transformers
 from architectures_plain import digests
 from environment import environment
 from forks import run_steps
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -56,6 +57,16 @@ LARGEST = 250_000_000  # parameters that are made here
 VOCABULARY = 512
 IDS = ("_token_id", "_token_index")
 BITS = (4, 8)
+MISFITS = (  # the ways of classes to say that settings do not fit
+    AttributeError,
+    AssertionError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 # Setting → its value in a small model, where the default is larger. Widths are products of heads and their sizes.
 FEWER = dict.fromkeys(
@@ -124,7 +135,7 @@ def empty_model(task: str, model_type: str) -> PreTrainedModel:
 
     Raises:
         MemoryError: even that is larger than what is made here.
-        Exception: what the class raises for its default config.
+        MISFITS: what the class raises for its default config.
     """
     classes = TASKS[task][model_type]
     model_class = getattr(transformers, classes if isinstance(classes, str) else classes[0])
@@ -134,7 +145,7 @@ def empty_model(task: str, model_type: str) -> PreTrainedModel:
         try:
             with torch.device("meta"):
                 model = model_class(small_config(config_class, limits))
-        except Exception as error:  # noqa: BLE001, every class has ways of its own to say that settings do not fit
+        except MISFITS as error:
             reasons.append(error)
             continue
         size = sum(parameter.numel() for parameter in model.parameters())

@@ -6,7 +6,8 @@ is widened to contain 0. Without a zero point, x̂ = q·scale, the scale is sign
 on q_min = −2^(bits−1) whatever its sign, so that no level is wasted on the side that has one more. Scales are rounded
 to the model's dtype *first*, and the integers are chosen against the rounded scales, so what is stored is what was
 optimized. Dequantization multiplies an exactly represented small integer by a scale: one rounding, and bit for bit what
-compressed-tensors computes.
+compressed-tensors computes. It goes by way of float32, which holds the product of both exactly, and which CPUs convert
+integers to faster than to the dtype of the scales.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Te
         scale: `[out_features, groups]`.
         zero_point: int8 `[out_features, groups]` or None.
     """
-    out_features, groups = scale.shape
-    steps = integers.view(out_features, groups, -1).to(scale.dtype)
+    wide = torch.promote_types(scale.dtype, torch.float32)
+    steps = integers.to(wide).view(*scale.shape, -1)
     if zero_point is not None:
-        steps = steps - zero_point.to(scale.dtype).unsqueeze(-1)
-    return (steps * scale.unsqueeze(-1)).view(out_features, -1)
+        steps -= zero_point.to(wide).unsqueeze(-1)
+    steps *= scale.to(wide).unsqueeze(-1)
+    return steps.view(len(scale), -1).to(scale.dtype)

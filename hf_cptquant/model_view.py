@@ -198,12 +198,7 @@ def output_embedding(model: PreTrainedModel) -> str:
             f"{type(model).__name__} has no linear layer that predicts tokens (get_output_embeddings()); leave"
             " quantize_lm_head out"
         )
-    others = _tied_to(model, name)
-    if others:
-        raise ModelError(
-            f"{name} shares its weight with {others[0]} (tie_word_embeddings); leave quantize_lm_head out, or save the"
-            " model with weights of their own: config.tie_word_embeddings=False"
-        )
+    _refuse_tied(model, name, "quantize_lm_head")
     return name
 
 
@@ -223,21 +218,19 @@ def input_embedding(model: PreTrainedModel) -> str:
         raise ModelError(
             f"{type(model).__name__} looks tokens up in {found} not nn.Embedding; leave quantize_embeddings out"
         )
-    others = _tied_to(model, name)
-    if others:
-        raise ModelError(
-            f"{name} shares its weight with {others[0]} (tie_word_embeddings); leave quantize_embeddings out, or save"
-            " the model with weights of their own: config.tie_word_embeddings=False"
-        )
+    _refuse_tied(model, name, "quantize_embeddings")
     return name
 
 
-def _tied_to(model: PreTrainedModel, name: str) -> list[str]:
-    """Names of the modules that share the weight of one."""
+def _refuse_tied(model: PreTrainedModel, name: str, setting: str) -> None:
     weight, tied = f"{name}.weight", model.all_tied_weights_keys
     source = tied.get(weight, weight)
     sharing = (source, *(target for target, other in tied.items() if other == source))
-    return [other.rpartition(".")[0] for other in sharing if other != weight]
+    if others := [other.rpartition(".")[0] for other in sharing if other != weight]:
+        raise ModelError(
+            f"{name} shares its weight with {others[0]} (tie_word_embeddings); leave {setting} out, or save the model"
+            " with weights of their own: config.tie_word_embeddings=False"
+        )
 
 
 def _language_part(model: PreTrainedModel) -> Callable[[str], bool]:

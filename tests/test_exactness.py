@@ -49,9 +49,11 @@ def norm_of_error(result: torch.Tensor, exact: torch.Tensor) -> float:
     return (result.double() - exact).norm().item()
 
 
-@settings(max_examples=EXAMPLES)
-@given(weight=weights(), rows=st.sampled_from((1, 2, 7, 16, 17, 64, 65)), bias=st.booleans(), seed=st.integers(0, 99))
-def test_products_err_at_most_twice_as_much_as_torchs_own(weight, rows, bias, seed):
+def product_of(
+    weight, rows: int, bias: bool, seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
+    """Inputs, bias, their product with a weight in float64, and how far from it one in their dtype may be: twice as far
+    as torch's own."""
     dtype, (out_features, in_features) = weight.scale.dtype, weight.integers.shape
     random = torch.Generator().manual_seed(seed)
     offset = torch.randn(out_features, generator=random).to(dtype) if bias else None
@@ -59,10 +61,16 @@ def test_products_err_at_most_twice_as_much_as_torchs_own(weight, rows, bias, se
     exact = x.double() @ exact_weight(weight).t() + (0 if offset is None else offset.double())
     of_torch = F.linear(x, exact_weight(weight).to(dtype), offset)
     # where a product of few terms happens to be exact in torch, one rounding of the result is allowed for
-    allowed = max(2 * norm_of_error(of_torch, exact), torch.finfo(dtype).eps * exact.norm().item())
+    return x, offset, exact, max(2 * norm_of_error(of_torch, exact), torch.finfo(dtype).eps * exact.norm().item())
+
+
+@settings(max_examples=EXAMPLES)
+@given(weight=weights(), rows=st.sampled_from((1, 2, 7, 16, 17, 64, 65)), bias=st.booleans(), seed=st.integers(0, 99))
+def test_products_err_at_most_twice_as_much_as_torchs_own(weight, rows, bias, seed):
+    x, offset, exact, allowed = product_of(weight, rows, bias, seed)
     for cls in (QuantLinear, QuantConv1D):
         result = cls.from_quantized(weight, offset)(x)
-        assert result.dtype == dtype
+        assert result.dtype == x.dtype
         assert norm_of_error(result, exact) <= allowed
 
 

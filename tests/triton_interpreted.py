@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import exact_weight, norm_of_error, weights
+from test_exactness import norm_of_error, product_of, weights
 
 from hf_cptquant import explain_choice
 from hf_cptquant.grid import integer_range
@@ -58,16 +58,10 @@ def test_kernels_on_every_width_group_and_dtype(bits, group_size, symmetric, dty
 @settings(max_examples=15)
 @given(weight=weights(), rows=st.sampled_from((1, 2, 17, 65)), bias=st.booleans(), seed=st.integers(0, 99))
 def test_products_of_modules_err_at_most_twice_as_much_as_torchs_own(weight, rows, bias, seed):
-    dtype, (out_features, in_features) = weight.scale.dtype, weight.integers.shape
-    random = torch.Generator().manual_seed(seed)
-    offset = torch.randn(out_features, generator=random).to(dtype) if bias else None
-    x = torch.randn(rows, in_features, generator=random).to(dtype)
-    exact = x.double() @ exact_weight(weight).t() + (0 if offset is None else offset.double())
-    of_torch = F.linear(x, exact_weight(weight).to(dtype), offset)
-    allowed = max(2 * norm_of_error(of_torch, exact), torch.finfo(dtype).eps * exact.norm().item())
+    x, offset, exact, allowed = product_of(weight, rows, bias, seed)
     module = (QuantLinear, QuantConv1D)[seed % 2].from_quantized(weight, offset)
     assert module.layout == WIRE
-    assert kernel_of(module.layout, rows, dtype, x.device) == TRITON
+    assert kernel_of(module.layout, rows, x.dtype, x.device) == TRITON
     assert norm_of_error(module(x), exact) <= allowed
 
 

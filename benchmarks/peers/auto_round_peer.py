@@ -10,15 +10,10 @@ environment of its own.
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import time
-from pathlib import Path
 
-import auto_round
-import torch
 from auto_round import AutoRound, AutoScheme
 from auto_round.schemes import QuantizationScheme
+from running import Rounded, parser, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GROUP_SIZE, SAMPLES, LENGTH = 64, 32, 512
@@ -29,15 +24,8 @@ def scheme_for(bits: int) -> QuantizationScheme:
     return QuantizationScheme(bits=bits, group_size=-1 if bits == 8 else GROUP_SIZE, sym=bits == 8, data_type="int")
 
 
-def main() -> None:
-    """Search, round, and write the dequantized weights for `accuracy.py` to measure."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--target-bits", type=float, help="AutoScheme searches for them; default: all weights alike")
-    parser.add_argument("--bits", default="4")
-    parser.add_argument("--iters", type=int, default=20)
-    parser.add_argument("--output", type=Path, required=True, help="dequantized weights")
-    arguments = parser.parse_args()
+def quantize(arguments: argparse.Namespace) -> Rounded:
+    """Search, if bits are to be found, and round."""
     folder = str(arguments.folder / "model")
     data = {
         "dataset": str(arguments.folder / "calibration.jsonl"),
@@ -45,20 +33,20 @@ def main() -> None:
         "seqlen": LENGTH,
         "batch_size": 8,
     }
-    start = time.perf_counter()
     scheme, *others = (scheme_for(int(bits)) for bits in arguments.bits.split(","))
     if arguments.target_bits is not None:
         scheme = AutoScheme(avg_bits=arguments.target_bits, options=[scheme, *others], **data)
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rounder = AutoRound(model, tokenizer, scheme=scheme, iters=arguments.iters, device_map="cpu", **data)
-    model, layers = rounder.quantize()
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    torch.save(model.state_dict(), arguments.output)
-    widths = {name: layer.get("bits") for name, layer in layers.items() if "layers." in name}
-    print(json.dumps({"seconds": seconds, "peak_mb": peak, "bits": widths, "version": auto_round.__version__}))
+    rounded, layers = rounder.quantize()
+    return rounded.state_dict(), {name: layer.get("bits") for name, layer in layers.items() if "layers." in name}
 
 
 if __name__ == "__main__":
-    main()
+    options = parser()
+    options.add_argument("--target-bits", type=float, help="AutoScheme searches for them; default: all weights alike")
+    options.add_argument("--bits", default="4")
+    options.add_argument("--iters", type=int, default=20)
+    given = options.parse_args()
+    run("auto-round", lambda: quantize(given), given.output)

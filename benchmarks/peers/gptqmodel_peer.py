@@ -8,19 +8,15 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import json
 import os
-import resource
 import tempfile
-import time
 from pathlib import Path
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it fails on machines with few processors otherwise
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
+from running import Rounded, parser, run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,31 +40,21 @@ def dequantized(words: Tensor, zeros: Tensor, scales: Tensor, group_of: Tensor) 
     return ((integers - points[group]) * scales[group].float()).t()
 
 
-def main() -> None:
-    """Round all linear layers of the blocks, and write the dequantized weights for `accuracy.py` to measure."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--output", type=Path, required=True, help="dequantized weights")
-    arguments = parser.parse_args()
-    tokens = torch.load(arguments.folder / "calibration.pt")
-    start = time.perf_counter()
-    settings = QuantizeConfig(bits=BITS, group_size=GROUP_SIZE)
-    model = GPTQModel.load(str(arguments.folder / "model"), settings, device="cpu")
+def quantize(model_folder: str, tokens: Tensor) -> Rounded:
+    """Round all linear layers of the blocks."""
+    model = GPTQModel.load(model_folder, QuantizeConfig(bits=BITS, group_size=GROUP_SIZE), device="cpu")
     model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens], batch_size=8)
     with tempfile.TemporaryDirectory() as saved:
         model.save(saved)
-        tensors = {
-            name: tensor for file in Path(saved).glob("*.safetensors") for name, tensor in load_file(file).items()
-        }
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        files = Path(saved).glob("*.safetensors")
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     layers = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     parts = ("qweight", "qzeros", "scales", "g_idx")
     found = {f"{name}.weight": dequantized(*(tensors[f"{name}.{part}"] for part in parts)) for name in layers}
-    torch.save(found, arguments.output)
-    version = importlib.metadata.version("gptqmodel")
-    print(json.dumps({"seconds": seconds, "peak_mb": peak, "bits": dict.fromkeys(layers, BITS), "version": version}))
+    return found, dict.fromkeys(layers, BITS)
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parser().parse_args()
+    data = torch.load(arguments.folder / "calibration.pt")
+    run("gptqmodel", lambda: quantize(str(arguments.folder / "model"), data), arguments.output)

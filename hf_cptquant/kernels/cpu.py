@@ -178,7 +178,7 @@ def int8_dense_linear(x: Tensor, integers: Tensor, scale: Tensor, bias: Tensor |
     rows = reference.rows_of_tile(integers.shape[1], x.device) or len(integers)
     if x.dtype != torch.bfloat16:
         parts = zip(integers.split(rows), scale.split(rows), strict=True)
-        tiles = (reference.dequantized(part, of_part, None) for part, of_part in parts)
+        tiles = (dequantize(part, of_part, None) for part, of_part in parts)
         return reference.linear_of_tiles(x, tiles, bias, len(integers))
     product = reference.linear_of_tiles(x, (part.to(x.dtype) for part in integers.split(rows)), None, len(integers))
     product *= scale.flatten()

@@ -3,7 +3,6 @@
 It reads the wire format, so it is also what all other kernels are checked against. On CPUs it works on some output
 features at a time, few enough that their dequantized weights are multiplied while they are in the cache; the dense
 weight is never in memory as a whole, and where bfloat16 `F.linear` waits for memory, the packed weight comes faster.
-Each weight is computed in float32 and rounded once, which is what a product in the dtype of the scales gives, too.
 
 Weights of 2, 3, 5 and 6 bits take this way in decoding, too, though torch's CPU kernels for 4 and 8 bits are faster
 there: held in those layouts they would take a quarter to twice as much memory as the plan says.
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arithmetic import working_dtype
+from ..grid import dequantize
 from ..packing import unpack
 
 TILE = 2**20  # weights that a thread dequantizes at a time: large enough that calls do not count, 4 MB in float32
@@ -46,17 +46,7 @@ def dense_tiles(
     for start in range(0, out_features, rows):
         part = slice(start, start + rows)
         integers = unpack(words[part], bits, in_features)
-        yield dequantized(integers, scale[part], None if unpacked_zero is None else unpacked_zero[part])
-
-
-def dequantized(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """`grid.dequantize`, the same bits, by way of float32, which CPUs convert faster."""
-    exact = torch.promote_types(scale.dtype, torch.float32)
-    steps = integers.to(exact).view(*scale.shape, -1)
-    if zero_point is not None:
-        steps -= zero_point.to(exact).unsqueeze(-1)
-    steps *= scale.to(exact).unsqueeze(-1)
-    return steps.view(len(scale), -1).to(scale.dtype)
+        yield dequantize(integers, scale[part], None if unpacked_zero is None else unpacked_zero[part])
 
 
 def dense_weight(words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, in_features: int) -> Tensor:

@@ -50,6 +50,11 @@ class CPTQuantConfig(QuantizationConfigMixin):
             nearest, if it has a weight of its own; it then counts for all budgets, `target_bits` included. None leaves
             it as it is.
         quantize_embeddings: the same for the embedding that tokens are looked up in. Plain transformers cannot load it.
+        quantize_vision_tower: the same for the linear layers with which a language model reads images or sound. Text
+            does not show what they are worth, so no method decides on them; 8 bits are near to what was there.
+        refine: swaps (fewer bits for one unit, more for another, in the same budget) that are tried after the integer
+            program, the most promising first; those that bring the predictions nearer to the original's on up to 8,192
+            tokens of the calibration data are kept. Each takes about as long as a forward pass over these.
         regularization: λ of equations 4 and 5, the weight of the relative squared rounding error beside the predicted
             rise of the loss.
         plan: a finished plan, instead of measuring and allocating: the file of `cptquant plan` or `solve`, the folder
@@ -126,6 +131,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         bits_override: Mapping[str, int] | None = None,
         quantize_lm_head: int | None = None,
         quantize_embeddings: int | None = None,
+        quantize_vision_tower: int | None = None,
+        refine: int = 0,
         regularization: float = 0.0,
         plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None,
         group_size: int = 128,
@@ -176,6 +183,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.bits_override = bits_override
         self.quantize_lm_head = quantize_lm_head
         self.quantize_embeddings = quantize_embeddings
+        self.quantize_vision_tower = quantize_vision_tower
+        self.refine = refine
         self.regularization = regularization
         self.plan = plan
         self.group_size = group_size

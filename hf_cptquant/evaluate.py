@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -304,13 +305,27 @@ def losses_of_plans(model: PreTrainedModel, plans: Mapping[str, BitPlan], batche
 
 @torch.no_grad()
 def _loss_of_plan(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]) -> float:
+    with rounded_as(model, plan):
+        return mean_loss(model, batches)
+
+
+@contextmanager
+def rounded_as(
+    model: PreTrainedModel, plan: BitPlan, left: Mapping[str, float] = MappingProxyType({})
+) -> Iterator[None]:
+    """A dense model with its weights rounded to nearest as a plan says, which are put back on leaving.
+
+    Args:
+        left: module → share of its squared error that is left; of the others all of it.
+    """
     schemes = {module.name: module.scheme for module in plan.packed}
     modules = {name: model.get_submodule(name) for name in schemes}
 
     def rounded(name: str, weight: Tensor) -> Tensor:
         kind = type(modules[name])
         found = round_nearest(matrix_of(kind, weight).contiguous(), schemes[name])
-        return weight_of(kind, dequantize(found.integers, found.scale, found.zero_point), weight.shape)
+        new = weight_of(kind, dequantize(found.integers, found.scale, found.zero_point), weight.shape)
+        return torch.lerp(weight, new, math.sqrt(left.get(name, 1.0)))
 
     with changed_weights(modules, rounded):
-        return mean_loss(model, batches)
+        yield

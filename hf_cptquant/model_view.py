@@ -140,7 +140,7 @@ def view_model(
             reason = "named in modules_to_not_convert"
         elif f"{name}.weight" in tied:
             reason = "shares its weight with another module"
-        elif block is None and any(name.startswith(other + ".") for other in found):
+        elif block is None and name not in outside and any(name.startswith(other + ".") for other in found):
             reason = "reads images, which calibration on text does not show it"
         elif block is None and name not in outside:
             reason = "outside the blocks"
@@ -170,7 +170,8 @@ def view_model(
         raise ModelError(f"{type(model).__name__} has nothing to quantize ({reasons or 'no matrices'})")
     if not allow_skipped:
         inside = [module for module in modules if module.block != module.name]
-        _refuse_skipping(model, sum(module.out_features * module.in_features for module in inside), skipped)
+        unasked = [module for module in skipped if module.name not in outside]
+        _refuse_skipping(model, sum(module.out_features * module.in_features for module in inside), unasked)
     quantizable = sum(module.out_features * module.in_features * module.element_size for module in modules)
     return ModelView(blocks, tuple(modules), tuple(left), _saved_bytes(model) - quantizable)
 
@@ -220,6 +221,22 @@ def input_embedding(model: PreTrainedModel) -> str:
         )
     _refuse_tied(model, name, "quantize_embeddings")
     return name
+
+
+def vision_tower(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the linear layers in the blocks with which a language model reads images or sound.
+
+    Raises:
+        ModelError: there are none.
+    """
+    in_language = _language_part(model)
+    towers = tuple(f"{name}." for name in find_blocks(model) if not in_language(name))
+    linear = (name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D))
+    if not (names := tuple(name for name in linear if name.startswith(towers))):
+        raise ModelError(
+            f"{type(model).__name__} has no blocks of linear layers that read images; leave quantize_vision_tower out"
+        )
+    return names
 
 
 def _refuse_tied(model: PreTrainedModel, name: str, setting: str) -> None:

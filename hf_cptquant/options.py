@@ -55,13 +55,19 @@ def read_settings(
     quantize_embeddings: Annotated[
         int | None, typer.Option(help="Bits of the embedding of tokens, which is left alone otherwise.")
     ] = None,
+    quantize_vision_tower: Annotated[
+        int | None, typer.Option(help="Bits of the layers that read images, which are left alone otherwise.")
+    ] = None,
+    refine: Annotated[
+        int, typer.Option(help="Swaps of equal size between units to try after the integer program.")
+    ] = 0,
     regularization: RegularizationOption = 0.0,
     plan: Annotated[
         Path | None, typer.Option(help="File of `cptquant plan` or `solve`, instead of measuring and allocating.")
     ] = None,
     quality: Annotated[str, typer.Option(help="fast, balanced or best: how long rounding may take.")] = "balanced",
     rounding: Annotated[
-        str | None, typer.Option(help="nearest, gptq or signround: how weights become integers.")
+        str | None, typer.Option(help="nearest, clipped, gptq or signround: how weights become integers.")
     ] = None,
     iters: Annotated[int | None, typer.Option(help="Steps of signround for each block.")] = None,
     recover: Annotated[str | None, typer.Option(help="scales: train scales and norms after rounding.")] = None,
@@ -116,6 +122,8 @@ def read_settings(
         bits_override=parse_overrides(bits_override or []) or None,
         quantize_lm_head=quantize_lm_head,
         quantize_embeddings=quantize_embeddings,
+        quantize_vision_tower=quantize_vision_tower,
+        refine=refine,
         regularization=regularization,
         plan=plan,
         granularity=granularity,

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -36,12 +37,14 @@ from .model_view import (
     output_embedding,
     task_of,
     view_model,
+    vision_tower,
 )
 from .plan import LINEAR, BitPlan, LeftAlone, read_json, scheme_for
 from .quantize import apply_plan, apply_plan_by_blocks, check_fits, check_in_memory
 from .recipe import BUDGETS, Recipe
 from .record import QuantizationRecord
 from .recovery import recover, remember
+from .refinement import refine
 from .runtimes import RUNTIMES, model_problems, problems, refuse
 from .self_text import sample_text
 from .sensitivity import METHODS, score_by_all
@@ -52,9 +55,10 @@ from .table import SensitivityTable
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
-DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "regularization", "target_runtime")
+DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "refine", "regularization", "target_runtime")
 LEARNING = ("quality", "rounding", "iters", "recover")
 PREDICTED = "predicted_loss_increase"
+REFINED = ("kl_before_refinement", "kl_after_refinement")
 TOKENS_IN_A_STEP = 1024  # of tuning
 
 
@@ -113,14 +117,15 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
 
 def _undecided(model: PreTrainedModel, recipe: Recipe) -> BitPlan:
     """The plan of a model in which only what lies outside the blocks has its bits, if it is to be quantized."""
-    outside = {}
+    tower = () if recipe.quantize_vision_tower is None else vision_tower(model)
+    outside = dict.fromkeys(tower, recipe.quantize_vision_tower)
     if recipe.quantize_embeddings is not None:
         outside[input_embedding(model)] = recipe.quantize_embeddings
     if recipe.quantize_lm_head is not None:
         outside[output_embedding(model)] = recipe.quantize_lm_head
     view = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped, outside)
     for module in view.left:
-        if module.name in outside:
+        if module.name in outside and module.name not in tower:
             raise ConfigError(f"{module.name}, which a setting asks to quantize, cannot be: {module.reason}")
     plan = view.plan(recipe.granularity)
     modules = [
@@ -232,7 +237,11 @@ def make_plan(model: PreTrainedModel, config: CPTQuantConfig) -> QuantizationRec
     Raises:
         ConfigError, ModelError, PlanError, CalibrationError: as `measure_sensitivity`.
     """
-    return decide(measure_record(model, config), config.recipe())
+    recipe = config.recipe()
+    preparation = _prepare_to_measure(model, recipe)
+    with evaluating(model), linear_experts(model):
+        check_fits(model, preparation.plan)
+        return _decided(model, _with_own_text(model, recipe, preparation), recipe)
 
 
 def measure_record(model: PreTrainedModel, config: CPTQuantConfig) -> QuantizationRecord:
@@ -334,13 +343,31 @@ def decide(record: QuantizationRecord, recipe: Recipe) -> QuantizationRecord:
     Raises:
         PlanError: as `solve`; with `strict`, the runtime would not load the plan.
     """
+    assert record.table is not None, "there are scores to decide by"
+    return _with_plan(record, allocate(record.table, recipe), recipe)
+
+
+def _decided(model: PreTrainedModel, preparation: Preparation, recipe: Recipe) -> QuantizationRecord:
+    """The record with scores and the plan, refined if that is asked for."""
+    record = decide(_scored(model, preparation, recipe), recipe)
+    if not recipe.refine:
+        return record
+    assert record.table is not None, "it has just been made"
+    plan, divergences = refine(model, record.plan, record.table, preparation.data, recipe)
+    return _with_plan(record, plan, recipe, divergences)
+
+
+def _with_plan(
+    record: QuantizationRecord, plan: BitPlan, recipe: Recipe, divergences: Mapping[str, float] = MappingProxyType({})
+) -> QuantizationRecord:
+    """The record with a plan that a recipe made of its table, and what refining it has measured."""
     table = record.table
-    assert table is not None, "there are scores to decide by"
-    plan = allocate(table, recipe)
+    assert table is not None, "there are scores that the plan was made of"
     if recipe.strict:
         runtime = RUNTIMES[recipe.target_runtime or "vllm"]
         refuse(problems(plan, runtime), runtime)
-    measured = {name: value for name, value in record.measured.items() if name != PREDICTED}
+    of_plans = (PREDICTED, *REFINED)
+    measured = {name: value for name, value in record.measured.items() if name not in of_plans} | dict(divergences)
     if table.costs:
         bits = {module.unit: module.scheme.bits for module in plan.inside.modules}
         measured[PREDICTED] = math.fsum(table.costs[unit].get(bits[unit], 0.0) for unit in bits)
@@ -374,7 +401,7 @@ def _quantized(model: PreTrainedModel, recipe: Recipe, preparation: Preparation)
     parts = hold_out(preparation.data) if recipe.recover else ()
     examples = [remember(model, _steps_of(part)) for part in parts]
     remembered = time.perf_counter()
-    record = preparation.given or decide(_scored(model, preparation, recipe), recipe)
+    record = preparation.given or _decided(model, preparation, recipe)
     scored = time.perf_counter()
     if recipe.rounds_to_nearest:
         apply_plan(model, record.plan)

@@ -269,10 +269,11 @@ class BitPlan:
         for module in self.inside.modules:
             stack, _, index = module.block.rpartition(".")
             unit = module.name if module.unit == module.block else module.unit
-            kind = re.sub(r"\.\d+(?=\.|$)", ".*", unit.removeprefix(module.block))
+            kind = _without_numbers(unit.removeprefix(module.block))
             stacks.setdefault(stack, []).append((kind.lstrip("."), index, module.scheme.bits))
-        if outside := [(module.name, "", module.scheme.bits) for module in self.modules if module.outside]:
-            stacks[OUTSIDE] = outside
+        for module in self.modules:
+            if module.outside:
+                stacks.setdefault(OUTSIDE, []).append((_without_numbers(module.name), "", module.scheme.bits))
         return tuple(bit_map(stack, units) for stack, units in stacks.items())
 
     def _repr_html_(self) -> str:
@@ -373,6 +374,11 @@ class BitPlan:
 
 def _shape(module: ModulePlan) -> tuple[int, int]:
     return module.out_features, module.in_features
+
+
+def _without_numbers(name: str) -> str:
+    """`"experts.7.up_proj"` → `"experts.*.up_proj"`."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _listed(what: str, names: Collection[str]) -> str:

@@ -28,12 +28,13 @@ ROUNDING_NAMES = ("nearest", "clipped", "gptq", "signround")
 QUALITIES = {"fast": ("nearest", 0), "balanced": ("signround", 80), "best": ("signround", 300)}  # rounding, iters
 RECOVER_NAMES = (None, "scales")
 PERTURB_NAMES = ("all", "first")
-OUTSIDE_SETTINGS = ("quantize_lm_head", "quantize_embeddings")
+OUTSIDE_SETTINGS = ("quantize_lm_head", "quantize_embeddings", "quantize_vision_tower")
 _WITHOUT_METRIC = {
     "cmpq": ", which measures correlations; use metric='loss'",
     "auto": ", whose plans are compared by their loss; use metric='loss'",
 }
 _LEAST = {
+    "refine": 0,
     "iters": 0,
     "num_samples": 1,
     "sequence_length": 8,
@@ -85,6 +86,8 @@ class Recipe:
     bits_override: tuple[tuple[str, int], ...] = ()
     quantize_lm_head: int | None = None
     quantize_embeddings: int | None = None
+    quantize_vision_tower: int | None = None
+    refine: int = 0
     regularization: float = 0.0
     plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None
     group_size: int = 128
@@ -169,7 +172,7 @@ class Recipe:
     def _check_plan(self) -> None:
         if not isinstance(self.plan, (str, os.PathLike, BitPlan, QuantizationRecord, type(None))):
             raise ConfigError(f"plan={self.plan!r} must be the file of a plan, or a BitPlan")
-        deciding = [name for name in (*BUDGETS, "bits_override", *OUTSIDE_SETTINGS) if getattr(self, name)]
+        deciding = [name for name in (*BUDGETS, "bits_override", "refine", *OUTSIDE_SETTINGS) if getattr(self, name)]
         if self.plan is not None and deciding:
             raise ConfigError(f"with plan= every module is decided; leave out {deciding[0]}, or make another plan")
 
@@ -211,6 +214,10 @@ class Recipe:
             )
         if self.allocation != "integer" and given:
             raise ConfigError(f"{given[0]} is for allocation='integer'; allocation={self.allocation!r} takes no budget")
+        if self.allocation != "integer" and self.refine:
+            raise ConfigError(
+                f"refine={self.refine} is for allocation='integer'; allocation={self.allocation!r} has no budget"
+            )
         if self.max_loss_increase is not None and not self.uses_taylor:
             raise ConfigError(
                 "max_loss_increase needs costs in nats, which only method='tdmpq' with estimator='taylor' gives; use"

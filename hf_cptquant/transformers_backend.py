@@ -118,7 +118,8 @@ def resize_token_embeddings(
     Raises:
         ModelError: one is packed, and would have another number of rows.
     """
-    packed = [module for module in record.plan.packed if module.outside]
+    of_tokens = (model.get_input_embeddings(), model.get_output_embeddings())
+    packed = [module for module in record.plan.packed if model.get_submodule(module.name) in of_tokens]
     unchanged = pad_to_multiple_of is None and new_num_tokens in {None, *(module.out_features for module in packed)}
     if packed and not unchanged:
         raise ModelError(

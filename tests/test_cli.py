@@ -303,6 +303,8 @@ def test_every_option_reaches_its_setting():
         "bits_override": ["*.down_proj=4", "a.*=16"],
         "quantize_lm_head": 8,
         "quantize_embeddings": 4,
+        "quantize_vision_tower": 6,
+        "refine": 5,
         "regularization": 0.5,
         "plan": None,
         "quality": "best",

@@ -26,6 +26,8 @@ MANY = {
     "bits_override": {"*.fc2": 4},
     "quantize_lm_head": 8,
     "quantize_embeddings": 4,
+    "quantize_vision_tower": 6,
+    "refine": 5,
     "regularization": 0.25,
     "plan": None,
     "group_size": 64,

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaCon
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from hf_cptquant import CPTQuantConfig, evaluate_model, measure_sensitivity
+from hf_cptquant import CPTQuantConfig, evaluate_model, make_plan, measure_sensitivity
 from hf_cptquant.errors import ModelError, PlanError
 from hf_cptquant.model_view import head_of, task_of, view_model
 from hf_cptquant.modules import packed_modules
@@ -131,6 +131,62 @@ def test_it_writes_its_own_text_and_is_evaluated_as_a_language_model(folder, tex
     assert model.hf_quantizer.record.calibration["source"] == "text written by the model itself"
     results = evaluate_model(model, CPTQuantConfig(dataset=text, sequence_length=32), against=tiny_llava())
     assert [result.metric for result in results] == ["perplexity", "loss_increase", "kl_divergence", "top1_agreement"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.no_grad()
+def test_the_vision_tower_is_packed_if_it_is_asked_for(bits, folder, text, tmp_path, monkeypatch):
+    settings = {"dataset": text, "rounding": "gptq", "bits_override": {"*.0.*": 16}}
+    model = quantized(folder, **settings, quantize_vision_tower=bits)
+    tower = {name for name in packed_modules(model) if "vision_tower" in name}
+    assert len(tower) == 2 * 6  # q, k, v, output, fc1, fc2; neither the patches' convolution nor the projector
+    original = tiny_llava()
+    for name in tower:
+        packed, weight = model.get_submodule(name), original.get_submodule(name).weight
+        assert packed.quantized().scheme.bits == bits
+        scale = packed.weight_scale.repeat_interleave(weight.shape[1] // packed.weight_scale.shape[1], 1)
+        nearest = (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        torch.testing.assert_close(packed.weight, nearest * scale, msg=name)
+    language = {name: module for name, module in packed_modules(model).items() if name not in tower}
+    alone = packed_modules(quantized(folder, **settings))
+    assert language.keys() == alone.keys()
+    for name, module in language.items():
+        assert torch.equal(module.weight, alone[name].weight), name
+
+    model.save_pretrained(tmp_path / "saved")
+    given = with_image(text)
+    logits = model(**given).logits
+    assert torch.equal(AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")(**given).logits, logits)
+    replanned = quantized(folder, plan=tmp_path / "saved", dataset=text, rounding="gptq")
+    assert torch.equal(replanned(**given).logits, logits)
+    dense = copy.deepcopy(model).dequantize()
+    torch.testing.assert_close(logits, dense(**given).logits, atol=1e-4, rtol=1e-4)
+    monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", CompressedTensorsConfig)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    plain(**given)  # decompresses
+    for name, weight in dense.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], weight), name
+    model.resize_token_embeddings(520)
+    assert model(**given).logits.shape[-1] == 520
+
+
+def test_the_vision_tower_counts_for_the_budget_and_is_shown(text):
+    model = tiny_llava()
+    config = CPTQuantConfig(**SETTINGS, dataset=text, bits=(3, 4, 8), quantize_vision_tower=8, target_bits=7)
+    plan = make_plan(model, config).plan
+    inside = plan.inside
+    assert plan.bits_per_weight <= 7 < plan.bits_per_weight + 0.5
+    assert inside.bits_per_weight < plan.bits_per_weight
+    assert {module.scheme.bits for module in plan.modules if module.outside} == {8}
+    drawn = {shown.stack: shown for shown in plan.maps()}
+    assert len(drawn["outside the blocks"].rows) == 6
+    assert set(drawn["outside the blocks"].cells.values()) == {(8,)}
+
+
+def test_a_model_without_a_vision_tower_has_none_to_quantize(text):
+    model = transformers.LlamaForCausalLM(tiny_llava().config.text_config)
+    with pytest.raises(ModelError, match=r"no blocks .* read images; leave quantize_vision_tower out"):
+        measure_sensitivity(model, CPTQuantConfig(**SETTINGS, dataset=text, quantize_vision_tower=8))
 
 
 def test_decoders_that_only_answer_to_an_image_are_refused():

@@ -14,7 +14,7 @@ ORDER = [
     "ranks", "work_folder", "grid", "packing", "kernels", "doctor", "modules", "experts", "model_view", "base_card",
     "sources", "images", "calibration", "self_text", "sensitivity", "allocation", "plots", "rounding", "quantize",
     "recovery", "section", "card", "checkpoint", "leaderboard", "hub", "predictions", "evaluate", "folder_evaluation",
-    "pipeline", "llama_cpp", "transformers_backend",
+    "refinement", "pipeline", "llama_cpp", "transformers_backend",
 ]  # fmt: skip
 EDGES = ["metrics", "demo", "options", "terminal", "cli"]
 

@@ -7,11 +7,32 @@ from collections.abc import Callable
 from ..plan import BitPlan
 from ..recipe import Recipe
 from ..table import SensitivityTable
-from .budget import check_budget, check_grid, fixed_bits, integer_program, loadable_bits, unit_sizes
+from .budget import (
+    check_budget,
+    check_grid,
+    fixed_bits,
+    integer_program,
+    largest_bytes,
+    loadable_bits,
+    options,
+    unit_sizes,
+)
 from .clusters import k_harmonic_means, kmeans
 from .frontier import FrontierPoint, frontier
+from .swaps import Swap, next_swap
 
-__all__ = ["FrontierPoint", "allocate", "check_budget", "fixed_bits", "frontier", "loadable_bits"]
+__all__ = [
+    "FrontierPoint",
+    "Swap",
+    "allocate",
+    "check_budget",
+    "fixed_bits",
+    "frontier",
+    "largest_bytes",
+    "loadable_bits",
+    "next_swap",
+    "options",
+]
 
 CLUSTERS: dict[str, Callable[..., dict[str, int]]] = {"kmeans": kmeans, "k-harmonic-means": k_harmonic_means}
 

@@ -117,6 +117,11 @@ def test_figures_are_those_of_the_record(record):
     measured = {**record.measured, "kl_before_recovery": 0.25, "kl_after_recovery": 0.125}
     recovered = render_card(dataclasses.replace(record, measured=measured), FACTS)
     assert "its KL divergence went from 0.2500 to 0.1250 nats" in recovered
+    measured = {**record.measured, "kl_before_refinement": 0.5, "kl_after_refinement": 0.375}
+    refined = dataclasses.replace(record, measured=measured, settings={**record.settings, "refine": 7})
+    text = render_card(refined, FACTS)
+    assert "7 swaps of bits between units were tried" in text
+    assert "went from 0.5000 to 0.3750 nats" in text
 
 
 def test_the_code_gives_the_settings_again(record, settings):

@@ -136,7 +136,7 @@ def test_it_writes_its_own_text_and_is_evaluated_as_a_language_model(folder, tex
 @pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
 def test_the_vision_tower_is_packed_if_it_is_asked_for(bits, folder, text, tmp_path, monkeypatch):
-    settings = {"dataset": text, "rounding": "gptq", "bits_override": {"*.0.*": 16}}
+    settings = {"dataset": text, "rounding": "gptq", "bits_override": {"*.0.*": 16, "*.1.*": 4}}
     model = quantized(folder, **settings, quantize_vision_tower=bits)
     tower = {name for name in packed_modules(model) if "vision_tower" in name}
     assert len(tower) == 2 * 6  # q, k, v, output, fc1, fc2; neither the patches' convolution nor the projector

@@ -95,13 +95,13 @@ def test_swaps_that_help_are_kept_within_the_budget(budget, model, tokens):
     config = CPTQuantConfig(**SETTINGS, dataset=tokens, refine=12)
     record = measure_record(model, config)
     wrong = {  # what matters most is predicted to matter least
-        unit: {bits: 0.001 / (1e-6 + abs(cost)) / bits**4 for bits, cost in of_unit.items()}
+        unit: {bits: 4.0**-bits / max(of_unit.values()) for bits in of_unit}
         for unit, of_unit in record.table.costs.items()
     }
     table = replace(record.table, costs=wrong)
     if budget == "max_loss_increase":
-        half = sum(max(of_unit.values()) for of_unit in wrong.values()) / 2
-        config = CPTQuantConfig(**{**SETTINGS, "target_bits": None}, max_loss_increase=half, dataset=tokens, refine=12)
+        limit = sum(of_unit[4] for of_unit in wrong.values())
+        config = CPTQuantConfig(**{**SETTINGS, "target_bits": None}, max_loss_increase=limit, dataset=tokens, refine=12)
     recipe = config.recipe()
     plan = decide(replace(record, table=table), recipe).plan
     refined, measured = refine(model, plan, table, prepare(model, recipe).data, recipe)

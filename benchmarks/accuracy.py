@@ -42,7 +42,6 @@ NEAREST = {f"nearest {bits}": bits for bits in (3, 4)}
 OURS = {f"ours {target}": {"target_bits": target, "bits": BITS} for target in (3.5, 4.0, 4.5, 5.0)}
 OURS["ours 4.5, 4, 8, 16 bits"] = {"target_bits": 4.5, "bits": (4, 8, 16)}
 OURS["ours 4.5, 3 to 8 bits"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8)}
-OURS["ours 4.5, 3 to 8 bits, recovered"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8), "recover": "scales"}
 OURS["ours 4.5, 3 to 8 bits, by module"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8), "granularity": "module"}
 OURS["ours 4.5, fast"] = {"target_bits": 4.5, "bits": BITS, "quality": "fast"}
 
@@ -115,7 +114,8 @@ def quantize(row: str, folder: Path, output: Path) -> dict[str, object]:
     record = quantize_model(model, recipe, prepare(model, recipe))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    torch.save({f"{m.name}.weight": model.get_submodule(m.name).weight for m in record.plan.packed}, output)
+    packed = {f"{module.name}.weight": model.get_submodule(module.name).weight for module in record.plan.packed}
+    torch.save({**dict(model.named_parameters()), **packed}, output)  # recovery trains norms, too
     return {"seconds": seconds, "peak_mb": peak, "bits": {m.name: m.scheme.bits for m in record.plan.modules}}
 
 

@@ -124,6 +124,7 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
         others = own["calibration"], own["measured"], own.get("base_model")
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"quantization_config in config.json is incomplete: {error!r}") from error
+    known_names = {name for name, _ in model.named_modules()}
     known = {module.name for module in plan.modules}
     for name in (*schemes, *bit_plan):
         if name not in known:
@@ -133,11 +134,10 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
     modules = []
     for module in plan.modules:
         with in_module(module.name):
-            if tied.get(module.name, ()) != module.shared_with:
+            if apart := known_names & set(tied.get(module.name, ())) - set(module.shared_with):
                 raise CheckpointError(
-                    f"its packed weight is for {', '.join(tied.get(module.name, ())) or 'no other module'}, too, and"
-                    f" the model shares it with {', '.join(module.shared_with) or 'none'}; put tie_word_embeddings in"
-                    " config.json back to what it was"
+                    f"{min(apart)} has no weight but this one, and is not tied to it; set tie_word_embeddings=true in"
+                    " config.json"
                 )
             modules.append(_decided(module, schemes.get(module.name), bit_plan.get(module.name)))
     plan = replace(plan, modules=tuple(modules))

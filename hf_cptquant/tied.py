@@ -51,7 +51,7 @@ class TiedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         embedding = self.embedding
-        if embedding.weight_packed.is_meta:
+        if embedding.weight_packed.device.type == "meta":
             with align_module_device(embedding):  # which loads it, if it is offloaded
                 return self._computed(x, embedding)
         return self._computed(x, embedding)
@@ -134,6 +134,7 @@ def tie(model: PreTrainedModel, name: str, others: Sequence[str]) -> None:
         others: of the modules, linear layers and embeddings, still dense.
     """
     embedding = model.get_submodule(name)
+    assert isinstance(embedding, QuantEmbedding), "modules share the weight of an embedding"
     for other in others:
         dense = model.get_submodule(other)
         replace_module(model, other, TIED_CLASSES[kind_of(type(dense))](embedding, dense))

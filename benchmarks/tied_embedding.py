@@ -23,7 +23,7 @@ from hf_cptquant.model_view import input_embedding, view_model
 from hf_cptquant.plan import scheme_for
 from hf_cptquant.quantize import apply_plan
 
-GROUP_SIZE, WIDTHS = 64, (16, 8, 6, 4, 3)
+GROUP_SIZE, WIDTHS = 64, (16, 8, 4)
 RESULTS = Path(__file__).parent / "results" / "tied_embedding.json"
 
 

@@ -347,10 +347,9 @@ def test_recovered_scales_stay_shared(tokens, tmp_path):
     assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_it_compiles_to_one_graph_and_generates(bits, tokens):
+def test_it_compiles_to_one_graph_and_generates(tokens):
     model = tied_model("llama").bfloat16()
-    apply_plan(model, plan_for(model, bits))
+    apply_plan(model, plan_for(model, bits=4))  # where the kernels for products have them, rows lie in blocks
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -20,7 +20,7 @@ from .base_card import INHERITED
 from .bitmap import cell_text
 from .config import CPTQuantConfig
 from .errors import CheckpointError
-from .plan import PLAN_PICTURE, SENSITIVITY_PICTURE
+from .plan import EMBEDDING, PLAN_PICTURE, SENSITIVITY_PICTURE
 from .recipe import HUB_IDS, Recipe
 from .record import QuantizationRecord
 from .results import LABELS, EvaluationResult, tabulate
@@ -151,6 +151,7 @@ def _new_card(record: QuantizationRecord, facts: CardFacts) -> str:
         compressed_tensors="0.18" if {3, 5, 6} & set(widths) else "0.17",
         kept_bytes=plan.nbytes - sum(module.nbytes for module in plan.packed),
         kept_layers=len(plan.packed) < len(plan.modules),
+        kept_embeddings=all(module.kind != EMBEDDING for module in plan.packed),
         headings=headings,
         rows=rows,
         controls=_distinct(result.control_plan for result in record.evaluation),

@@ -26,13 +26,14 @@ from .errors import CheckpointError, PlanError, in_module
 from .experts import fused_experts, has_linear_experts, take_apart
 from .memory import mapped_ranges, release, trim
 from .model_view import class_named_in, head_of, read_config
-from .modules import PACKED_CLASSES, PackedLayer, QuantLinear, packed_modules, replace_module
+from .modules import PACKED_CLASSES, PackedLayer, QuantLinear, kind_of, packed_modules, replace_module
 from .plan import LINEAR, PLAN_FILE, PLAN_PICTURE, SENSITIVITY_PICTURE, ModulePlan, read_json
 from .plots import plot_plan, plot_sensitivity
 from .record import QuantizationRecord
 from .results import EvaluationResult, merge
 from .runtimes import RUNTIMES, SERVED_TASK, Problem, in_one_line, model_problems, problems
 from .section import read_section
+from .tied import tie
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
@@ -111,7 +112,7 @@ def _expected_shapes(module: ModulePlan) -> dict[str, tuple[int, ...]]:
     return {leaf: tuple(tensor.shape) for leaf, tensor in empty.state_dict().items()}
 
 
-def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
+def build_skeleton(model: PreTrainedModel, record: QuantizationRecord) -> None:
     """Swap the dense modules of a model whose weights are not loaded yet for empty packed ones, and fused experts for
     linear layers if any are."""
     names = tuple(f"{name}." for name in fused_experts(model))
@@ -119,7 +120,7 @@ def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
         take_apart(model)
     for module in record.plan.packed:
         dense = model.get_submodule(module.name)
-        packed = PACKED_CLASSES[type(dense)](
+        packed = PACKED_CLASSES[kind_of(type(dense))](
             module.in_features,
             module.out_features,
             module.scheme,
@@ -128,6 +129,8 @@ def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
             dense.weight.device,
         )
         replace_module(model, module.name, packed.like(dense))
+        if module.shared_with:
+            tie(model, module.name, module.shared_with)
 
 
 def finish_loading(model: PreTrainedModel) -> None:

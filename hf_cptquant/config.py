@@ -49,7 +49,9 @@ class CPTQuantConfig(QuantizationConfigMixin):
         quantize_lm_head: 2, 3, 4, 5, 6 or 8 bits for the linear layer that predicts tokens (`lm_head`), rounded to
             nearest, if it has a weight of its own; it then counts for all budgets, `target_bits` included. None leaves
             it as it is.
-        quantize_embeddings: the same for the embedding that tokens are looked up in. Plain transformers cannot load it.
+        quantize_embeddings: the same for the embedding that tokens are looked up in. Where other modules share its
+            weight (`tie_word_embeddings`), such as the head, it is packed once, for all of them. Plain transformers
+            cannot load it.
         quantize_vision_tower: the same for the linear layers with which a language model reads images or sound. Text
             does not show what they are worth, so no method decides on them; 8 bits are near to what was there.
         refine: swaps (fewer bits for one unit, more for another, in the same budget) that are tried after the integer

@@ -131,7 +131,7 @@ def _of_model(folder: Path, device: torch.device) -> tuple[KernelReport, ...]:
         raise CheckpointError(f"{folder} holds a plan, but no model: {error}") from error
     names: dict[KernelReport, list[str]] = {}
     for module in plan.packed:
-        if module.linear:
+        if module.linear or module.shared_with:  # by the head that multiplies by the weight of an embedding
             report = _report(module.scheme, module.out_features, module.in_features, device, dtype)
         else:
             report = KernelReport(str(module.scheme), str(device), _name(dtype), REFERENCE, REFERENCE, NOT_LINEAR)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import has_offloaded_params
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -319,6 +320,9 @@ def rounded_as(
         left: module → share of its squared error that is left; of the others all of it.
     """
     schemes = {module.name: module.scheme for module in plan.packed}
+    for module in plan.packed:  # in memory those that share a weight have one parameter
+        others = (name for name in module.shared_with if has_offloaded_params(model.get_submodule(name)))
+        schemes |= dict.fromkeys(others, module.scheme)
     modules = {name: model.get_submodule(name) for name in schemes}
 
     def rounded(name: str, weight: Tensor) -> Tensor:

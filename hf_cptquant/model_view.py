@@ -24,9 +24,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import ModelError
 from .experts import LinearExperts, fused_experts, matrices_of, projection_names
-from .modules import CONVOLUTIONS, matrix_of
+from .modules import CONVOLUTIONS, kind_of, matrix_of
 from .plan import LINEAR, UNTOUCHED, BitPlan, LeftAlone, ModulePlan
 from .runtimes import matrices
+from .tied import TIED_CLASSES
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # what modules beside the experts are called that choose among them
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -62,6 +63,7 @@ class QuantizableModule:
         out_features, in_features: shape as a map from inputs to outputs (`Conv1D` stores the transpose).
         element_size: bytes per weight as loaded.
         kind: name of its class.
+        shared_with: names of the modules that share its weight.
     """
 
     name: str
@@ -70,6 +72,7 @@ class QuantizableModule:
     in_features: int
     element_size: int
     kind: str = LINEAR
+    shared_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class ModelView:
                 module.element_size,
                 UNTOUCHED,
                 module.kind,
+                module.shared_with,
             )
             for unit, members in units(self, granularity).items()
             for module in members
@@ -119,7 +123,8 @@ def view_model(
         model: any transformers model, on any device (meta included).
         modules_to_not_convert: names, suffixes or regular expressions as in transformers' own quantizers.
         allow_skipped: accept that more than half of the weights of the blocks have a form that is not supported.
-        outside: names of modules outside the blocks that are to be quantized, too.
+        outside: names of modules outside the blocks that are to be quantized, too. With an embedding go all that share
+            its weight.
 
     Raises:
         ModelError: nothing to quantize, or most of the blocks' weights would be skipped unasked.
@@ -130,16 +135,22 @@ def view_model(
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     float32_modules = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
     mixtures = _mixtures(model)
+    kinds = {name: kind_of(type(module)) for name, module in model.named_modules()}
+    sharing = {name: sharing_with(model, name) for name in outside if kinds.get(name) is nn.Embedding}
     modules, left, skipped = [], [], []
     for name, kind, parameters in _with_matrices(model):
+        if any(name in others for others in sharing.values()):
+            continue  # packed with the embedding
         block = next((block for block in blocks if name.startswith(block + ".")), None)
         weights = sum(parameter.numel() for parameter in parameters)
         if f"{name}.weight" in model.all_tied_weights_keys:
             weights = 0  # counted where they come from
         if not should_convert_module(name, modules_to_not_convert):
             reason = "named in modules_to_not_convert"
-        elif f"{name}.weight" in tied:
+        elif f"{name}.weight" in tied and name not in sharing:
             reason = "shares its weight with another module"
+        elif (unfit := _unfit(model, sharing.get(name, ()), modules_to_not_convert)) is not None:
+            reason = f"shares its weight with {unfit}"
         elif block is None and name not in outside and any(name.startswith(other + ".") for other in found):
             reason = "reads images, which calibration on text does not show it"
         elif block is None and name not in outside:
@@ -159,7 +170,8 @@ def view_model(
             (weight,) = parameters
             out_features, in_features = matrix_of(kind, weight).shape
             sizes = out_features, in_features, weight.element_size()
-            modules.append(QuantizableModule(name, block or name, *sizes, kind.__name__))
+            of_module = kind.__name__, sharing.get(name, ())
+            modules.append(QuantizableModule(name, block or name, *sizes, *of_module))
             continue
         left.append(LeftAlone(name, reason, weights))
 
@@ -176,6 +188,25 @@ def view_model(
     return ModelView(blocks, tuple(modules), tuple(left), _saved_bytes(model) - quantizable)
 
 
+def sharing_with(model: PreTrainedModel, name: str) -> tuple[str, ...]:
+    """Names of the modules that have the same weight as one of them (`tie_word_embeddings`), in the model's order."""
+    own, tied = f"{name}.weight", model.all_tied_weights_keys
+    source = tied.get(own, own)
+    weights = {source, *(target for target, other in tied.items() if other == source)} - {own}
+    names = {weight.rpartition(".")[0] for weight in weights}
+    return tuple(other for other, _ in model.named_modules() if other in names)
+
+
+def _unfit(model: PreTrainedModel, sharing: Sequence[str], modules_to_not_convert: Sequence[str] | None) -> str | None:
+    """The first of some modules that cannot compute with a packed embedding's weight, or is not to, with the reason."""
+    for name in sharing:
+        if not should_convert_module(name, modules_to_not_convert):
+            return f"{name}, which is named in modules_to_not_convert"
+        if (kind := kind_of(type(model.get_submodule(name)))) not in TIED_CLASSES:
+            return f"{name}, a {kind.__name__}, which cannot compute with a packed weight"
+    return None
+
+
 def _odd_convolution(module: nn.Module) -> str | None:
     """Why a convolution is left alone, or None. A depthwise one has few weights for each scale."""
     assert isinstance(module, CONVOLUTIONS)
@@ -190,7 +221,7 @@ def output_embedding(model: PreTrainedModel) -> str:
     """Name of the linear layer that predicts tokens.
 
     Raises:
-        ModelError: there is none, or it shares its weight with the input embedding.
+        ModelError: there is none, or it shares its weight with another module.
     """
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
@@ -199,7 +230,12 @@ def output_embedding(model: PreTrainedModel) -> str:
             f"{type(model).__name__} has no linear layer that predicts tokens (get_output_embeddings()); leave"
             " quantize_lm_head out"
         )
-    _refuse_tied(model, name, "quantize_lm_head")
+    if sharing := sharing_with(model, name):
+        raise ModelError(
+            f"{name} shares its weight with {sharing[0]} (tie_word_embeddings): quantize_embeddings packs it for both."
+            " Give that instead of quantize_lm_head, or save the model with weights of their own:"
+            " config.tie_word_embeddings=False"
+        )
     return name
 
 
@@ -207,19 +243,18 @@ def input_embedding(model: PreTrainedModel) -> str:
     """Name of the module that looks tokens up.
 
     Raises:
-        ModelError: there is none, or it is another one than `nn.Embedding`, or shares its weight.
+        ModelError: there is none, or it is another one than `nn.Embedding`, plain or with scaled rows.
     """
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
         embedding = None
     name = next((name for name, module in model.named_modules() if module is embedding), None)
-    if name is None or type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+    if name is None or kind_of(type(embedding)) is not nn.Embedding or embedding.max_norm is not None:
         found = "nothing" if name is None else f"{name}, a {type(embedding).__name__},"
         raise ModelError(
             f"{type(model).__name__} looks tokens up in {found} not nn.Embedding; leave quantize_embeddings out"
         )
-    _refuse_tied(model, name, "quantize_embeddings")
     return name
 
 
@@ -237,17 +272,6 @@ def vision_tower(model: PreTrainedModel) -> tuple[str, ...]:
             f"{type(model).__name__} has no blocks of linear layers that read images; leave quantize_vision_tower out"
         )
     return names
-
-
-def _refuse_tied(model: PreTrainedModel, name: str, setting: str) -> None:
-    weight, tied = f"{name}.weight", model.all_tied_weights_keys
-    source = tied.get(weight, weight)
-    sharing = (source, *(target for target, other in tied.items() if other == source))
-    if others := [other.rpartition(".")[0] for other in sharing if other != weight]:
-        raise ModelError(
-            f"{name} shares its weight with {others[0]} (tie_word_embeddings); leave {setting} out, or save the model"
-            " with weights of their own: config.tie_word_embeddings=False"
-        )
 
 
 def _language_part(model: PreTrainedModel) -> Callable[[str], bool]:
@@ -270,7 +294,7 @@ def _with_matrices(model: PreTrainedModel) -> Iterator[tuple[str, type[nn.Module
             for leaf, weight, _ in matrices_of(module, projection_names(model, name, module)):
                 yield f"{name}.{leaf}", nn.Linear, [weight]
         elif parameters := [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]:
-            yield name, type(module), parameters
+            yield name, kind_of(type(module)), parameters
 
 
 def _mixtures(model: nn.Module) -> tuple[str, ...]:

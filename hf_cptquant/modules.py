@@ -12,6 +12,7 @@ wire format, and a move to another device or dtype passes through it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .errors import ModelError
-from .grid import QuantizedWeight, dequantize
+from .grid import QuantizedWeight
 from .kernels import (
     REFERENCE,
     WIRE,
     Choice,
     PackedTensors,
     choose_layout,
+    dense_rows,
     dense_weight,
     kernel_of,
     linear,
@@ -35,10 +37,16 @@ from .kernels import (
     to_layout,
 )
 from .memory import trim
-from .packing import pack, packed_length, unpack, unpack_rows
+from .packing import pack, packed_length, unpack
 from .plan import LayerScheme
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
+
+
+def take_constants(module: nn.Module, dense: nn.Module) -> None:
+    """Give a module what was said when the dense one was made that it replaces (`padding_idx`, …)."""
+    for name in getattr(dense, "__constants__", ()):  # where torch's own modules have the names
+        setattr(module, name, getattr(dense, name))
 
 
 class ComputedWeight(Tensor):
@@ -116,21 +124,23 @@ class PackedLayer(nn.Module):
     def from_quantized(cls, quantized: QuantizedWeight, bias: Tensor | None) -> PackedLayer:
         """Pack integers `[out, in]`, scales and zero points into a module on the same device."""
         out_features, in_features = quantized.integers.shape
-        scale, bits = quantized.scale, quantized.scheme.bits
+        scale = quantized.scale
         module = cls(in_features, out_features, quantized.scheme, bias is not None, scale.dtype, scale.device)
-        module.weight_packed = pack(quantized.integers, bits)
-        module.weight_scale = scale.contiguous()
-        if quantized.zero_point is not None:
-            module.weight_zero_point = pack(quantized.zero_point, bits, dim=0)
         if bias is not None:
             module.bias = bias.detach().to(scale.dtype)
-        return module.settle()
+        return module.take(quantized)
 
-    def like(self, other: nn.Module) -> PackedLayer:
-        """Take over what else was said when a dense or packed module of this class was made (`padding_idx`, …)."""
-        for name in getattr(other, "__constants__", ()):  # where torch's own modules have the names
-            setattr(self, name, getattr(other, name))
-        return self.train(other.training)
+    def take(self, quantized: QuantizedWeight) -> PackedLayer:
+        """Pack integers, scales and zero points of its shape and scheme in the place of those that are there."""
+        bits, zero_point = quantized.scheme.bits, quantized.zero_point
+        self.weight_zero_point = None if zero_point is None else pack(zero_point, bits, dim=0)
+        wire = pack(quantized.integers, bits), quantized.scale.contiguous(), self.weight_zero_point
+        return self._hold(PackedTensors(*wire, WIRE)).settle()
+
+    def like(self, dense: nn.Module) -> PackedLayer:
+        """Take over what else the dense module is."""
+        take_constants(self, dense)
+        return self.train(dense.training)
 
     def quantized(self) -> QuantizedWeight:
         """The integers, scales and zero points that were packed: the reverse of `from_quantized`."""
@@ -139,6 +149,10 @@ class PackedLayer(nn.Module):
         return QuantizedWeight(unpack(wire.weight, bits, self.in_features), wire.scale, zero_point, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x [..., in_features]` times the packed weight, plus a bias → `[..., out_features]`."""
         if x.shape[-1] != self.in_features:
             raise ModelError(f"the input has {x.shape[-1]} features, this layer takes {self.in_features}")
         return linear(
@@ -146,7 +160,7 @@ class PackedLayer(nn.Module):
             self.weight_packed,
             self.weight_scale,
             self.weight_zero_point,
-            self.bias,
+            bias,
             self.scheme.bits,
             self.scheme.group_size,
             self.layout,
@@ -305,26 +319,93 @@ class QuantConv2d(PackedConvolution, nn.Conv2d):
     """Packed form of `nn.Conv2d`."""
 
 
-class QuantEmbedding(PackedLayer, nn.Embedding):
-    """Packed form of `nn.Embedding`. Only the rows that are looked up are dequantized."""
+@dataclass(frozen=True)
+class RowScale:
+    """What classes of transformers multiply the rows of their embedding by (`Gemma3TextScaledWordEmbedding`, …).
+
+    Attributes:
+        kind: the class.
+        factor: the number.
+        rounded: whether it is held as a tensor, and so is rounded to the dtype of the rows.
+    """
+
+    kind: type[nn.Embedding]
+    factor: float
+    rounded: bool
+
+    @classmethod
+    def of(cls, dense: nn.Module) -> RowScale | None:
+        """That of a dense embedding, or None for `nn.Embedding` itself."""
+        if type(dense) is nn.Embedding:
+            return None
+        if isinstance(dense.embed_scale, Tensor):
+            return cls(type(dense), dense.scalar_embed_scale, True)
+        return cls(type(dense), dense.embed_scale, False)
+
+    def applied_to(self, rows: Tensor) -> Tensor:
+        """The rows, scaled."""
+        return rows * (rows.new_tensor(self.factor) if self.rounded else self.factor)
+
+    def empty(self, rows: int, columns: int, padding_idx: int | None, device: torch.device) -> nn.Embedding:
+        """A dense embedding of the class with its weight on the meta device, and all else on another one."""
+        with torch.device("meta"):
+            module = self.kind(rows, columns, padding_idx, embed_scale=self.factor)
+        if self.rounded:
+            module.embed_scale = torch.tensor(self.factor, device=device)
+        return module
+
+
+class ScalableEmbedding(nn.Embedding):
+    """What packed and tied embeddings have in common."""
+
+    row_scale: RowScale | None = None
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        return rows if self.row_scale is None else self.row_scale.applied_to(rows)
+
+    def empty_on(self, device: torch.device) -> nn.Embedding:
+        shape = self.num_embeddings, self.embedding_dim
+        if self.row_scale is None:
+            return nn.Embedding(*shape, self.padding_idx, device="meta")
+        return self.row_scale.empty(*shape, self.padding_idx, device)
+
+
+class QuantEmbedding(PackedLayer, ScalableEmbedding):
+    """Packed form of `nn.Embedding`, and of those of transformers that scale its rows. Only the rows that are looked up
+    are dequantized.
+
+    Attributes:
+        shared: whether other modules compute with its weight. It then lies as the kernel for products wants it.
+    """
+
+    shared = False
+
+    def like(self, dense: nn.Module) -> PackedLayer:
+        self.row_scale = RowScale.of(dense)
+        return super().like(dense)
 
     @property
     def choice(self) -> Choice:
+        if self.shared:
+            return super().choice
         return Choice(WIRE, "rows are looked up in the wire format, and only they are dequantized")
 
     def forward(self, tokens: Tensor) -> Tensor:
-        rows, bits = tokens.flatten(), self.scheme.bits
+        return self.scaled(self.look_up(tokens))
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """The rows of tokens `[...]` → `[..., in_features]` in the dtype of the scales."""
+        rows = tokens.flatten()
         if not len(rows):
             return self.weight_scale.new_empty(*tokens.shape, self.in_features)
-        zero_point = None if self.weight_zero_point is None else unpack_rows(self.weight_zero_point, bits, rows)
-        integers = unpack(self.weight_packed[rows], bits, self.in_features)
-        return dequantize(integers, self.weight_scale[rows], zero_point).view(*tokens.shape, self.in_features)
+        found = dense_rows(self.tensors, rows, self.scheme.bits, self.in_features)
+        return found.view(*tokens.shape, self.in_features)
 
     def product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return F.embedding(x, matrix)
+        return self.scaled(F.embedding(x, matrix))
 
     def _empty(self) -> nn.Module:
-        return nn.Embedding(self.out_features, self.in_features, self.padding_idx, device="meta")
+        return self.empty_on(self.weight_scale.device)
 
 
 PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
@@ -335,6 +416,13 @@ PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Embedding: QuantEmbedding,
 }
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+SCALED_EMBEDDING = "ScaledWordEmbedding"  # how the names of transformers' classes end that multiply the rows
+
+
+def kind_of(module: type[nn.Module]) -> type[nn.Module]:
+    """The class of torch or transformers that a module is packed as: its own, but `nn.Embedding` for scaled ones."""
+    scaled = issubclass(module, nn.Embedding) and module.__name__.endswith(SCALED_EMBEDDING)
+    return nn.Embedding if scaled else module
 
 
 def matrix_of(kind: type[nn.Module], weight: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def read_settings(
         int | None, typer.Option(help="Bits of the layer that predicts tokens, which is left alone otherwise.")
     ] = None,
     quantize_embeddings: Annotated[
-        int | None, typer.Option(help="Bits of the embedding of tokens, which is left alone otherwise.")
+        int | None, typer.Option(help="Bits of the embedding of tokens, and of a head that shares its weight.")
     ] = None,
     quantize_vision_tower: Annotated[
         int | None, typer.Option(help="Bits of the layers that read images, which are left alone otherwise.")

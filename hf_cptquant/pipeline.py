@@ -457,6 +457,11 @@ def report(plan: BitPlan) -> str:
         lines.append(
             f"  16 bits by plan: {len(untouched)} modules, {sum(module.weights for module in untouched):,} weights"
         )
+    lines += [
+        f"  packed once: {module.name}, whose weight is that of {', '.join(module.shared_with)}, too"
+        for module in plan.packed
+        if module.shared_with
+    ]
     for reason, modules in left.items():
         names = ", ".join(module.name for module in modules[:3]) + (", …" if len(modules) > 3 else "")
         lines.append(

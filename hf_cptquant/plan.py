@@ -122,6 +122,7 @@ class ModulePlan:
         element_size: bytes of one weight in the model's own dtype.
         scheme: what it gets.
         kind: name of the module's class.
+        shared_with: names of other modules that have the same weight. It is packed, written and counted once.
     """
 
     name: str
@@ -132,6 +133,7 @@ class ModulePlan:
     element_size: int
     scheme: LayerScheme
     kind: str = LINEAR
+    shared_with: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for size in (self.out_features, self.in_features, self.element_size):
@@ -147,6 +149,12 @@ class ModulePlan:
     def outside(self) -> bool:
         """Whether it lies outside the transformer layers. A setting then names its bits: no method decides on it."""
         return self.block == self.name
+
+    @property
+    def label(self) -> str:
+        """Its name, and the last parts of the names of those that share its weight."""
+        sharing = dict.fromkeys(name.rpartition(".")[2] for name in (self.name, *self.shared_with))
+        return ", ".join((self.name, *tuple(sharing)[1:]))
 
     @property
     def weights(self) -> int:
@@ -273,7 +281,7 @@ class BitPlan:
             stacks.setdefault(stack, []).append((kind.lstrip("."), index, module.scheme.bits))
         for module in self.modules:
             if module.outside:
-                stacks.setdefault(OUTSIDE, []).append((_without_numbers(module.name), "", module.scheme.bits))
+                stacks.setdefault(OUTSIDE, []).append((_without_numbers(module.label), "", module.scheme.bits))
         return tuple(bit_map(stack, units) for stack, units in stacks.items())
 
     def _repr_html_(self) -> str:
@@ -338,6 +346,7 @@ class BitPlan:
                     "block": module.block,
                     "unit": module.unit,
                     **({} if module.kind == LINEAR else {"kind": module.kind}),
+                    **({"shared_with": list(module.shared_with)} if module.shared_with else {}),
                     "shape": [module.out_features, module.in_features],
                     "element_size": module.element_size,
                     **asdict(module.scheme),
@@ -393,7 +402,8 @@ def _module_from_dict(name: str, entry: Mapping[str, Any]) -> ModulePlan:
             out_features, in_features = entry["shape"]
             scheme = LayerScheme(entry["bits"], entry["group_size"], entry["symmetric"])
             sizes = out_features, in_features, entry["element_size"]
-            return ModulePlan(name, entry["block"], entry["unit"], *sizes, scheme, entry.get("kind", LINEAR))
+            of_module = entry.get("kind", LINEAR), tuple(entry.get("shared_with", ()))
+            return ModulePlan(name, entry["block"], entry["unit"], *sizes, scheme, *of_module)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"its entry in the bit plan is wrong: {error}") from error
 

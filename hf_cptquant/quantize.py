@@ -24,13 +24,15 @@ from .errors import ModelError, PlanError, in_module
 from .experts import fuse_again
 from .grid import QuantizedWeight, dequantize
 from .memory import mapped_ranges, release
-from .modules import PACKED_CLASSES, matrix_of, packed_modules, replace_module
-from .plan import BitPlan, LayerScheme, ModulePlan
+from .model_view import sharing_with
+from .modules import PACKED_CLASSES, kind_of, matrix_of, packed_modules, replace_module
+from .plan import EMBEDDING, BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
 from .rounding import BLOCK_ROUNDINGS, Tuning, round_nearest
 from .rounding.curvature import curvature_of_outputs
 from .sensitivity.metrics import Batch
 from .sensitivity.prefix import Call, Outputs, Prefix
+from .tied import tie, tied_layers
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
@@ -187,14 +189,17 @@ def _pack_nearest(model: nn.Module, decision: ModulePlan) -> None:
     with in_module(decision.name):
         module = model.get_submodule(decision.name)
         with align_module_device(module):
-            _pack(model, decision.name, round_nearest(_matrix(module).detach().contiguous(), decision.scheme))
+            quantized = round_nearest(_matrix(module).detach().contiguous(), decision.scheme)
+            _pack(model, decision.name, quantized, decision.shared_with)
 
 
-def _pack(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:
-    """Put a packed module in the place of a dense one."""
+def _pack(model: nn.Module, name: str, quantized: QuantizedWeight, shared_with: Sequence[str] = ()) -> None:
+    """Put a packed module in the place of a dense one, and tied ones in the places of those that share its weight."""
     module = model.get_submodule(name)
-    packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module._parameters.get("bias"))
+    packed = PACKED_CLASSES[kind_of(type(module))].from_quantized(quantized, module._parameters.get("bias"))
     replace_module(model, name, packed.like(module))
+    if shared_with:
+        tie(model, name, shared_with)
     release(module.weight, mapped_ranges())
 
 
@@ -207,17 +212,20 @@ def check_fits(model: nn.Module, plan: BitPlan) -> None:
     """Raise before any work is done if a plan cannot be executed on a model.
 
     Raises:
-        PlanError: the plan names a module that the model does not have, or another shape.
+        PlanError: the plan names a module that the model does not have, or another shape, or other modules that share
+            its weight.
         ModelError: a weight is neither in memory nor offloaded by accelerate.
     """
     modules = dict(model.named_modules())
     for decision in plan.modules:
         with in_module(decision.name):
             _check_fits(modules.get(decision.name), decision)
+            if decision.kind == EMBEDDING:
+                _check_sharing(sharing_with(model, decision.name), decision.shared_with)
 
 
 def _check_fits(module: nn.Module | None, decision: ModulePlan) -> None:
-    if module is None or type(module) not in PACKED_CLASSES:
+    if module is None or kind_of(type(module)) not in PACKED_CLASSES:
         found = "no such module" if module is None else f"a {type(module).__name__}"
         raise PlanError(f"the plan decides on it, but the model has {found} there; is the plan for another model?")
     if tuple(_matrix(module).shape) != (decision.out_features, decision.in_features):
@@ -229,10 +237,25 @@ def _check_fits(module: nn.Module | None, decision: ModulePlan) -> None:
         raise ModelError("the weight was never loaded; load the model with from_pretrained")
 
 
-def dequantize_model(model: nn.Module) -> tuple[str, ...]:
-    """Swap every packed module back for a dense one with the dequantized weight, in place, and give their names."""
-    packed = packed_modules(model)
+def _check_sharing(found: Sequence[str], planned: Sequence[str]) -> None:
+    """The model is asked after loading, when transformers has seen whether the weights are the same."""
+    if found != planned:
+        raise PlanError(
+            f"by the plan its weight is shared with {', '.join(planned) or 'nothing'}, in the model with"
+            f" {', '.join(found) or 'nothing'}; set tie_word_embeddings in config.json to what the weights are"
+        )
+
+
+def dequantize_model(model: PreTrainedModel) -> tuple[str, ...]:
+    """Swap every packed module back for a dense one with the dequantized weight, in place, and give their names. What
+    was tied is tied again."""
+    packed, tied = packed_modules(model), tied_layers(model)
     for name, module in packed.items():
         replace_module(model, name, module.dense().train(module.training))
+    names = {module: name for name, module in packed.items()}
+    for name, layer in tied.items():
+        replace_module(model, name, layer.dense(model.get_submodule(names[layer.embedding]).weight))
+    if tied:
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     fuse_again(model)
-    return tuple(packed)
+    return *packed, *tied

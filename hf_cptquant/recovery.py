@@ -29,11 +29,12 @@ from .arithmetic import linears_in_working_dtype
 from .calibration import batches_on, sequences_in, tokens_in
 from .errors import CalibrationError, ModelError
 from .grid import dequantize
-from .modules import PackedLayer, packed_modules, replace_module
+from .modules import PackedLayer, packed_modules
 from .plan import BitPlan
 from .sensitivity.metrics import Batch, forward, mean
 from .sensitivity.scoring import with_labels
 from .sensitivity.taylor import differentiable
+from .tied import TiedLayer, tied_layers
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
@@ -192,16 +193,17 @@ class _Student:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Let the packed modules compute with their factors."""
-        modules = {name: self._model.get_submodule(name) for name in self._weights}
+        modules: dict[nn.Module, str] = {self._model.get_submodule(name): name for name in self._weights}
+        modules |= {layer: modules[layer.embedding] for layer in tied_layers(self._model).values()}
         try:
-            for name, module in modules.items():
+            for module, name in modules.items():
                 module.forward = partial(self._forward, name, module)
             yield
         finally:
-            for module in modules.values():
+            for module in modules:
                 del module.forward
 
-    def _forward(self, name: str, module: PackedLayer, inputs: Tensor) -> Tensor:
+    def _forward(self, name: str, module: PackedLayer | TiedLayer, inputs: Tensor) -> Tensor:
         weight = self._weights[name]
         return module.product(inputs, dequantize(weight.integers, self._scale(name), weight.zero_point))
 
@@ -247,9 +249,7 @@ class _Student:
     def keep(self) -> None:
         """Pack the integers with their new scales."""
         for name, weight in self._weights.items():
-            module = self._model.get_submodule(name)
-            scaled = replace(weight, scale=self._scale(name))
-            replace_module(self._model, name, type(module).from_quantized(scaled, module.bias).like(module))
+            self._model.get_submodule(name).take(replace(weight, scale=self._scale(name)))
 
 
 def _is_norm(module: nn.Module) -> bool:

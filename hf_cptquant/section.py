@@ -32,7 +32,10 @@ def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
     """
     plan = record.plan
     schemes = sorted({module.scheme for module in plan.packed})
-    untouched = [module.name for module in plan.modules if not module.scheme.packed]
+    untouched = [
+        name for module in plan.modules if not module.scheme.packed for name in (module.name, *module.shared_with)
+    ]
+    tied = {module.name: list(module.shared_with) for module in plan.modules if module.shared_with}
     return {
         "quant_method": "compressed-tensors" if portable else "cptquant",
         "format": "pack-quantized",
@@ -50,6 +53,7 @@ def write_section(record: QuantizationRecord, portable: bool) -> dict[str, Any]:
             "allocation": record.settings["allocation"],
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "bit_plan": _write_bits(plan),
+            **({"tied": tied} if tied else {}),
             **_scores_section(record.table),
             "settings": dict(record.settings),
             "calibration": dict(record.calibration),
@@ -116,9 +120,11 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
         bit_plan = {f"{block}.{name}": bits for block, members in inside.items() for name, bits in members.items()}
         bit_plan |= outside
         table = None if own["method"] is None else _read_scores(own, plan)
+        tied = {name: tuple(others) for name, others in own.get("tied", {}).items()}
         others = own["calibration"], own["measured"], own.get("base_model")
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"quantization_config in config.json is incomplete: {error!r}") from error
+    known_names = {name for name, _ in model.named_modules()}
     known = {module.name for module in plan.modules}
     for name in (*schemes, *bit_plan):
         if name not in known:
@@ -128,6 +134,11 @@ def read_section(section: Mapping[str, Any], model: PreTrainedModel) -> Quantiza
     modules = []
     for module in plan.modules:
         with in_module(module.name):
+            if apart := known_names & set(tied.get(module.name, ())) - set(module.shared_with):
+                raise CheckpointError(
+                    f"{min(apart)} has no weight but this one, and is not tied to it; set tie_word_embeddings=true in"
+                    " config.json"
+                )
             modules.append(_decided(module, schemes.get(module.name), bit_plan.get(module.name)))
     plan = replace(plan, modules=tuple(modules))
     table = table and replace(table, plan=plan.undecided)

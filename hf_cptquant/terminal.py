@@ -93,6 +93,8 @@ def show_units(record: QuantizationRecord) -> None:
             modules = [members[name] for name in names]
             schemes = ", ".join(dict.fromkeys(str(module.scheme) for module in modules))
             label = f"all {len(names)}" if len(by_unit) == 1 else ", ".join(name.rpartition(".")[2] for name in names)
+            if sharing := [name for module in modules for name in module.shared_with]:
+                label = f"with {', '.join(sharing)}"
             megabytes = sum(module.nbytes for module in modules) / 1e6
             score = f"{scores[unit]:.3f}" if unit in scores else "–"
             table.add_row("" if index else block, label, schemes, f"{megabytes:.2f}", score)

@@ -69,6 +69,7 @@ class CPTQuantHfQuantizer(HfQuantizer):
         model.save_pretrained = partial(save_pretrained, model, self.record, tokenizer)
         model.push_to_hub = partial(push_to_hub, model, self.record, tokenizer)
         model.resize_token_embeddings = partial(resize_token_embeddings, model, self.record)
+        model.tie_weights = partial(tie_weights, model)
         model.half, model.float = partial(nn.Module.half, model), partial(nn.Module.float, model)  # theirs refuse
         return model
 
@@ -89,7 +90,8 @@ class CPTQuantHfQuantizer(HfQuantizer):
             if name.rpartition(".")[0] not in dequantized and parameter.is_floating_point()
         }
         dtype = torch.float32 if dtype is None and others == {torch.float32} else dtype
-        del model.save_pretrained, model.push_to_hub, model.resize_token_embeddings, model.half, model.float
+        del model.save_pretrained, model.push_to_hub, model.resize_token_embeddings, model.tie_weights
+        del model.half, model.float
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
@@ -127,6 +129,11 @@ def resize_token_embeddings(
             " is quantized, or call dequantize() first"
         )
     return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+
+def tie_weights(model: PreTrainedModel, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+    """As transformers' own, for the parameters that are left to be tied. By its class a model may have more."""
+    type(model).tie_weights(model, missing_keys, recompute_mapping=False)
 
 
 def refuse_sharding(model: PreTrainedModel) -> None:

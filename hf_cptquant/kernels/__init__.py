@@ -16,6 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..grid import dequantize
+from ..packing import unpack, unpack_rows
 from ..plan import PER_CHANNEL, LayerScheme
 from . import cpu, reference
 
@@ -161,6 +163,25 @@ def dense_weight(tensors: PackedTensors, bits: int, in_features: int) -> Tensor:
 
         return triton_kernel.dense_weight(tensors.weight, tensors.scale, tensors.zero_point, bits, in_features)
     return reference.dense_weight(tensors.weight, tensors.scale, tensors.zero_point, bits, in_features)
+
+
+def dense_rows(tensors: PackedTensors, rows: Tensor, bits: int, in_features: int) -> Tensor:
+    """Some rows of `dense_weight`, the same bits; the others are not dequantized.
+
+    Args:
+        rows: their numbers, int64 `[n]`, at least one.
+
+    Returns:
+        `[n, in_features]` in the dtype of the scales.
+    """
+    zero_point = None if tensors.zero_point is None else unpack_rows(tensors.zero_point, bits, rows)
+    if tensors.layout == CPU_INT4:
+        integers, scale = cpu.int4_rows(tensors.weight, rows, in_features), cpu.scale_of(tensors.scale)
+    elif tensors.layout == CPU_INT8:
+        integers, scale = tensors.weight[rows], tensors.scale
+    else:
+        integers, scale = unpack(tensors.weight[rows], bits, in_features), tensors.scale
+    return dequantize(integers, scale[rows], zero_point)
 
 
 @torch.library.custom_op("hf_cptquant::linear", mutates_args=())

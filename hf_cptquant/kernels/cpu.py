@@ -61,6 +61,29 @@ def int4_to_wire(packed: Tensor, in_features: int) -> Tensor:
     return words
 
 
+@torch.library.custom_op("hf_cptquant::int4_rows", mutates_args=())
+def int4_rows(packed: Tensor, rows: Tensor, in_features: int) -> Tensor:
+    """The integers of some rows of the int4 layout. An op, since the compiler cannot look for the block.
+
+    Args:
+        packed: uint8 `[out, in / 2]` in blocks.
+        rows: int64 `[n]`.
+
+    Returns:
+        int8 `[n, in]`.
+    """
+    block = _known_block()
+    place, octets = rows % block, packed.view(-1, in_features, block // 2)
+    in_upper_half = (place >= block // 2).to(torch.uint8)
+    found = octets[rows // block, :, place % (block // 2)] >> 4 * in_upper_half.unsqueeze(1)
+    return (found & 0xF).to(torch.int8) - 8
+
+
+@int4_rows.register_fake
+def _(packed: Tensor, rows: Tensor, in_features: int) -> Tensor:
+    return packed.new_empty(len(rows), in_features, dtype=torch.int8)
+
+
 def _parts(first: Tensor, second: Tensor, in_features: int, block: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Corresponding rows of two forms of one weight, whole blocks of rows and about `CHUNK` weights at a time."""
     rows = max(1, CHUNK // (in_features * block)) * block

@@ -114,6 +114,19 @@ def test_packed_embeddings_and_heads(quantized_folder, tmp_path):
         assert torch.equal(read[name], ours[name])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_embedding_is_the_head_too(bits, quantized_folder, tmp_path):
+    folder = quantized_folder(settings={"quantize_embeddings": bits}, tie_word_embeddings=True)
+    ours = dense_weights(folder)
+    assert torch.equal(ours["lm_head.weight"], ours["model.embed_tokens.weight"])
+    export_gguf(folder, tmp_path / "tiny.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    assert kinds["token_embd.weight"] == {4: "Q4_0", 8: "Q8_0"}[bits]
+    assert "output.weight" not in kinds  # for which llama.cpp takes the embedding
+    read = read_by_transformers(tmp_path / "tiny.gguf").state_dict()
+    assert torch.equal(read["lm_head.weight"], ours["lm_head.weight"])
+
+
 def test_scales_that_are_rounded_are_told(quantized_folder, tmp_path, logged):
     folder = quantized_folder(dtype=torch.float32)
     report = export_gguf(folder, tmp_path / "tiny.gguf")

@@ -26,7 +26,7 @@ from .errors import CheckpointError, PlanError, in_module
 from .experts import fused_experts, has_linear_experts, take_apart
 from .memory import mapped_ranges, release, trim
 from .model_view import class_named_in, head_of, read_config
-from .modules import PACKED_CLASSES, PackedLayer, QuantLinear, packed_modules, replace_module
+from .modules import PACKED_CLASSES, PackedLayer, QuantLinear, kind_of, packed_modules, replace_module
 from .plan import LINEAR, PLAN_FILE, PLAN_PICTURE, SENSITIVITY_PICTURE, ModulePlan, read_json
 from .plots import plot_plan, plot_sensitivity
 from .record import QuantizationRecord
@@ -119,7 +119,7 @@ def build_skeleton(model: nn.Module, record: QuantizationRecord) -> None:
         take_apart(model)
     for module in record.plan.packed:
         dense = model.get_submodule(module.name)
-        packed = PACKED_CLASSES[type(dense)](
+        packed = PACKED_CLASSES[kind_of(dense)](
             module.in_features,
             module.out_features,
             module.scheme,

@@ -23,12 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import ModelError
-from .experts import LinearExperts, fused_experts, matrices_of, projection_names
-from .modules import CONVOLUTIONS, matrix_of
+from .experts import LinearExperts, fused_experts, matrices_of, projection_names, unused_bytes
+from .modules import CONVOLUTIONS, kind_of, matrix_of, padding_of
 from .plan import LINEAR, UNTOUCHED, BitPlan, LeftAlone, ModulePlan
 from .runtimes import matrices
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # what modules beside the experts are called that choose among them
+FEWEST_INPUTS = 16  # for which a scale is worth its bytes: the smallest group
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -155,10 +156,12 @@ def view_model(
         elif kind not in (nn.Linear, Conv1D, *CONVOLUTIONS) and not (kind is nn.Embedding and block is None):
             reason = f"{kind.__name__} is not supported"
             skipped.append(LeftAlone(name, reason, weights))
+        elif (in_features := matrix_of(kind, parameters[0]).shape[1]) < FEWEST_INPUTS:
+            reason = f"fewer than {FEWEST_INPUTS} inputs, too few for a scale"
+            skipped.append(LeftAlone(name, reason, weights))
         else:
             (weight,) = parameters
-            out_features, in_features = matrix_of(kind, weight).shape
-            sizes = out_features, in_features, weight.element_size()
+            sizes = matrix_of(kind, weight).shape[0], in_features, weight.element_size()
             modules.append(QuantizableModule(name, block or name, *sizes, kind.__name__))
             continue
         left.append(LeftAlone(name, reason, weights))
@@ -181,7 +184,7 @@ def _odd_convolution(module: nn.Module) -> str | None:
     assert isinstance(module, CONVOLUTIONS)
     if module.groups == module.in_channels > 1:
         return "a depthwise convolution"
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+    if module.padding_mode != "zeros" or padding_of(module) is None:
         return f"{type(module).__name__} with padding={module.padding!r} of {module.padding_mode} is not supported"
     return None
 
@@ -194,7 +197,7 @@ def output_embedding(model: PreTrainedModel) -> str:
     """
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
-    if name is None or type(head) is not nn.Linear:
+    if name is None or kind_of(head) is not nn.Linear:
         raise ModelError(
             f"{type(model).__name__} has no linear layer that predicts tokens (get_output_embeddings()); leave"
             " quantize_lm_head out"
@@ -231,7 +234,7 @@ def vision_tower(model: PreTrainedModel) -> tuple[str, ...]:
     """
     in_language = _language_part(model)
     towers = tuple(f"{name}." for name in find_blocks(model) if not in_language(name))
-    linear = (name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D))
+    linear = (name for name, module in model.named_modules() if kind_of(module) in (nn.Linear, Conv1D))
     if not (names := tuple(name for name in linear if name.startswith(towers))):
         raise ModelError(
             f"{type(model).__name__} has no blocks of linear layers that read images; leave quantize_vision_tower out"
@@ -255,9 +258,12 @@ def _language_part(model: PreTrainedModel) -> Callable[[str], bool]:
     if type(model).__name__ not in READ_IMAGES:
         return lambda _: True
     names = {id(module): name + "." for name, module in model.named_modules() if name}
-    decoder = names.get(id(model.get_decoder()), "")
-    encoders = (names.get(id(model.get_encoder(modality)), "") for modality in ("image", "video", "audio"))
-    towers = tuple(name for name in encoders if name and not decoder.startswith(name))
+    both = task_of_class(type(model).__name__) == "seq2seq-lm"  # an encoder that reads text and images, as T5Gemma 2's
+    whole = model.get_encoder() if both else model
+    decoder = "" if both else names.get(id(model.get_decoder()), "")
+    encoders = (whole.get_encoder(modality) for modality in ("image", "video", "audio"))
+    inner = (names.get(id(encoder), "") for encoder in encoders if encoder is not whole)
+    towers = tuple(name for name in inner if name and not decoder.startswith(name))
     return lambda name: name.startswith(decoder) and not name.startswith(towers)
 
 
@@ -270,25 +276,28 @@ def _with_matrices(model: PreTrainedModel) -> Iterator[tuple[str, type[nn.Module
             for leaf, weight, _ in matrices_of(module, projection_names(model, name, module)):
                 yield f"{name}.{leaf}", nn.Linear, [weight]
         elif parameters := [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]:
-            yield name, type(module), parameters
+            yield name, kind_of(module), parameters
 
 
 def _mixtures(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the modules that hold experts, and beside them what routes tokens to them."""
-    names = [*fused_experts(model), *(name for name, module in model.named_modules() if type(module) is LinearExperts)]
+    apart = (name for name, module in model.named_modules() if isinstance(module, LinearExperts))
+    names = [*fused_experts(model), *apart]
     return tuple(name.rpartition(".")[0] + "." for name in names)
 
 
 def _saved_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the tensors that `save_pretrained` writes: tied ones once, also before they are tied."""
+    """Bytes of the tensors that `save_pretrained` writes: tied ones once, also before they are tied; of experts what is
+    written when they are apart."""
     kept = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in model.all_tied_weights_keys
     }
-    return sum(
+    written = sum(
         tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in kept.values()}.values()
     )
+    return written - sum(map(unused_bytes, fused_experts(model).values()))
 
 
 def _refuse_skipping(model: PreTrainedModel, quantizable: int, skipped: Sequence[LeftAlone]) -> None:
@@ -335,9 +344,11 @@ def units(view: ModelView, granularity: str) -> dict[str, tuple[QuantizableModul
 def task_of(model: nn.Module) -> str | None:
     """A name in `TASKS`, or None for a class without such a head.
 
-    A language model that reads images, too, is `"causal-lm"`, or None if it cannot be run on text alone."""
+    A language model that reads images, too, is `"causal-lm"`, or None if it cannot be run on text alone, or what it is
+    listed as beside that."""
     name = type(model).__name__
-    return None if name in READ_IMAGES and _needs_images(model) else task_of_class(name)
+    listed = task_of_class(name)
+    return None if name in READ_IMAGES and listed == "causal-lm" and _needs_images(model) else listed
 
 
 def task_of_class(name: str) -> str | None:

@@ -24,7 +24,7 @@ from .errors import ModelError, PlanError, in_module
 from .experts import fuse_again
 from .grid import QuantizedWeight, dequantize
 from .memory import mapped_ranges, release
-from .modules import PACKED_CLASSES, matrix_of, packed_modules, replace_module
+from .modules import PACKED_CLASSES, kind_of, matrix_of, packed_modules, replace_module
 from .plan import BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
 from .rounding import BLOCK_ROUNDINGS, Tuning, round_nearest
@@ -193,7 +193,7 @@ def _pack_nearest(model: nn.Module, decision: ModulePlan) -> None:
 def _pack(model: nn.Module, name: str, quantized: QuantizedWeight) -> None:
     """Put a packed module in the place of a dense one."""
     module = model.get_submodule(name)
-    packed = PACKED_CLASSES[type(module)].from_quantized(quantized, module._parameters.get("bias"))
+    packed = PACKED_CLASSES[kind_of(module)].from_quantized(quantized, module._parameters.get("bias"))
     replace_module(model, name, packed.like(module))
     release(module.weight, mapped_ranges())
 
@@ -217,7 +217,7 @@ def check_fits(model: nn.Module, plan: BitPlan) -> None:
 
 
 def _check_fits(module: nn.Module | None, decision: ModulePlan) -> None:
-    if module is None or type(module) not in PACKED_CLASSES:
+    if module is None or kind_of(module) not in PACKED_CLASSES:
         found = "no such module" if module is None else f"a {type(module).__name__}"
         raise PlanError(f"the plan decides on it, but the model has {found} there; is the plan for another model?")
     if tuple(_matrix(module).shape) != (decision.out_features, decision.in_features):

@@ -43,7 +43,7 @@ from ..calibration import CalibrationSet, batches_on, in_batches, sequences_in, 
 from ..errors import CalibrationError, ModelError
 from ..experts import has_linear_experts
 from ..model_view import task_of
-from ..modules import CONVOLUTIONS
+from ..modules import CONVOLUTIONS, padding_of
 from ..plan import BitPlan, LayerScheme, ModulePlan, scheme_for
 from ..recipe import Recipe
 from ..table import SensitivityTable
@@ -270,7 +270,7 @@ def gradient_of_matrix(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Te
     if not isinstance(layer, CONVOLUTIONS):
         return gradient_of_weight(inputs, gradient)
     by_weight = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
-    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    settings = (layer.stride, padding_of(layer), layer.dilation, layer.groups)
     return by_weight(inputs.float(), layer.weight.shape, gradient.float(), *settings).flatten(1)
 
 

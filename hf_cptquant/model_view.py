@@ -29,6 +29,7 @@ from .plan import LINEAR, UNTOUCHED, BitPlan, LeftAlone, ModulePlan
 from .runtimes import matrices
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # what modules beside the experts are called that choose among them
+CROSS_ATTENTION = "cross_attn"  # what blocks have that only run where there are images (Mllama's)
 FEWEST_INPUTS = 16  # for which a scale is worth its bytes: the smallest group
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -126,8 +127,8 @@ def view_model(
         ModelError: nothing to quantize, or most of the blocks' weights would be skipped unasked.
     """
     in_language = _language_part(model)
-    found = find_blocks(model)
-    blocks = tuple(name for name in found if in_language(name))
+    blocks = tuple(name for name in find_blocks(model) if in_language(name))
+    for_images = tuple(f"{name}." for name in _blocks_for_images(model))
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     float32_modules = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
     mixtures = _mixtures(model)
@@ -141,7 +142,7 @@ def view_model(
             reason = "named in modules_to_not_convert"
         elif f"{name}.weight" in tied:
             reason = "shares its weight with another module"
-        elif block is None and name not in outside and any(name.startswith(other + ".") for other in found):
+        elif block is None and name not in outside and name.startswith(for_images):
             reason = "reads images, which calibration on text does not show it"
         elif block is None and name not in outside:
             reason = "outside the blocks"
@@ -232,10 +233,9 @@ def vision_tower(model: PreTrainedModel) -> tuple[str, ...]:
     Raises:
         ModelError: there are none.
     """
-    in_language = _language_part(model)
-    towers = tuple(f"{name}." for name in find_blocks(model) if not in_language(name))
+    for_images = tuple(f"{name}." for name in _blocks_for_images(model))
     linear = (name for name, module in model.named_modules() if kind_of(module) in (nn.Linear, Conv1D))
-    if not (names := tuple(name for name in linear if name.startswith(towers))):
+    if not (names := tuple(name for name in linear if name.startswith(for_images))):
         raise ModelError(
             f"{type(model).__name__} has no blocks of linear layers that read images; leave quantize_vision_tower out"
         )
@@ -254,17 +254,49 @@ def _refuse_tied(model: PreTrainedModel, name: str, setting: str) -> None:
 
 
 def _language_part(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether a module, by its name, reads text: all do but those that language models have for images."""
+    """Whether a block, by its name, reads text: all do but those that language models have for images."""
     if type(model).__name__ not in READ_IMAGES:
         return lambda _: True
-    names = {id(module): name + "." for name, module in model.named_modules() if name}
-    both = task_of_class(type(model).__name__) == "seq2seq-lm"  # an encoder that reads text and images, as T5Gemma 2's
-    whole = model.get_encoder() if both else model
-    decoder = "" if both else names.get(id(model.get_decoder()), "")
+    start, towers = _decoder(model), _towers(model)
+    if _encodes_both(model):
+        return lambda name: not name.startswith(towers)
+    children = {name: dict(model.get_submodule(name).named_children()) for name in find_blocks(model)}
+    crossing = {name for name, of_block in children.items() if CROSS_ATTENTION in of_block}
+    return lambda name: name.startswith(start) and not name.startswith(towers) and name not in crossing
+
+
+def _encodes_both(model: PreTrainedModel) -> bool:
+    """Whether an encoder reads text and images, and a decoder answers, as those of T5Gemma 2 do."""
+    name = type(model).__name__
+    return name in READ_IMAGES and task_of_class(name) == "seq2seq-lm"
+
+
+def _decoder(model: PreTrainedModel) -> str:
+    """Prefix of the names of the decoder's modules."""
+    decoder = model.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+
+
+def _towers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Prefixes of the names of what a language model reads images or sound with."""
+    whole = model.get_encoder() if _encodes_both(model) else model
     encoders = (whole.get_encoder(modality) for modality in ("image", "video", "audio"))
-    inner = (names.get(id(encoder), "") for encoder in encoders if encoder is not whole)
-    towers = tuple(name for name in inner if name and not decoder.startswith(name))
-    return lambda name: name.startswith(decoder) and not name.startswith(towers)
+    found, decoder = {id(encoder) for encoder in encoders if encoder is not whole}, _decoder(model)
+    prefixes = (f"{name}." for name, module in model.named_modules() if name and id(module) in found)
+    return tuple(prefix for prefix in prefixes if not decoder.startswith(prefix))
+
+
+def _blocks_for_images(model: PreTrainedModel) -> tuple[str, ...]:
+    """Blocks with which a language model reads images or sound; of a tower whose layers transformers has not marked
+    (Mllama's), the members of all its lists."""
+    if type(model).__name__ not in READ_IMAGES:
+        return ()
+    in_language = _language_part(model)
+    marked = [name for name in find_blocks(model) if not in_language(name)]
+    unmarked = tuple(tower for tower in _towers(model) if not any(name.startswith(tower) for name in marked))
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    in_lists = (f"{name}.{index}" for name in lists if name.startswith(unmarked) for index in range(len(lists[name])))
+    return (*marked, *in_lists)
 
 
 def _with_matrices(model: PreTrainedModel) -> Iterator[tuple[str, type[nn.Module], list[Tensor]]]:

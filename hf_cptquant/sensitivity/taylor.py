@@ -346,14 +346,15 @@ def uniform_numbers(labels: Tensor, seed: int, numbers: Iterable[int]) -> Tensor
 class _Tap(torch.autograd.Function):
     """Passes a layer's outputs on, and in the backward pass shows its inputs and the gradient of its outputs.
 
-    The inputs are saved as any other function saves them, so checkpointing drops and recomputes them.
+    The inputs are saved as any other function saves them, so checkpointing drops and recomputes them. The outputs share
+    their memory with the layer's, but are no view of them, so that what follows may write into them.
     """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, outputs: Tensor, observe: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.observe = observe
-        return outputs.view_as(outputs)
+        return outputs.data
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
@@ -415,7 +416,6 @@ def _with_gradients(
 
 
 def _tap(
-    observe: Callable[[Tensor, Tensor], None], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    observe: Callable[[Tensor, Tensor], None], _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
-    tapped = _Tap.apply(inputs[0], output, observe)
-    return tapped.clone() if isinstance(module, CONVOLUTIONS) else tapped  # what follows those may write in place
+    return _Tap.apply(inputs[0], output, observe)

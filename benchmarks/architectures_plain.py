@@ -38,7 +38,7 @@ def difference(expected: dict[str, str], found: dict[str, str]) -> str | None:
     differing = [name for name, digest in expected.items() if found.get(name) != digest]
     if not differing:
         return None
-    before, now = (digests.get(differing[0], "nothing").split()[0] for digests in (expected, found))
+    before, now = (digests.get(differing[0], expected[differing[0]]).split()[0] for digests in (expected, found))
     what = "other weights than before" if now == before else f"{now} instead of {before}"
     return f"{what}: {differing[0]} and {len(differing) - 1} more of {len(expected)}"
 

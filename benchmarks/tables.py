@@ -31,7 +31,10 @@ TOLD = (  # reasons that many architectures share, by what they have in common
         "most weights of the blocks are in modules that are not supported",
     ),
     (r"^ValueError: quant_method='cptquant'", "in our own format, since compressed-tensors cannot say `Conv1D`"),
-    (r"other weights than before: \S*experts", "experts: transformers keeps them fused and reads no packed ones"),
+    (
+        r"other weights than before: \S*(experts|input_linear)",
+        "experts: transformers keeps them fused and reads no packed ones",
+    ),
     (r"other weights than before: (.*)$", "other weights than before"),
     (
         r"float32 instead of bfloat16",

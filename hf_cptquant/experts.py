@@ -165,13 +165,12 @@ def _part(rows: int, index: int, count: int, concatenated: bool) -> slice:
 
 class LinearExperts(nn.ModuleList):
     """The experts of a layer, each a dict of linear layers: `0.gate_proj`, `0.up_proj`, `0.down_proj`, `1.gate_proj`, …
+    How a model calls them, its subclasses know.
 
     Args:
         fused: transformers' module. Its parameters are emptied; `fuse` fills them again.
         names: as `projection_names` gives them.
     """
-
-    _beyond_is_identity = False  # what lies beyond the experts means none
 
     def __init__(self, fused: nn.Module, names: dict[str, tuple[str, ...]]) -> None:
         experts: dict[str, dict[str, nn.Module]] = {}
@@ -193,25 +192,8 @@ class LinearExperts(nn.ModuleList):
             return fused._parameters[name]
         return super().__getattr__(name)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As transformers' own eager implementation: each expert on those tokens that are routed to it.
-
-        Args:
-            hidden_states: `[tokens, hidden]`.
-            top_k_index, top_k_weights: `[tokens, k]`, the experts of each token and what they count.
-        """
-        result = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert < len(self) or self._beyond_is_identity:
-                tokens, rank = torch.where(top_k_index == expert)
-                output = self._output(expert, hidden_states[tokens]) * top_k_weights[tokens, rank, None]
-                result.index_add_(0, tokens, output.to(result.dtype))
-        return result
-
     def _output(self, expert: int, routed: Tensor) -> Tensor:
         """What an expert makes of the tokens that are routed to it, `[tokens, hidden]`."""
-        if expert >= len(self):
-            return routed
         *before, down = self[expert].values()
         return down(self._activated([layer(routed) for layer in before]))
 
@@ -242,10 +224,34 @@ class LinearExperts(nn.ModuleList):
         return fused.train(self.training)
 
 
-class WithIdentities(LinearExperts):
+class OfRoutedTokens(LinearExperts):
+    """Called as transformers has agreed on: with all tokens, and which expert each is for."""
+
+    beyond_is_identity = False  # what lies beyond the experts means none
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As transformers' own eager implementation: each expert on those tokens that are routed to it.
+
+        Args:
+            hidden_states: `[tokens, hidden]`.
+            top_k_index, top_k_weights: `[tokens, k]`, the experts of each token and what they count.
+        """
+        result = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert < len(self) or self.beyond_is_identity:
+                tokens, rank = torch.where(top_k_index == expert)
+                output = self._output(expert, hidden_states[tokens]) * top_k_weights[tokens, rank, None]
+                result.index_add_(0, tokens, output.to(result.dtype))
+        return result
+
+
+class WithIdentities(OfRoutedTokens):
     """LongCat's: what lies beyond the experts gives the token back."""
 
-    _beyond_is_identity = True
+    beyond_is_identity = True
+
+    def _output(self, expert: int, routed: Tensor) -> Tensor:
+        return routed if expert >= len(self) else super()._output(expert, routed)
 
 
 class OfRepeatedTokens(LinearExperts):
@@ -328,7 +334,7 @@ def take_apart(model: PreTrainedModel) -> None:
                 raise ModelError(
                     "the experts are offloaded; they are quantized in memory only: use a device_map with enough of it"
                 )
-            _, kind = UNMARKED.get(type(fused).__name__, (None, LinearExperts))
+            _, kind = UNMARKED.get(type(fused).__name__, (None, OfRoutedTokens))
             replace_module(model, name, kind(fused, projection_names(model, name, fused)))
 
 

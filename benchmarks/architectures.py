@@ -30,7 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
-from architectures_plain import digests
+from architectures_plain import difference, digests
 from environment import environment
 from forks import run_steps
 from huggingface_hub.errors import StrictDataclassError
@@ -206,9 +206,8 @@ class Walk:
         """Load it with this package."""
         again = self._class.from_pretrained(self._folder / "quantized")
         assert len(packed_modules(again)) == len(self._plan.packed), "not all of the plan is packed"
-        found = digests(again)
-        differing = [name for name, digest in self._packed.items() if found.get(name) != digest]
-        assert not differing, f"other weights than before: {differing[0]} and {len(differing) - 1} more"
+        different = difference(self._packed, digests(again))
+        assert different is None, different
 
     def steps(self) -> Iterator[tuple[str, Any]]:
         """All but plain reloading, which others do."""

@@ -24,11 +24,23 @@ SECONDS = 180
 
 
 def digests(model: torch.nn.Module) -> dict[str, str]:
-    """Name → SHA-256 of the bytes of each saved tensor."""
-    return {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-        for name, tensor in model.state_dict().items()
-    }
+    """Name → dtype and SHA-256 of the bytes of each saved tensor."""
+
+    def digest(tensor: torch.Tensor) -> str:
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return f"{str(tensor.dtype).removeprefix('torch.')} {hashlib.sha256(values).hexdigest()}"
+
+    return {name: digest(tensor) for name, tensor in model.state_dict().items()}
+
+
+def difference(expected: dict[str, str], found: dict[str, str]) -> str | None:
+    """What is not as it was, or None."""
+    differing = [name for name, digest in expected.items() if found.get(name) != digest]
+    if not differing:
+        return None
+    before, now = (digests.get(differing[0], expected[differing[0]]).split()[0] for digests in (expected, found))
+    what = "other weights than before" if now == before else f"{now} instead of {before}"
+    return f"{what}: {differing[0]} and {len(differing) - 1} more of {len(expected)}"
 
 
 def reload(folder: str, model_class: str, expected: dict[str, str]) -> None:
@@ -40,10 +52,8 @@ def reload(folder: str, model_class: str, expected: dict[str, str]) -> None:
         raise ValueError(f"quant_method={method!r}, which needs this package")
     model = getattr(transformers, model_class).from_pretrained(folder)
     model.hf_quantizer.compressor.decompress_model(model)
-    found = digests(model)
-    differing = [name for name, digest in expected.items() if found.get(name) != digest]
-    if differing:
-        raise ValueError(f"other weights than before: {differing[0]} and {len(differing) - 1} more of {len(expected)}")
+    if different := difference(expected, digests(model)):
+        raise ValueError(different)
 
 
 def main() -> None:

@@ -31,8 +31,16 @@ TOLD = (  # reasons that many architectures share, by what they have in common
         "most weights of the blocks are in modules that are not supported",
     ),
     (r"^ValueError: quant_method='cptquant'", "in our own format, since compressed-tensors cannot say `Conv1D`"),
-    (r"other weights than before: \S*experts", "experts: transformers keeps them fused and reads no packed ones"),
+    (
+        r"other weights than before: \S*(experts|input_linear)",
+        "experts: transformers keeps them fused and reads no packed ones",
+    ),
     (r"other weights than before: (.*)$", "other weights than before"),
+    (
+        r"float32 instead of bfloat16",
+        "loaded in float32 where it was bfloat16, as transformers does for the whole model if its first parameter is"
+        " float32, or for what a list of its class names in part (`scale`)",
+    ),
     (r"object has no attribute 'weight'", "its class reads the weights of layers when it is built"),
 )
 METHOD_LABELS = {

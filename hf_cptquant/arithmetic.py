@@ -15,6 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Classes that transformers makes from `nn.Linear` and that compute the same, if not always with the same roundings: the
+# product is rounded before the bias is added.
+SAME_AS_LINEAR = frozenset({"FalconLinear"})
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is torch's dense linear layer, or computes the same."""
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).__name__ in SAME_AS_LINEAR)
+
 
 def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What to compute in with weights of a dtype.
@@ -33,7 +42,7 @@ def linears_in_working_dtype(model: nn.Module) -> Iterator[None]:
     slow = [
         module
         for module in model.modules()
-        if type(module) is nn.Linear
+        if is_linear(module)
         and "forward" not in module.__dict__  # accelerate's, of an offloaded layer
         and working_dtype(module.weight.dtype, module.weight.device) != module.weight.dtype
     ]

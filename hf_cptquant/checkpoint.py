@@ -120,7 +120,7 @@ def build_skeleton(model: PreTrainedModel, record: QuantizationRecord) -> None:
         take_apart(model)
     for module in record.plan.packed:
         dense = model.get_submodule(module.name)
-        packed = PACKED_CLASSES[kind_of(type(dense))](
+        packed = PACKED_CLASSES[kind_of(dense)](
             module.in_features,
             module.out_features,
             module.scheme,

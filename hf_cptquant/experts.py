@@ -6,7 +6,11 @@ expert. So `LinearExperts` takes the place of such a module while weights are me
 packed: each expert then runs on the kernels of its own layers, and no dense copy is made of more than one of them.
 
 The names of projections are those that checkpoints of the model have (`experts.0.w1`, `experts.0.gate_proj`), which
-transformers' own conversion of weights tells.
+transformers' own conversion of weights tells. Where it tells none they are the commonest, which inference engines read
+for Llama 4, too, whose original checkpoint is fused.
+
+How the parameters lie says a mark of transformers' on most classes. Those without it are in a table, each with the way
+in which its model calls it.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -25,37 +32,85 @@ from transformers.core_model_loading import WeightConverter, WeightTransform
 from .errors import ModelError, in_module
 from .modules import packed_modules, replace_module
 
-GATED, UNGATED, DOWN = "gate_up_proj", "up_proj", "down_proj"
-PLAIN_NAMES = {GATED: ("gate_proj", "up_proj"), UNGATED: ("up_proj",), DOWN: ("down_proj",)}
+GATED, UNGATED, DOWN, ALONE = "gate_up_proj", "up_proj", "down_proj", "weight"
+PLAIN_NAMES = {GATED: ("gate_proj", "up_proj"), UNGATED: ("up_proj",), DOWN: ("down_proj",), ALONE: ("linear",)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the parameters of fused experts lie.
+
+    Attributes:
+        weights: names of the three-dimensional parameters, in the order in which an expert uses them.
+        transposed: `[experts, in, out]` instead of `[experts, out, in]`.
+        concatenated: projections that share a parameter lie one after the other, not in turn.
+        biased: each has a bias, `[experts, out]`, called `…_bias`.
+    """
+
+    weights: tuple[str, ...] = (GATED, DOWN)
+    transposed: bool = False
+    concatenated: bool = True
+    biased: bool = False
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all parameters."""
+        return (*self.weights, *(f"{name}_bias" for name in self.weights if self.biased))
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Name → module, of the experts that transformers keeps fused and that can be taken apart."""
-    return {name: module for name, module in model.named_modules() if _is_fused(module)}
+    return {name: module for name, module in model.named_modules() if layout_of(module) is not None}
 
 
-def _is_fused(module: nn.Module) -> bool:
-    """Whether `use_experts_implementation` of transformers, which says how the parameters lie, has marked its class."""
+def layout_of(module: nn.Module) -> Layout | None:
+    """How the parameters of a module lie, or None if it holds no fused experts that can be taken apart."""
+    layout = _layout_in_table(module) or _marked_layout(module)
+    if layout is None or module._parameters.keys() != set(layout.parameters):
+        return None
+    weights = [module._parameters[name] for name in layout.weights]
+    return layout if all(weight is not None and weight.dim() == 3 for weight in weights) else None
+
+
+def _layout_in_table(module: nn.Module) -> Layout | None:
+    unmarked = UNMARKED.get(type(module).__name__)
+    return None if unmarked is None else unmarked[0]
+
+
+def _marked_layout(module: nn.Module) -> Layout | None:
+    """How the parameters lie by what `use_experts_implementation` of transformers has marked the class with."""
     marks = vars(module)
     if not {"is_transposed", "is_concatenated", "has_gate", "has_bias"} <= marks.keys():
-        return False
+        return None
     if marks.get("has_post_expert_norm"):  # which `LinearExperts` does not know
-        return False
-    names = _fused_names(module)
-    biases = [f"{name}_bias" for name in names] if module.has_bias else []
-    parameters = module._parameters
-    return parameters.keys() == {*names, *biases} and all(parameters[name].dim() == 3 for name in names)
+        return None
+    weights = (GATED if module.has_gate else UNGATED, DOWN)
+    return Layout(weights, module.is_transposed, module.is_concatenated, module.has_bias)
 
 
-def _fused_names(fused: nn.Module) -> tuple[str, str]:
-    return (GATED if fused.has_gate else UNGATED, DOWN)
+def _checked_layout(fused: nn.Module) -> Layout:
+    layout = layout_of(fused)
+    assert layout is not None, "the caller has looked whether it can be taken apart"
+    return layout
+
+
+def experts_in(fused: nn.Module) -> int:
+    """How many experts a fused module has. (LongCat's first parameter has rows for more, which compute nothing.)"""
+    return min(len(fused._parameters[name]) for name in _checked_layout(fused).weights)
+
+
+def unused_bytes(fused: nn.Module) -> int:
+    """Bytes of what belongs to no expert, which is written for fused modules alone."""
+    count = experts_in(fused)
+    weights = (fused._parameters[name] for name in _checked_layout(fused).weights)
+    return sum((len(weight) - count) * prod(weight.shape[1:]) * weight.element_size() for weight in weights)
 
 
 def projection_names(model: PreTrainedModel, experts: str, fused: nn.Module) -> dict[str, tuple[str, ...]]:
     """Fused parameter → what checkpoints call its parts, for each expert."""
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     names = {}
-    for parameter in _fused_names(fused):
+    for parameter in _checked_layout(fused).weights:
         names[parameter] = PLAIN_NAMES[parameter]
         for conversion in conversions:
             if _gives(conversion, f"{experts}.{parameter}"):
@@ -66,10 +121,20 @@ def projection_names(model: PreTrainedModel, experts: str, fused: nn.Module) -> 
     return names
 
 
-def without_merging(conversions: Sequence[WeightTransform], apart: Sequence[str]) -> list[WeightTransform]:
-    """Conversions of weights on loading, without those that would fuse experts of which the names are given."""
+def without_merging(
+    conversions: Sequence[WeightTransform], apart: Sequence[str], packed: Sequence[str]
+) -> list[WeightTransform]:
+    """Conversions of weights between files and model, without those that fuse experts or split matrices that are here
+    in parts: a packed part has a scheme of its own, and tensors that cannot be joined.
+
+    Args:
+        conversions: transformers'.
+        apart: names of experts that are linear layers.
+        packed: names of packed layers.
+    """
     fused = [f"{experts}.{parameter}" for experts in apart for parameter in PLAIN_NAMES]
-    return [each for each in conversions if not any(_gives(each, name) for name in fused)]
+    made = [*fused, *(f"{name}.{tensor}" for name in packed for tensor in ("weight_packed", "bias"))]
+    return [each for each in conversions if not any(_gives(each, name) for name in made)]
 
 
 def _gives(conversion: WeightTransform, parameter: str) -> bool:
@@ -81,13 +146,14 @@ def _gives(conversion: WeightTransform, parameter: str) -> bool:
 
 def matrices_of(fused: nn.Module, names: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Name below the experts, weight `[out, in]` and bias `[out]` of every projection, as views of the parameters."""
-    for expert in range(len(fused._parameters[DOWN])):
+    layout = _checked_layout(fused)
+    for expert in range(experts_in(fused)):
         for parameter, leaves in names.items():
             weight = fused._parameters[parameter].detach()[expert]
-            bias = fused._parameters[f"{parameter}_bias"].detach()[expert] if fused.has_bias else None
-            weight = weight.t() if fused.is_transposed else weight
+            bias = fused._parameters[f"{parameter}_bias"].detach()[expert] if layout.biased else None
+            weight = weight.t() if layout.transposed else weight
             for index, leaf in enumerate(leaves):
-                part = _part(len(weight), index, len(leaves), fused.is_concatenated)
+                part = _part(len(weight), index, len(leaves), layout.concatenated)
                 yield f"{expert}.{leaf}", weight[part], None if bias is None else bias[part]
 
 
@@ -99,6 +165,7 @@ def _part(rows: int, index: int, count: int, concatenated: bool) -> slice:
 
 class LinearExperts(nn.ModuleList):
     """The experts of a layer, each a dict of linear layers: `0.gate_proj`, `0.up_proj`, `0.down_proj`, `1.gate_proj`, …
+    How a model calls them, its subclasses know.
 
     Args:
         fused: transformers' module. Its parameters are emptied; `fuse` fills them again.
@@ -111,10 +178,56 @@ class LinearExperts(nn.ModuleList):
             expert, leaf = name.split(".")
             experts.setdefault(expert, {})[leaf] = _linear(weight, bias)
         super().__init__(nn.ModuleDict(layers) for layers in experts.values())
+        self._layout = _checked_layout(fused)
+        self._rows = {name: len(fused._parameters[name]) for name in self._layout.weights}
         for parameter in fused.parameters(recurse=False):
             parameter.data = parameter.new_empty(0)
         self._fused = (fused,)  # in a tuple, since it is no part of this module
         self._names = names
+
+    def __getattr__(self, name: str) -> Any:
+        """The emptied parameters, too: some models of transformers initialize those of their experts by name."""
+        (fused,) = self.__dict__.get("_fused", (None,))
+        if fused is not None and name in fused._parameters:
+            return fused._parameters[name]
+        return super().__getattr__(name)
+
+    def _output(self, expert: int, routed: Tensor) -> Tensor:
+        """What an expert makes of the tokens that are routed to it, `[tokens, hidden]`."""
+        *before, down = self[expert].values()
+        return down(self._activated([layer(routed) for layer in before]))
+
+    def _activated(self, inner: list[Tensor]) -> Tensor:
+        (fused,) = self._fused
+        if len(inner) == 1:
+            return fused.act_fn(inner[0])
+        if _layout_in_table(fused) is not None:
+            gate, up = inner
+            return up * fused.act_fn(gate)
+        joined = torch.cat(inner, -1) if self._layout.concatenated else torch.stack(inner, -1).flatten(-2)
+        return fused._apply_gate(joined)  # which marked classes have
+
+    def fuse(self) -> nn.Module:
+        """The module that this one stands for, with the weights of these layers, which must be dense. Rows that belong
+        to no expert are zero."""
+        (fused,), layout = self._fused, self._layout
+        for parameter, leaves in self._names.items():
+            layers = [[expert[leaf] for leaf in leaves] for expert in self]
+            weight = torch.stack([_joined([layer.weight for layer in each], layout.concatenated) for each in layers])
+            weight = weight.transpose(1, 2).contiguous() if layout.transposed else weight
+            if unused := self._rows[parameter] - len(weight):
+                weight = torch.cat((weight, weight.new_zeros(unused, *weight.shape[1:])))
+            _fill(fused, parameter, weight)
+            if layout.biased:
+                biases = [_joined([layer.bias for layer in each], layout.concatenated) for each in layers]
+                _fill(fused, f"{parameter}_bias", torch.stack(biases))
+        return fused.train(self.training)
+
+
+class OfRoutedTokens(LinearExperts):
+    """Called as transformers has agreed on: with all tokens, and which expert each is for."""
+
+    beyond_is_identity = False  # what lies beyond the experts means none
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' own eager implementation: each expert on those tokens that are routed to it.
@@ -125,32 +238,60 @@ class LinearExperts(nn.ModuleList):
         """
         result = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
-            if expert < len(self):  # what lies beyond means no expert
+            if expert < len(self) or self.beyond_is_identity:
                 tokens, rank = torch.where(top_k_index == expert)
-                *before, down = self[expert].values()
-                routed = hidden_states[tokens]
-                inner = self._activated([layer(routed) for layer in before])
-                output = down(inner) * top_k_weights[tokens, rank, None]
+                output = self._output(expert, hidden_states[tokens]) * top_k_weights[tokens, rank, None]
                 result.index_add_(0, tokens, output.to(result.dtype))
         return result
 
-    def _activated(self, inner: list[Tensor]) -> Tensor:
-        (fused,) = self._fused
-        if not fused.has_gate:
-            return fused.act_fn(inner[0])
-        return fused._apply_gate(torch.cat(inner, -1) if fused.is_concatenated else torch.stack(inner, -1).flatten(-2))
 
-    def fuse(self) -> nn.Module:
-        """The module that this one stands for, with the weights of these layers, which must be dense."""
-        (fused,) = self._fused
-        for parameter, leaves in self._names.items():
-            layers = [[expert[leaf] for leaf in leaves] for expert in self]
-            weight = torch.stack([_joined([layer.weight for layer in each], fused.is_concatenated) for each in layers])
-            _fill(fused, parameter, weight.transpose(1, 2).contiguous() if fused.is_transposed else weight)
-            if fused.has_bias:
-                biases = [_joined([layer.bias for layer in each], fused.is_concatenated) for each in layers]
-                _fill(fused, f"{parameter}_bias", torch.stack(biases))
-        return fused.train(self.training)
+class WithIdentities(OfRoutedTokens):
+    """LongCat's: what lies beyond the experts gives the token back."""
+
+    beyond_is_identity = True
+
+    def _output(self, expert: int, routed: Tensor) -> Tensor:
+        return routed if expert >= len(self) else super()._output(expert, routed)
+
+
+class OfRepeatedTokens(LinearExperts):
+    """Llama 4's, which come after the weighting, not before it."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Each expert on its own tokens. Those that are not routed to it are zero, and what it makes of them, too.
+
+        Args:
+            hidden_states: `[experts · tokens, hidden]`, all tokens for the first expert, for the second one, …, each
+                multiplied by what the expert counts for it.
+        """
+        repeated = hidden_states.view(len(self), -1, hidden_states.shape[-1])
+        result = torch.zeros_like(repeated)
+        for expert, routed in enumerate(repeated.any(-1)):
+            if bool(routed.any()):
+                result[expert, routed] = self._output(expert, repeated[expert, routed])
+        return result.flatten(0, 1)
+
+
+class OfSortedTokens(LinearExperts):
+    """JetMoE's, of which each is one matrix."""
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        """Each expert on its own rows.
+
+        Args:
+            inputs: `[rows, in]`, those of the first expert first.
+            expert_size: how many rows each expert has.
+        """
+        parts = zip(self, inputs.split(expert_size), strict=True)
+        return torch.cat([expert["linear"](rows) for expert, rows in parts if len(rows)])
+
+
+# Class of transformers → how its parameters lie, and what takes its place.
+UNMARKED: dict[str, tuple[Layout, type[LinearExperts]]] = {
+    "Llama4TextExperts": (Layout(transposed=True), OfRepeatedTokens),
+    "LongcatFlashExperts": (Layout(), WithIdentities),
+    "JetMoeParallelExperts": (Layout((ALONE,)), OfSortedTokens),
+}
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -193,7 +334,8 @@ def take_apart(model: PreTrainedModel) -> None:
                 raise ModelError(
                     "the experts are offloaded; they are quantized in memory only: use a device_map with enough of it"
                 )
-            replace_module(model, name, LinearExperts(fused, projection_names(model, name, fused)))
+            _, kind = UNMARKED.get(type(fused).__name__, (None, OfRoutedTokens))
+            replace_module(model, name, kind(fused, projection_names(model, name, fused)))
 
 
 def fuse_again(model: nn.Module) -> None:

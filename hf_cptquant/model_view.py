@@ -23,13 +23,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import ModelError
-from .experts import LinearExperts, fused_experts, matrices_of, projection_names
-from .modules import CONVOLUTIONS, kind_of, matrix_of
+from .experts import LinearExperts, fused_experts, matrices_of, projection_names, unused_bytes
+from .modules import CONVOLUTIONS, kind_of, matrix_of, padding_of
 from .plan import LINEAR, UNTOUCHED, BitPlan, LeftAlone, ModulePlan
 from .runtimes import matrices
 from .tied import TIED_CLASSES
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # what modules beside the experts are called that choose among them
+CROSS_ATTENTION = "cross_attn"  # what blocks have that only run where there are images (Mllama's)
+FEWEST_INPUTS = 16  # for which a scale is worth its bytes: the smallest group
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -130,12 +132,12 @@ def view_model(
         ModelError: nothing to quantize, or most of the blocks' weights would be skipped unasked.
     """
     in_language = _language_part(model)
-    found = find_blocks(model)
-    blocks = tuple(name for name in found if in_language(name))
+    blocks = tuple(name for name in find_blocks(model) if in_language(name))
+    for_images = tuple(f"{name}." for name in _blocks_for_images(model))
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     float32_modules = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
     mixtures = _mixtures(model)
-    kinds = {name: kind_of(type(module)) for name, module in model.named_modules()}
+    kinds = {name: kind_of(module) for name, module in model.named_modules()}
     sharing = {name: sharing_with(model, name) for name in outside if kinds.get(name) is nn.Embedding}
     modules, left, skipped = [], [], []
     for name, kind, parameters in _with_matrices(model):
@@ -151,7 +153,7 @@ def view_model(
             reason = "shares its weight with another module"
         elif (unfit := _unfit(model, sharing.get(name, ()), modules_to_not_convert)) is not None:
             reason = f"shares its weight with {unfit}"
-        elif block is None and name not in outside and any(name.startswith(other + ".") for other in found):
+        elif block is None and name not in outside and name.startswith(for_images):
             reason = "reads images, which calibration on text does not show it"
         elif block is None and name not in outside:
             reason = "outside the blocks"
@@ -166,10 +168,12 @@ def view_model(
         elif kind not in (nn.Linear, Conv1D, *CONVOLUTIONS) and not (kind is nn.Embedding and block is None):
             reason = f"{kind.__name__} is not supported"
             skipped.append(LeftAlone(name, reason, weights))
+        elif (in_features := matrix_of(kind, parameters[0]).shape[1]) < FEWEST_INPUTS:
+            reason = f"fewer than {FEWEST_INPUTS} inputs, too few for a scale"
+            skipped.append(LeftAlone(name, reason, weights))
         else:
             (weight,) = parameters
-            out_features, in_features = matrix_of(kind, weight).shape
-            sizes = out_features, in_features, weight.element_size()
+            sizes = matrix_of(kind, weight).shape[0], in_features, weight.element_size()
             of_module = kind.__name__, sharing.get(name, ())
             modules.append(QuantizableModule(name, block or name, *sizes, *of_module))
             continue
@@ -202,7 +206,7 @@ def _unfit(model: PreTrainedModel, sharing: Sequence[str], modules_to_not_conver
     for name in sharing:
         if not should_convert_module(name, modules_to_not_convert):
             return f"{name}, which is named in modules_to_not_convert"
-        if (kind := kind_of(type(model.get_submodule(name)))) not in TIED_CLASSES:
+        if (kind := kind_of(model.get_submodule(name))) not in TIED_CLASSES:
             return f"{name}, a {kind.__name__}, which cannot compute with a packed weight"
     return None
 
@@ -212,7 +216,7 @@ def _odd_convolution(module: nn.Module) -> str | None:
     assert isinstance(module, CONVOLUTIONS)
     if module.groups == module.in_channels > 1:
         return "a depthwise convolution"
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+    if module.padding_mode != "zeros" or padding_of(module) is None:
         return f"{type(module).__name__} with padding={module.padding!r} of {module.padding_mode} is not supported"
     return None
 
@@ -225,7 +229,7 @@ def output_embedding(model: PreTrainedModel) -> str:
     """
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
-    if name is None or type(head) is not nn.Linear:
+    if name is None or kind_of(head) is not nn.Linear:
         raise ModelError(
             f"{type(model).__name__} has no linear layer that predicts tokens (get_output_embeddings()); leave"
             " quantize_lm_head out"
@@ -250,7 +254,7 @@ def input_embedding(model: PreTrainedModel) -> str:
     except NotImplementedError:
         embedding = None
     name = next((name for name, module in model.named_modules() if module is embedding), None)
-    if name is None or kind_of(type(embedding)) is not nn.Embedding or embedding.max_norm is not None:
+    if name is None or kind_of(embedding) is not nn.Embedding or embedding.max_norm is not None:
         found = "nothing" if name is None else f"{name}, a {type(embedding).__name__},"
         raise ModelError(
             f"{type(model).__name__} looks tokens up in {found} not nn.Embedding; leave quantize_embeddings out"
@@ -264,10 +268,9 @@ def vision_tower(model: PreTrainedModel) -> tuple[str, ...]:
     Raises:
         ModelError: there are none.
     """
-    in_language = _language_part(model)
-    towers = tuple(f"{name}." for name in find_blocks(model) if not in_language(name))
-    linear = (name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D))
-    if not (names := tuple(name for name in linear if name.startswith(towers))):
+    for_images = tuple(f"{name}." for name in _blocks_for_images(model))
+    linear = (name for name, module in model.named_modules() if kind_of(module) in (nn.Linear, Conv1D))
+    if not (names := tuple(name for name in linear if name.startswith(for_images))):
         raise ModelError(
             f"{type(model).__name__} has no blocks of linear layers that read images; leave quantize_vision_tower out"
         )
@@ -275,14 +278,49 @@ def vision_tower(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _language_part(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether a module, by its name, reads text: all do but those that language models have for images."""
+    """Whether a block, by its name, reads text: all do but those that language models have for images."""
     if type(model).__name__ not in READ_IMAGES:
         return lambda _: True
-    names = {id(module): name + "." for name, module in model.named_modules() if name}
-    decoder = names.get(id(model.get_decoder()), "")
-    encoders = (names.get(id(model.get_encoder(modality)), "") for modality in ("image", "video", "audio"))
-    towers = tuple(name for name in encoders if name and not decoder.startswith(name))
-    return lambda name: name.startswith(decoder) and not name.startswith(towers)
+    start, towers = _decoder(model), _towers(model)
+    if _encodes_both(model):
+        return lambda name: not name.startswith(towers)
+    children = {name: dict(model.get_submodule(name).named_children()) for name in find_blocks(model)}
+    crossing = {name for name, of_block in children.items() if CROSS_ATTENTION in of_block}
+    return lambda name: name.startswith(start) and not name.startswith(towers) and name not in crossing
+
+
+def _encodes_both(model: PreTrainedModel) -> bool:
+    """Whether an encoder reads text and images, and a decoder answers, as those of T5Gemma 2 do."""
+    name = type(model).__name__
+    return name in READ_IMAGES and task_of_class(name) == "seq2seq-lm"
+
+
+def _decoder(model: PreTrainedModel) -> str:
+    """Prefix of the names of the decoder's modules."""
+    decoder = model.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+
+
+def _towers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Prefixes of the names of what a language model reads images or sound with."""
+    whole = model.get_encoder() if _encodes_both(model) else model
+    encoders = (whole.get_encoder(modality) for modality in ("image", "video", "audio"))
+    found, decoder = {id(encoder) for encoder in encoders if encoder is not whole}, _decoder(model)
+    prefixes = (f"{name}." for name, module in model.named_modules() if name and id(module) in found)
+    return tuple(prefix for prefix in prefixes if not decoder.startswith(prefix))
+
+
+def _blocks_for_images(model: PreTrainedModel) -> tuple[str, ...]:
+    """Blocks with which a language model reads images or sound; of a tower whose layers transformers has not marked
+    (Mllama's), the members of all its lists."""
+    if type(model).__name__ not in READ_IMAGES:
+        return ()
+    in_language = _language_part(model)
+    marked = [name for name in find_blocks(model) if not in_language(name)]
+    unmarked = tuple(tower for tower in _towers(model) if not any(name.startswith(tower) for name in marked))
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    in_lists = (f"{name}.{index}" for name in lists if name.startswith(unmarked) for index in range(len(lists[name])))
+    return (*marked, *in_lists)
 
 
 def _with_matrices(model: PreTrainedModel) -> Iterator[tuple[str, type[nn.Module], list[Tensor]]]:
@@ -294,25 +332,28 @@ def _with_matrices(model: PreTrainedModel) -> Iterator[tuple[str, type[nn.Module
             for leaf, weight, _ in matrices_of(module, projection_names(model, name, module)):
                 yield f"{name}.{leaf}", nn.Linear, [weight]
         elif parameters := [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]:
-            yield name, kind_of(type(module)), parameters
+            yield name, kind_of(module), parameters
 
 
 def _mixtures(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the modules that hold experts, and beside them what routes tokens to them."""
-    names = [*fused_experts(model), *(name for name, module in model.named_modules() if type(module) is LinearExperts)]
+    apart = (name for name, module in model.named_modules() if isinstance(module, LinearExperts))
+    names = [*fused_experts(model), *apart]
     return tuple(name.rpartition(".")[0] + "." for name in names)
 
 
 def _saved_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the tensors that `save_pretrained` writes: tied ones once, also before they are tied."""
+    """Bytes of the tensors that `save_pretrained` writes: tied ones once, also before they are tied; of experts what is
+    written when they are apart."""
     kept = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in model.all_tied_weights_keys
     }
-    return sum(
+    written = sum(
         tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in kept.values()}.values()
     )
+    return written - sum(map(unused_bytes, fused_experts(model).values()))
 
 
 def _refuse_skipping(model: PreTrainedModel, quantizable: int, skipped: Sequence[LeftAlone]) -> None:
@@ -359,9 +400,11 @@ def units(view: ModelView, granularity: str) -> dict[str, tuple[QuantizableModul
 def task_of(model: nn.Module) -> str | None:
     """A name in `TASKS`, or None for a class without such a head.
 
-    A language model that reads images, too, is `"causal-lm"`, or None if it cannot be run on text alone."""
+    A language model that reads images, too, is `"causal-lm"`, or None if it cannot be run on text alone, or what it is
+    listed as beside that."""
     name = type(model).__name__
-    return None if name in READ_IMAGES and _needs_images(model) else task_of_class(name)
+    listed = task_of_class(name)
+    return None if name in READ_IMAGES and listed == "causal-lm" and _needs_images(model) else listed
 
 
 def task_of_class(name: str) -> str | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .arithmetic import is_linear
 from .errors import ModelError
 from .grid import QuantizedWeight
 from .kernels import (
@@ -255,10 +256,17 @@ class PackedLayer(nn.Module):
 
 
 class QuantLinear(PackedLayer, nn.Linear):
-    """Packed form of `nn.Linear`."""
+    """Packed form of `nn.Linear` and of classes that compute the same."""
+
+    dense_class: type[nn.Linear] = nn.Linear
+
+    def like(self, other: nn.Module) -> PackedLayer:
+        assert isinstance(other, nn.Linear)
+        self.dense_class = other.dense_class if isinstance(other, QuantLinear) else type(other)
+        return super().like(other)
 
     def _empty(self) -> nn.Module:
-        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        return self.dense_class(self.in_features, self.out_features, self.bias is not None, device="meta")
 
 
 class QuantConv1D(PackedLayer, Conv1D):
@@ -419,10 +427,20 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 SCALED_EMBEDDING = "ScaledWordEmbedding"  # how the names of transformers' classes end that multiply the rows
 
 
-def kind_of(module: type[nn.Module]) -> type[nn.Module]:
-    """The class of torch or transformers that a module is packed as: its own, but `nn.Embedding` for scaled ones."""
-    scaled = issubclass(module, nn.Embedding) and module.__name__.endswith(SCALED_EMBEDDING)
-    return nn.Embedding if scaled else module
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a dense module is packed as, a key of `PACKED_CLASSES`; its own if it cannot be packed."""
+    if isinstance(module, nn.Embedding) and type(module).__name__.endswith(SCALED_EMBEDDING):
+        return nn.Embedding
+    return nn.Linear if is_linear(module) else type(module)
+
+
+def padding_of(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...] | None:
+    """Zeros on either side of each dimension, or None if the sides differ, as they may where `padding="same"`."""
+    if not isinstance(module.padding, str):
+        return tuple(module.padding)
+    spans = (size * (kernel - 1) for size, kernel in zip(module.dilation, module.kernel_size, strict=True))
+    both = [0 if module.padding == "valid" else span for span in spans]
+    return None if any(size % 2 for size in both) else tuple(size // 2 for size in both)
 
 
 def matrix_of(kind: type[nn.Module], weight: Tensor) -> Tensor:

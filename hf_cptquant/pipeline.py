@@ -117,8 +117,9 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
 
 def _undecided(model: PreTrainedModel, recipe: Recipe) -> BitPlan:
     """The plan of a model in which only what lies outside the blocks has its bits, if it is to be quantized."""
-    tower = () if recipe.quantize_vision_tower is None else vision_tower(model)
-    outside = dict.fromkeys(tower, recipe.quantize_vision_tower)
+    bits = recipe.quantize_vision_tower
+    outside = {} if bits is None else dict.fromkeys(vision_tower(model), bits)
+    tower = tuple(outside)
     if recipe.quantize_embeddings is not None:
         outside[input_embedding(model)] = recipe.quantize_embeddings
     if recipe.quantize_lm_head is not None:

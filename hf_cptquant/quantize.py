@@ -196,7 +196,7 @@ def _pack_nearest(model: nn.Module, decision: ModulePlan) -> None:
 def _pack(model: nn.Module, name: str, quantized: QuantizedWeight, shared_with: Sequence[str] = ()) -> None:
     """Put a packed module in the place of a dense one, and tied ones in the places of those that share its weight."""
     module = model.get_submodule(name)
-    packed = PACKED_CLASSES[kind_of(type(module))].from_quantized(quantized, module._parameters.get("bias"))
+    packed = PACKED_CLASSES[kind_of(module)].from_quantized(quantized, module._parameters.get("bias"))
     replace_module(model, name, packed.like(module))
     if shared_with:
         tie(model, name, shared_with)
@@ -225,7 +225,7 @@ def check_fits(model: nn.Module, plan: BitPlan) -> None:
 
 
 def _check_fits(module: nn.Module | None, decision: ModulePlan) -> None:
-    if module is None or kind_of(type(module)) not in PACKED_CLASSES:
+    if module is None or kind_of(module) not in PACKED_CLASSES:
         found = "no such module" if module is None else f"a {type(module).__name__}"
         raise PlanError(f"the plan decides on it, but the model has {found} there; is the plan for another model?")
     if tuple(_matrix(module).shape) != (decision.out_features, decision.in_features):

@@ -53,7 +53,7 @@ FUSED_GROUPS: tuple[tuple[str, frozenset[str]], ...] = (
     ("gate_up_proj", frozenset({"w1", "w3"})),
     ("wi", frozenset({"wi_0", "wi_1"})),
 )
-EXPERT = re.compile(r"\bexperts\.\d+\..*")
+EXPERT = re.compile(r"\b(experts|input_linear|output_linear)\.\d+\..*")  # the others are JetMoE's lists
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # what engines call them when they look for the scheme
 
 # Projections whose inputs are split over the ranks of tensor parallelism (`RowParallelLinear` in vLLM's and SGLang's
@@ -157,7 +157,7 @@ def fused_matrix(name: str, siblings: Collection[str]) -> str:
         That of the fused matrix if all of its parts are there, that of the list of experts, or the module's own.
     """
     if EXPERT.search(name):
-        return EXPERT.sub("experts", name)
+        return EXPERT.sub(r"\1", name)
     parent, _, leaf = name.rpartition(".")
     fused = (matrix for matrix, parts in FUSED_GROUPS if leaf in parts and parts <= set(siblings))
     return ".".join(filter(None, (parent, next(fused, leaf))))

@@ -138,7 +138,7 @@ def tie(model: PreTrainedModel, name: str, others: Sequence[str]) -> None:
     for other in others:
         dense = model.get_submodule(other)
         with align_module_device(dense):  # for its bias
-            replace_module(model, other, TIED_CLASSES[kind_of(type(dense))](embedding, dense))
+            replace_module(model, other, TIED_CLASSES[kind_of(dense)](embedding, dense))
     weights = {f"{module}.weight" for module in (name, *others)}
     model.all_tied_weights_keys = {
         target: source for target, source in model.all_tied_weights_keys.items() if target not in weights

@@ -7,8 +7,9 @@ is replaced by a class that hands checkpoints with a `cptquant` section to us an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .config import CPTQuantCheckpointConfig, CPTQuantConfig
 from .errors import ConfigError, ModelError
 from .experts import LinearExperts, without_merging
 from .hub import push_to_hub, save_pretrained
+from .modules import packed_modules
 from .pipeline import Preparation, prepare, quantize_model
 from .quantize import dequantize_model
 from .record import QuantizationRecord
@@ -40,7 +42,8 @@ class CPTQuantHfQuantizer(HfQuantizer):
     quantization_config: CPTQuantConfig
     record: QuantizationRecord
     _preparation: Preparation
-    _apart: Sequence[str] = ()
+    _apart: Sequence[str] = ()  # experts that are loaded as linear layers
+    _scales: Mapping[str, torch.dtype] = MappingProxyType({})  # tensor → its format, where packed layers are loaded
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
@@ -51,7 +54,9 @@ class CPTQuantHfQuantizer(HfQuantizer):
             check_files(checkpoint_files or (), record)
             self.record = with_plan_file(record, checkpoint_files or ())
             build_skeleton(model, self.record)
-            self._apart = [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
+            self._apart = _experts_apart(model)
+            packed = packed_modules(model)
+            self._scales = {f"{name}.weight_scale": module.weight_scale.dtype for name, module in packed.items()}
         else:
             with torch.device("cpu"):  # transformers builds the model on the meta device; the data are real
                 self._preparation = prepare(model, self.quantization_config.recipe())
@@ -66,6 +71,8 @@ class CPTQuantHfQuantizer(HfQuantizer):
             del self._preparation  # the calibration data
             self.quantization_config = CPTQuantCheckpointConfig(write_section(self.record, is_portable(model)))
             model.config.quantization_config = self.quantization_config
+            packed = [module.name for module in self.record.plan.packed]
+            model._weight_conversions = without_merging(model._weight_conversions, _experts_apart(model), packed)
         model.save_pretrained = partial(save_pretrained, model, self.record, tokenizer)
         model.push_to_hub = partial(push_to_hub, model, self.record, tokenizer)
         model.resize_token_embeddings = partial(resize_token_embeddings, model, self.record)
@@ -74,8 +81,14 @@ class CPTQuantHfQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
-        """Experts that are packed one by one are loaded so. (Only newer versions of transformers give the model.)"""
-        return super().update_weight_conversions(without_merging(weight_conversions, self._apart), *model)
+        """What was packed by itself is loaded so. (Only newer versions of transformers give the model.)"""
+        packed = [name.removesuffix(".weight_scale") for name in self._scales]
+        return super().update_weight_conversions(without_merging(weight_conversions, self._apart, packed), *model)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Scales keep the format of the weights that they belong to, where the model's class asks for float32 by a name
+        that is part of theirs, too (HYV4's `scale`)."""
+        return self._scales.get(converter.target_patterns[0], super().get_new_dtype(converter, param, dtype))
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Make the model dense, in place, in its own dtype unless another is asked for.
@@ -106,6 +119,10 @@ class CPTQuantHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _experts_apart(model: PreTrainedModel) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
 
 
 def resize_token_embeddings(

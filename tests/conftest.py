@@ -83,7 +83,8 @@ TINY_CONFIGS: dict[str, tuple[str, str, dict]] = {
         "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 30522, "max_position_embeddings": 64}),
 }  # fmt: skip
 # Two projections in one parameter, and other names on disk; a shared expert; transposed, in turn, with biases; fused on
-# disk, too; one projection before the activation.
+# disk, too; one projection before the activation. Then those that transformers does not mark: weighted beforehand; with
+# experts that do nothing; a module for each projection, in attention, too.
 TINY_MIXTURES: dict[str, tuple[str, str, dict]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
@@ -103,6 +104,17 @@ TINY_MIXTURES: dict[str, tuple[str, str, dict]] = {
         "layers_block_type": ["attention", "moe"], "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
         "moe_shared_expert_intermediate_size": 64, "n_group": 1, "topk_group": 1, "vocab_size": 512}),
+    "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", {"hidden_size": 64, "intermediate_size": 64,
+        "intermediate_size_mlp": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 512,
+        "max_position_embeddings": 64}),
+    "longcat-flash": ("LongcatFlashForCausalLM", "LongcatFlashConfig", {"hidden_size": 64, "ffn_hidden_size": 128,
+        "expert_ffn_hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "head_dim": 16, "v_head_dim": 16, "moe_topk": 3,
+        "n_routed_experts": 4, "zero_expert_num": 2, "vocab_size": 512, "max_position_embeddings": 64}),
+    "jetmoe": ("JetMoeForCausalLM", "JetMoeConfig", {"hidden_size": 64, "intermediate_size": 64, "kv_channels": 16,
+        "num_hidden_layers": 2, "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 512,
+        "max_position_embeddings": 64}),
 }  # fmt: skip
 TINY_VISION: dict[str, tuple[str, str, dict]] = {  # patches of one size; stages, and attention within windows
     "vit": ("ViTForImageClassification", "ViTConfig", {"hidden_size": 64, "intermediate_size": 128,

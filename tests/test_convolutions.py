@@ -60,12 +60,13 @@ def resnet() -> PreTrainedModel:
     return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=4)).eval()
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, {"padding": "same", "dilation": 2}])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("dense_class", "packed_class"), [(nn.Conv1d, QuantConv1d), (nn.Conv2d, QuantConv2d)])
 @torch.no_grad()
-def test_a_packed_convolution_is_the_dense_one_with_rounded_weights(dense_class, packed_class, bias):
+def test_a_packed_convolution_is_the_dense_one_with_rounded_weights(dense_class, packed_class, bias, settings):
     torch.manual_seed(0)
-    dense = dense_class(16, 24, 3, bias=bias, **SETTINGS)
+    dense = dense_class(16, 24, 3, bias=bias, **settings)
     x = torch.randn(2, 16, *(20,) * (dense.weight.dim() - 2))
     found = round_nearest(dense.weight.flatten(1), LayerScheme(4))
     packed = packed_class.from_quantized(found, dense.bias).like(dense)
@@ -139,12 +140,17 @@ def test_depthwise_and_oddly_padded_convolutions_are_left_alone():
     model.get_submodule(name).padding_mode = "circular"
     (odd,) = (module for module in view_model(model).left if module.name == name)
     assert odd.reason == "Conv2d with padding=(1, 1) of circular is not supported"
+    parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    for kernel, supported in ((3, True), (4, False)):  # more zeros on one side than on the other
+        setattr(parent, leaf, nn.Conv2d(32, 32, kernel, padding="same"))
+        assert (name in {module.name for module in view_model(model).modules}) == supported
 
 
+@pytest.mark.parametrize("padding", [1, "same", "valid"])
 @pytest.mark.parametrize("dense_class", [nn.Conv1d, nn.Conv2d])
-def test_the_gradient_of_the_matrix_is_that_of_autograd(dense_class):
+def test_the_gradient_of_the_matrix_is_that_of_autograd(dense_class, padding):
     torch.manual_seed(0)
-    layer = dense_class(16, 24, 3, **SETTINGS)
+    layer = dense_class(16, 24, 3, **{**SETTINGS, "padding": padding, "stride": 1 if padding == "same" else 2})
     x = torch.randn(3, 16, *(20,) * (layer.weight.dim() - 2))
     outputs = layer(x)
     delta = torch.randn_like(outputs)

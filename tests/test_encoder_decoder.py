@@ -21,6 +21,26 @@ BART = (
         "decoder_start_token_id": 2, "forced_eos_token_id": None,
     },
 )  # fmt: skip
+STACK = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 64,
+    "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+EYES = {
+    "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+# Its encoder reads images, too; attention of the decoder is to itself and to the encoder at once.
+T5GEMMA2 = (
+    "T5Gemma2ForConditionalGeneration",
+    "T5Gemma2Config",
+    {
+        "encoder": {"model_type": "t5gemma2_encoder", "text_config": {"model_type": "t5gemma2_text", **STACK},
+                    "vision_config": EYES, "mm_tokens_per_image": 4, "boi_token_index": 509, "eoi_token_index": 510,
+                    "image_token_index": 511},
+        "decoder": {"model_type": "t5gemma2_decoder", **STACK}, "eoi_token_index": 510, "image_token_index": 511,
+    },
+)  # fmt: skip
 WAYS = {
     "default": {"iters": 2, "quality": "balanced"},
     "gptq": {"rounding": "gptq"},
@@ -29,10 +49,11 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=["t5", "bart"])
+@pytest.fixture(scope="module", params=["t5", "bart", "t5gemma2"])
 def folder(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TINY_CONFIGS, "bart", BART)
+        patch.setitem(TINY_CONFIGS, "t5gemma2", T5GEMMA2)
         model = tiny_model(request.param)
     folder = tmp_path_factory.mktemp("encoder-decoder") / request.param
     model.save_pretrained(folder)
@@ -49,9 +70,10 @@ def test_both_stacks_are_quantized_saved_and_reloaded(way, folder, tokens, tmp_p
     packed = packed_modules(again)
     assert packed.keys() == packed_modules(model).keys()
     assert {"encoder", "decoder"} <= {part for name in packed for part in name.split(".")[:2]}
-    assert any(
-        "EncDecAttention" in name or "encoder_attn" in name for name in packed
-    )  # the decoder's view of the encoder
+    decoder = [name for name in packed if "decoder" in name]
+    of_encoder = ("EncDecAttention", "encoder_attn", "model.decoder.layers.0.self_attn")  # the last is T5Gemma 2's
+    assert any(any(what in name for what in of_encoder) for name in decoder)
+    assert not any("vision_tower" in name for name in packed)
     given = {"input_ids": tokens, "labels": tokens[:, :20].contiguous()}
     assert torch.equal(again(**given).logits, model(**given).logits)
     dense = copy.deepcopy(model).dequantize()

@@ -28,9 +28,12 @@ from hf_cptquant.sensitivity.cmpq import sample_outputs, units_by_tokens
 
 
 def mixture(kind: str, **changes) -> transformers.PreTrainedModel:
-    """With transformers' eager experts, which add in our order."""
+    """With transformers' eager experts, which add in our order. Rows that belong to no expert are zero."""
     model = tiny_model(kind, **changes)
     model.set_experts_implementation("eager")
+    if kind == "longcat-flash":
+        for layer in model.model.layers:
+            layer.mlp.experts.gate_up_proj.data[len(layer.mlp.experts.down_proj) :] = 0
     return model
 
 
@@ -47,7 +50,8 @@ def settings(tokens: torch.Tensor, **changes) -> CPTQuantConfig:
 def experts_only(model: transformers.PreTrainedModel) -> BitPlan:
     """The plan with 4 bits for experts, and 16 for everything else."""
     plan = view_model(model).plan("group")
-    return plan.with_bits({m.unit: 4 if m.unit.endswith("experts") else 16 for m in plan.modules}, 32)
+    of_experts = set(fused_experts(model))
+    return plan.with_bits({m.unit: 4 if m.unit in of_experts else 16 for m in plan.modules}, 32)
 
 
 @pytest.mark.parametrize("kind", TINY_MIXTURES)
@@ -68,10 +72,14 @@ def test_linear_layers_compute_what_fused_experts_do_and_leave_no_trace(kind, to
 def test_quantized_saved_and_reloaded(kind, tokens, tmp_path):
     mixture(kind).save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=settings(tokens))
-    experts = [module for name, module in packed_modules(model).items() if ".experts." in name]
-    assert experts
+    apart = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LinearExperts))
+    experts = [module for name, module in packed_modules(model).items() if name.startswith(apart)]
+    assert apart
+    assert len(experts) == sum(
+        len(model.get_submodule(name[:-1])) * len(model.get_submodule(f"{name}0")) for name in apart
+    )
     assert all(type(module) is QuantLinear for module in experts)
-    assert not any(name.split(".")[-1] in ("gate", "router") for name in packed_modules(model))
+    assert not any({"gate", "router"} & set(name.split(".")) for name in packed_modules(model))
     expected = logits(model, tokens)
 
     model.save_pretrained(tmp_path / "quantized")
@@ -104,6 +112,68 @@ def test_names_on_disk_are_those_of_the_original_checkpoint(kind, tokens, tmp_pa
 
     extra = {name for name in names("quantized") if name.endswith(("weight_scale", "weight_shape"))}
     assert names("quantized") - extra == names("dense")
+
+
+@pytest.mark.parametrize("kind", ["llama4", "longcat-flash", "jetmoe"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "signround"])
+def test_packed_they_compute_what_fused_ones_with_rounded_weights_do(kind, rounding, tokens, tmp_path):
+    """The independent reference is transformers' module with the dequantized weights put in by hand."""
+    model, reference = mixture(kind), mixture(kind)
+    plan = experts_only(model)
+    recipe = CPTQuantConfig(plan=plan, dataset=tokens, sequence_length=32, rounding=rounding, iters=2).recipe()
+    quantize_model(model, recipe, prepare(model, recipe))
+    assert {module.name for module in plan.packed} == packed_modules(model).keys()
+    for name, fused in fused_experts(reference).items():
+        for expert, layers in enumerate(model.get_submodule(name)):
+            weights = {leaf: layer.weight for leaf, layer in layers.items()}
+            if kind == "jetmoe":
+                fused.weight.data[expert] = weights["linear"]
+                continue
+            gate_up, down = torch.cat((weights["gate_proj"], weights["up_proj"])), weights["down_proj"]
+            fused.gate_up_proj.data[expert] = gate_up.t() if kind == "llama4" else gate_up
+            fused.down_proj.data[expert] = down.t() if kind == "llama4" else down
+    expected = logits(reference, tokens)
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, logits(mixture(kind), tokens), atol=0.1)
+    held = sum(tensor.nbytes for tensor in model.state_dict().values()) - 16 * len(plan.packed)
+    tied = model.lm_head.weight.nbytes if model.config.tie_word_embeddings else 0
+    assert held - tied == plan.nbytes  # and no dense copy beside it
+
+
+def test_llama_4_is_written_by_the_names_that_engines_read(tokens, tmp_path):
+    mixture("llama4").save_pretrained(tmp_path / "dense")
+    config = settings(tokens, target_bits=None, bits_override={"*": 4})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    model.save_pretrained(tmp_path / "quantized")
+    found = {name for name in load_file(tmp_path / "quantized" / "model.safetensors") if ".experts." in name}
+    leaves, tensors = ("gate_proj", "up_proj", "down_proj"), ("weight_packed", "weight_scale", "weight_shape")
+    assert found == {
+        f"model.layers.{layer}.feed_forward.experts.{expert}.{leaf}.{tensor}"
+        for layer in range(2) for expert in range(4) for leaf in leaves for tensor in tensors
+    }  # fmt: skip
+
+
+def test_an_expert_of_llama_4_runs_on_its_own_tokens_alone(tokens):
+    model = mixture("llama4")
+    seen: dict[int, int] = {}
+    with linear_experts(model):
+        experts = model.model.layers[0].feed_forward.experts
+        for index, expert in enumerate(experts):
+            count = lambda _module, inputs, index=index: seen.update({index: len(inputs[0])})  # noqa: E731
+            expert["gate_proj"].register_forward_pre_hook(count)
+        logits(model, tokens)
+    assert sum(seen.values()) == 2 * tokens.numel()  # two of four for each
+
+
+def test_some_initialize_the_parameters_of_experts_by_name():
+    """As transformers' class of Qwen3-Omni does while packed ones are loaded."""
+    model = mixture("mixtral")
+    with linear_experts(model):
+        experts = model.model.layers[0].mlp.experts
+        assert experts.gate_up_proj.numel() == experts.down_proj.numel() == 0
+        with pytest.raises(AttributeError, match="other"):
+            _ = experts.other
+        model.initialize_weights()
 
 
 def test_the_weights_of_fused_experts_are_rounded_as_linear_layers_are(tokens):

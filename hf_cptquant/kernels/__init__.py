@@ -88,6 +88,8 @@ def choose_layout(
             WIRE,
             f"torch's CPU kernels take 2 to 6 bits in groups of {planes.GROUP_SIZES} and symmetric 8 bits per channel",
         )
+    if scheme.bits > 4 and not scheme.symmetric:
+        return Choice(WIRE, f"torch's CPU kernels take {scheme.bits} bits without zero points only")
     block = planes.int4_block()
     if block is None or out_features % block:
         return Choice(

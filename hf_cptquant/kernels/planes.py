@@ -8,7 +8,8 @@ features at a time, so that what the kernel reads is still in the cache:
 - 2 bits: a byte holds two of the kernel's bytes, one of which is in place: n = 4c, c counted from 0.
 - 3 bits: a byte holds one of the kernel's (n = 2c) and lends its two free bits to a fourth; three such bytes hold four.
 - 5 and 6 bits: the upper four are the kernel's bytes as they are, and the lower one or two a plane that spreads to
-  n = 8 + lower bits; the kernel is called with both, and the products are summed.
+  n = 8 + lower bits; the kernel is called with both, and the products are summed. Not with zero points: a shift that is
+  rounded to bfloat16, as the kernel wants it, is too coarse for steps that fine.
 
 The planes follow the kernel's own order: within a block of output features (64 with AVX-512, else 32), input features
 first, and for each of them a byte for every two output features. The order depends on the instruction set, so it is
@@ -44,7 +45,7 @@ class Form:
 
     Attributes:
         widths: bits of each plane, the upper ones first.
-        factors: what the kernel's product with each plane counts; powers of two.
+        factors: what the kernel's product with each plane counts; powers of two, so that scales are held as they are.
     """
 
     widths: tuple[int, ...]
@@ -66,13 +67,12 @@ def _bytes(*values: int) -> list[int]:
 
 
 M01, M11, M33, M88, MCC, MEE = _bytes(0x01, 0x11, 0x33, 0x88, 0xCC, 0xEE)
-LENT = _bytes(0x88, 0x44, 0x22)
 
 
 @lru_cache
-def _column(device: torch.device, *values: int) -> Tensor:
-    """Shifts or masks of the parts of a block."""
-    return torch.tensor(values, dtype=torch.int64, device=device).unsqueeze(1)
+def _places(device: torch.device) -> Tensor:
+    """By how many bits the four parts of a block are shifted in a plane of one bit."""
+    return torch.arange(4, dtype=torch.int64, device=device).unsqueeze(1)
 
 
 @lru_cache
@@ -155,12 +155,11 @@ def _join(octets: Tensor, width: int) -> Tensor:
     if width == 4:
         return octets
     if width == 1:
-        return (octets << _column(octets.device, 0, 1, 2, 3)).sum(1, keepdim=True)
+        return (octets << _places(octets.device)).sum(1, keepdim=True)
     if width == 2:
-        first, second = octets.view(len(octets), 2, 2, -1).unbind(2)
-        return first | second << 2
-    octets = octets << 1
-    return octets[:, :3] | ((octets[:, 3:] >> _column(octets.device, 3, 2, 1)) & M11)
+        return octets[:, :2] | octets[:, 2:] << 2
+    lent = [octets[:, 3:] >> place & M11 for place in (2, 1, 0)]
+    return octets[:, :3] << 1 | torch.cat(lent, 1)
 
 
 def _spread(plane: Tensor, width: int, bits: int, scratch: Tensor) -> Tensor:
@@ -168,20 +167,22 @@ def _spread(plane: Tensor, width: int, bits: int, scratch: Tensor) -> Tensor:
     if width == 4:
         return plane
     if width == 1:
-        torch.bitwise_right_shift(plane, _column(plane.device, 0, 1, 2, 3), out=scratch)
+        torch.bitwise_right_shift(plane, _places(plane.device), out=scratch)
         return scratch.bitwise_and_(M11).bitwise_or_(M88)
-    if width == 2:
-        pairs, halves = scratch.view(len(plane), 2, 2, -1), plane.unsqueeze(2)
-        if bits == 2:
-            torch.bitwise_left_shift(halves, _column(plane.device, 2, 0), out=pairs)
-            return scratch.bitwise_and_(MCC)
-        torch.bitwise_right_shift(halves, _column(plane.device, 0, 2), out=pairs)
-        return scratch.bitwise_and_(M33).bitwise_or_(M88)
-    torch.bitwise_and(plane, MEE, out=scratch[:, :3])
-    lent = (plane << _column(plane.device, 3, 2, 1)).bitwise_and_(_column(plane.device, *LENT))
-    first, second, third = lent.unbind(1)
-    torch.bitwise_or(first, second, out=scratch[:, 3]).bitwise_or_(third)
-    return scratch
+    if width == 3:
+        torch.bitwise_and(plane, MEE, out=scratch[:, :3])
+        first, second, third = torch.bitwise_and(plane, M11).unbind(1)
+        lent = torch.bitwise_left_shift(first, 1).bitwise_or_(second).bitwise_left_shift_(1).bitwise_or_(third)
+        torch.bitwise_left_shift(lent, 1, out=scratch[:, 3])
+        return scratch
+    first, second = scratch[:, :2], scratch[:, 2:]
+    if bits == 2:
+        torch.bitwise_left_shift(plane, 2, out=first).bitwise_and_(MCC)
+        torch.bitwise_and(plane, MCC, out=second)
+        return scratch
+    torch.bitwise_and(plane, M33, out=first)
+    torch.bitwise_right_shift(plane, 2, out=second).bitwise_and_(M33)
+    return scratch.bitwise_or_(M88)
 
 
 def _scratch(plane: Tensor) -> Tensor:
@@ -199,38 +200,39 @@ def _integers(planes: list[Tensor], bits: int, in_features: int) -> Tensor:
 
 
 def to_table(scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """Scales `[out, groups]` in the order of the planes: bfloat16 `[blocks, groups, block]`, or with zero points scales
-    and shifts `[blocks, groups, block, 2]`.
+    """Scales `[out, groups]` in the kernel's order: bfloat16 `[groups, out]`, or with zero points scales and shifts
+    `[groups, out, 2]`, shift = −z·scale / factor.
 
-    Where there is no zero point, the shift is 0 and not held. It is −z·scale otherwise, divided by the sum of the
-    factors, since every plane's product contains it.
+    Without zero points the shifts are 0 and not held, but made at each call: held, they would take as much memory again
+    as the scales do. To make those of zero points would take longer.
     """
-    table = scale
-    if zero_point is not None:
-        counted = unpack(zero_point, bits, len(scale), dim=0) / sum(FORMS[bits].factors)
-        table = torch.stack((scale, (-counted * scale.float()).to(scale.dtype)), -1)
-    return table.view(-1, known_block(), *table.shape[1:]).transpose(1, 2).contiguous()
+    if zero_point is None:
+        return scale.t().contiguous()
+    counted = unpack(zero_point, bits, len(scale), dim=0) / FORMS[bits].factors[0]
+    return torch.stack((scale.t(), (-counted * scale.float()).to(scale.dtype).t()), -1)
 
 
 def scale_of(table: Tensor) -> Tensor:
     """The scales `[out, groups]` in a table."""
-    scale = table if table.dim() == 3 else table[..., 0]
-    return scale.transpose(1, 2).reshape(-1, scale.shape[1])
+    return _scales(table).t().contiguous()
+
+
+def _scales(table: Tensor) -> Tensor:
+    return table if table.dim() == 2 else table[..., 0]
 
 
 def _pairs(table: Tensor) -> Tensor:
-    """Some blocks of a table as the kernel reads it, scale and shift, `[groups, out, 2]`.
+    """A table, of all output features or of some, as the kernel reads it: scale and shift, `[groups, out, 2]`.
 
     Without shifts: a bfloat16 that is widened to float32 lies in memory behind 16 zeros, so that widened scales, read
     from the first of them on, are scales and zeros by turns.
     """
-    blocks, groups, block = table.shape[:3]
-    if table.dim() == 4:
-        pairs = table.view(torch.int32).squeeze(-1).transpose(0, 1).contiguous()
-        return pairs.view(groups, -1, 1).view(torch.bfloat16)
-    wide = torch.zeros(table.numel() + 1, dtype=torch.float32)
-    wide[:-1].view(groups, blocks, block).copy_(table.transpose(0, 1))
-    return wide.view(torch.bfloat16)[1:-1].view(groups, blocks * block, 2)
+    if table.dim() == 3:
+        return table.contiguous()
+    wide = table.new_empty(table.numel() + 1, dtype=torch.float32)
+    wide[:-1].view(table.shape).copy_(table)
+    wide[-1:].zero_()
+    return wide.view(torch.bfloat16)[1:-1].view(*table.shape, 2)
 
 
 def linear(x: Tensor, packed: Tensor, table: Tensor, group_size: int) -> Tensor:
@@ -239,20 +241,19 @@ def linear(x: Tensor, packed: Tensor, table: Tensor, group_size: int) -> Tensor:
     (rows, in_features), bits = x.shape, bits_of(packed, x.shape[1])
     if bits == 4:
         return kernel(x, packed, group_size, _pairs(table))
-    form, (blocks, _, block) = FORMS[bits], table.shape[:3]
+    out_features, block, form = len(packed), known_block(), FORMS[bits]
     planes = _planes(packed, bits, in_features)
-    step = (reference.rows_of_tile(in_features, x.device, block) or len(packed)) // block
-    product = x.new_empty(rows, len(packed))
+    step = (reference.rows_of_tile(in_features, x.device, block) or out_features) // block
+    product = x.new_empty(rows, out_features)
     scratch = _scratch(planes[0][:step])
-    for start in range(0, blocks, step):
+    for start in range(0, out_features // block, step):
         part = slice(start, start + step)
-        pairs = _pairs(table[part])
-        out_features = pairs.shape[1]
-        found = []
+        outputs = slice(start * block, (start + step) * block)
+        of_part = product[:, outputs]
+        pairs, found = _pairs(table[:, outputs]), []
         for plane, width in zip(planes, form.widths, strict=True):
-            octets = _spread(plane[part], width, bits, scratch[: out_features // block])
-            found.append(kernel(x, octets.view(torch.uint8).view(out_features, -1), group_size, pairs))
-        of_part = product[:, start * block : start * block + out_features]
+            octets = _spread(plane[part], width, bits, scratch[: of_part.shape[1] // block])
+            found.append(kernel(x, octets.view(torch.uint8).view(-1, in_features // 2), group_size, pairs))
         if len(found) == 1:
             torch.mul(found[0], form.factors[0], out=of_part)
         else:
@@ -270,14 +271,11 @@ def _dense_tiles(
     another, too. (q − z)·scale is rounded once.
     """
     bits, block = bits_of(packed, in_features), known_block()
-    form, planes, out_features = FORMS[bits], _planes(packed, bits, in_features), len(packed)
-    lowest = 2 ** (bits - 1)
-    scales = _in_halves(table if table.dim() == 3 else table[..., 0])
-    if zero_point is None:
-        zeros = None
-    else:
-        unpacked = unpack(zero_point, bits, out_features, dim=0) + lowest
-        zeros = _in_halves(unpacked.view(-1, block, unpacked.shape[1]).transpose(1, 2))
+    form, planes, (out_features, groups) = FORMS[bits], _planes(packed, bits, in_features), (len(packed), len(table))
+    lowest, scales = 2 ** (bits - 1), _in_halves(_scales(table), block)
+    zeros = (
+        None if zero_point is None else _in_halves(unpack(zero_point, bits, out_features, dim=0).t() + lowest, block)
+    )
     step = (reference.rows_of_tile(in_features, packed.device, block) or out_features) // block
     for start in range(0, out_features // block, step):
         part = slice(start, start + step)
@@ -291,19 +289,16 @@ def _dense_tiles(
             for plane, width in zip(planes, form.widths, strict=True)
         ]
         lanes = digits[0] if len(digits) == 1 else digits[0].bitwise_left_shift_(form.widths[1]).bitwise_or_(digits[1])
-        steps = lanes.view(torch.int8).view(2, table.shape[1], in_features // table.shape[1], -1)
-        if zeros is None:
-            steps -= lowest
-        else:
-            steps -= zeros[:, :, part].reshape(2, table.shape[1], 1, -1)
+        steps = lanes.view(torch.int8).view(2, groups, in_features // groups, -1)
+        steps -= lowest if zeros is None else zeros[:, :, part].reshape(2, groups, 1, -1)
         dense = steps.to(table.dtype)
-        dense *= scales[:, :, part].reshape(2, table.shape[1], 1, -1)
+        dense *= scales[:, :, part].reshape(2, groups, 1, -1)
         yield part, dense.view(2, in_features, -1)
 
 
-def _in_halves(values: Tensor) -> Tensor:
-    """Values `[blocks, groups, block]` → `[2, groups, blocks, block / 2]`, a view."""
-    return values.unflatten(2, (2, -1)).permute(2, 1, 0, 3)
+def _in_halves(values: Tensor, block: int) -> Tensor:
+    """Values `[groups, out]` → `[2, groups, blocks, block / 2]`, a view."""
+    return values.unflatten(1, (-1, 2, block // 2)).permute(2, 0, 1, 3)
 
 
 def _digits(octets: Tensor, in_features: int, width: int, place: int) -> Tensor:
@@ -322,7 +317,7 @@ def dense_linear(x: Tensor, packed: Tensor, table: Tensor, zero_point: Tensor | 
     (rows, in_features), block = x.shape, known_block()
     dtype = working_dtype(x.dtype, x.device)
     inputs, product = x.to(dtype), x.new_empty(rows, len(packed))
-    of_blocks = product.view(rows, -1, 2, block // 2)
+    of_blocks = product.view(rows, len(packed) // block, 2, block // 2)
     with torch.autocast(x.device.type, enabled=False):
         for part, dense in _dense_tiles(packed, table, zero_point, in_features):
             for half in (0, 1):

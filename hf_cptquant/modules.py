@@ -31,6 +31,8 @@ from .kernels import (
     dense_weight,
     kernel_of,
     linear,
+    multiply,
+    needs_op,
     reference,
     to_layout,
 )
@@ -141,16 +143,10 @@ class PackedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ModelError(f"the input has {x.shape[-1]} features, this layer takes {self.in_features}")
-        return linear(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            self.scheme.bits,
-            self.scheme.group_size,
-            self.layout,
-        )
+        held, scheme = self._buffers, self.scheme  # not by attribute, which torch looks up in several places
+        weight = (held["weight_packed"], held["weight_scale"], held["weight_zero_point"])
+        product = linear if needs_op(x) else multiply
+        return product(x, *weight, self.bias, scheme.bits, scheme.group_size, self.layout)
 
     @property
     def weight(self) -> Tensor:

@@ -169,8 +169,7 @@ def dense_weight(tensors: PackedTensors, bits: int, in_features: int) -> Tensor:
     return reference.dense_weight(tensors.weight, tensors.scale, tensors.zero_point, bits, in_features)
 
 
-@torch.library.custom_op("hf_cptquant::linear", mutates_args=())
-def linear(
+def multiply(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -180,7 +179,7 @@ def linear(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    """`x [..., in]` times a packed weight, plus bias → `[..., out]` in the dtype of `x`.
+    """`x [..., in]` times a packed weight, plus bias → `[..., out]` in the dtype of `x`: what the op does, without it.
 
     `weight`, `scale` and `zero_point` are the tensors of a `PackedTensors` in `layout`.
     """
@@ -210,6 +209,20 @@ def linear(
         tiles = reference.dense_tiles(weight, scale, zero_point, bits, in_features)
         product = reference.linear_of_tiles(rows, tiles, bias, len(scale))
     return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+linear = torch.library.custom_op("hf_cptquant::linear", multiply, mutates_args=())
+
+
+def needs_op(x: Tensor) -> bool:
+    """Whether a product has to be one op: for a graph, a gradient, or inputs that are not plain. Elsewhere `multiply`
+    may be called straight, which spares what takes as long as a small product itself."""
+    return (
+        type(x) is not Tensor
+        or not x.is_cpu
+        or torch.compiler.is_compiling()
+        or (x.requires_grad and torch.is_grad_enabled())
+    )
 
 
 @linear.register_fake

@@ -98,9 +98,9 @@ def test_a_loaded_model_takes_what_its_plan_says(quantized, tmp_path):
             assert size <= 1.1 * planned, found
 
 
-# Settings, and the bytes that rounding works on for each weight of a block: nearest takes one module at a time, and two
-# bytes for each weight are the block itself. SignRound holds a copy of the block (2), the weight, its offset, the least,
-# the first and the last of the offsets that it compares (4 each), gradients, steps and what autograd keeps of them.
+# Settings, and the bytes that rounding works with for each weight of a block: nearest may take two blocks in bfloat16.
+# SignRound holds a copy of the block (2), the weight, its offset, the least, the first and the last of the offsets that
+# it compares (4 each), gradients, steps and what autograd keeps of them.
 ROUNDINGS = {"nearest": ({"rounding": "nearest"}, 4), "signround": ({"rounding": "signround", "iters": 2}, 64)}
 
 

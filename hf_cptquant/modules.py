@@ -34,6 +34,8 @@ from .kernels import (
     dense_weight,
     kernel_of,
     linear,
+    multiply,
+    needs_op,
     reference,
     to_layout,
 )
@@ -156,16 +158,10 @@ class PackedLayer(nn.Module):
         """`x [..., in_features]` times the packed weight, plus a bias → `[..., out_features]`."""
         if x.shape[-1] != self.in_features:
             raise ModelError(f"the input has {x.shape[-1]} features, this layer takes {self.in_features}")
-        return linear(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            bias,
-            self.scheme.bits,
-            self.scheme.group_size,
-            self.layout,
-        )
+        held, scheme = self._buffers, self.scheme  # not by attribute, which torch looks up in several places
+        weight = (held["weight_packed"], held["weight_scale"], held["weight_zero_point"])
+        product = linear if needs_op(x) else multiply
+        return product(x, *weight, bias, scheme.bits, scheme.group_size, self.layout)
 
     @property
     def weight(self) -> Tensor:
@@ -245,6 +241,13 @@ class PackedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.settle()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """When accelerate hooks a module, it has moved the buffers one by one before, without `_apply`. Those that it
+        puts in at each call, of an offloaded module, are from the state dict."""
+        super().__setattr__(name, value)
+        if name == "_hf_hook" and self.layout != WIRE:
+            self.settle()
 
     def extra_repr(self) -> str:
         return (

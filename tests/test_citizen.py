@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from conftest import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
@@ -20,7 +22,8 @@ from hf_cptquant.errors import CheckpointError, ConfigError, ModelError
 from hf_cptquant.modules import QuantLinear, packed_modules
 from hf_cptquant.transformers_backend import refuse_sharding
 
-# 4 bits in the int4 kernel's layout, 8 bits in the int8 kernel's, 3 bits and the narrow k_proj and v_proj as on disk
+# 4 bits in the int4 kernel's layout, 3 bits in planes for it, 8 bits in the int8 kernel's, the narrow k_proj and v_proj
+# as on disk
 SETTINGS = {
     "bits": (3, 4, 8),
     "bits_override": {"*.[qkv]_proj": 4, "*.gate_proj": 4, "*.up_proj": 4, "*.down_proj": 8, "*.o_proj": 3},
@@ -184,6 +187,38 @@ def test_device_maps(device_map, offload_buffers, saved, tokens, tmp_path):
     placed.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert equal(again.state_dict(), model.state_dict())
+
+
+def to_cpu_memory(model, folder):
+    return cpu_offload(model, offload_buffers=True)
+
+
+def to_disk(model, folder):
+    return disk_offload(model, folder, offload_buffers=True)
+
+
+def by_device_map(model, folder):
+    return dispatch_model(model, {**OUTSIDE, **BLOCKS}, main_device="cpu", offload_dir=folder, offload_buffers=True)
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("offload", [to_cpu_memory, to_disk, by_device_map])
+def test_accelerate_offloads_a_packed_model(offload, saved, model, tokens, tmp_path):
+    """Packed weights leave the modules, too, come back at each call, and are what is saved."""
+    dense = copy.deepcopy(model).dequantize()
+    of_torch, exact = logits_of(dense, tokens), logits_of(dense.double(), tokens)
+    offloaded = offload(model, tmp_path / "disk")
+    away = {name for name, module in packed_modules(offloaded).items() if module.weight_packed.device.type == "meta"}
+    kept = "layers.0" if offload is by_device_map else "nothing"
+    assert away == {name for name in packed_modules(saved[0]) if kept not in name}
+    for _ in range(2):
+        assert relative_error(logits_of(offloaded, tokens), exact) <= 2 * relative_error(of_torch, exact)
+    offloaded.save_pretrained(tmp_path / "again")
+    assert equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict(), saved[0].state_dict())
+    expected = logits_of(saved[0], tokens)
+    remove_hook_from_submodules(offloaded)
+    assert torch.equal(logits_of(offloaded.to("cpu"), tokens), expected)
+    assert layouts(offloaded) == layouts(saved[0])
 
 
 def test_a_damaged_checkpoint_is_found_when_offloaded_too(saved, tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_cptquant.grid import QuantizedWeight, integer_range
-from hf_cptquant.kernels import CPU_INT4, CPU_INT8, WIRE, choose_layout, dense_weight, to_layout
+from hf_cptquant.kernels import CPU_INT4, CPU_INT8, CPU_PLANES, WIRE, choose_layout, dense_weight, to_layout
 from hf_cptquant.modules import QuantConv1D, QuantLinear
 from hf_cptquant.plan import PACKED_BITS, LayerScheme, scheme_for
 
@@ -23,7 +23,7 @@ def weights(draw) -> QuantizedWeight:
     group_size = draw(st.sampled_from((16, 32, 64, 128, 256, -1)))
     out_features, in_features = draw(st.integers(1, 130)), draw(st.integers(1, 300))
     if draw(st.booleans()):  # what the kernels take
-        bits, dtype, group_size = draw(st.sampled_from((4, 8))), torch.bfloat16, max(32, group_size)
+        bits, dtype, group_size = draw(st.sampled_from((8, *PACKED_BITS))), torch.bfloat16, max(32, group_size)
         out_features, in_features = draw(st.sampled_from((64, 128, 192))), draw(st.sampled_from((64, 128, 192, 256)))
     scheme = scheme_for(bits, in_features, group_size, symmetric)
     low, high = integer_range(bits)
@@ -96,7 +96,7 @@ def test_conversion_to_a_kernels_layout_and_back_loses_nothing(weight):
         assert torch.equal(dense, exact_weight(weight).to(weight.scale.dtype))
 
 
-@pytest.mark.parametrize("layout", [CPU_INT4, CPU_INT8, WIRE])
+@pytest.mark.parametrize("layout", [CPU_INT4, CPU_PLANES, CPU_INT8, WIRE])
 def test_the_sweep_meets_every_layout(layout):
     """So that the two sweeps are not about the reference alone."""
     found = 0

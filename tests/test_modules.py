@@ -14,16 +14,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_cptquant import explain_choice
-from hf_cptquant.kernels import cpu
+from hf_cptquant.kernels import planes, reference
 from hf_cptquant.modules import QuantConv1D, QuantLinear, packed_modules
 from hf_cptquant.plan import LayerScheme
 from hf_cptquant.rounding import round_nearest
 
 BITS = (2, 3, 4, 5, 6, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-INT4, INT8, WIRE = "cpu_int4", "cpu_int8", "wire"
+INT4, PLANES, INT8, WIRE = "cpu_int4", "cpu_planes", "cpu_int8", "wire"
 
-needs_int4 = pytest.mark.skipif(cpu.int4_block() is None, reason="the int4 layout of this machine is not known")
+needs_int4 = pytest.mark.skipif(planes.int4_block() is None, reason="the int4 layout of this machine is not known")
 with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 
 # One module for each layout on the CPU: scheme, [out, in], dtype, layout.
@@ -32,6 +32,12 @@ SETTLED = pytest.mark.parametrize(
     [
         pytest.param(LayerScheme(4, 32), (64, 96), torch.bfloat16, INT4, marks=needs_int4, id="int4-sym"),
         pytest.param(LayerScheme(4, 64, False), (128, 128), torch.bfloat16, INT4, marks=needs_int4, id="int4-asym"),
+        pytest.param(LayerScheme(2, 64), (64, 128), torch.bfloat16, PLANES, marks=needs_int4, id="planes-2-sym"),
+        pytest.param(
+            LayerScheme(3, 32, False), (128, 96), torch.bfloat16, PLANES, marks=needs_int4, id="planes-3-asym"
+        ),
+        pytest.param(LayerScheme(5, 32), (64, 96), torch.bfloat16, PLANES, marks=needs_int4, id="planes-5-sym"),
+        pytest.param(LayerScheme(6, 32), (128, 96), torch.bfloat16, PLANES, marks=needs_int4, id="planes-6-sym"),
         pytest.param(LayerScheme(8), (40, 96), torch.bfloat16, INT8, id="int8"),
         pytest.param(LayerScheme(8, -1, False), (40, 96), torch.bfloat16, WIRE, id="wire-8-asym"),
         pytest.param(LayerScheme(3, 32, False), (40, 96), torch.float32, WIRE, id="wire-3-asym"),
@@ -185,6 +191,30 @@ def test_int4_layout_is_taken_and_accurate(group_size, symmetric, bias, offset):
     check_fast_layout(LayerScheme(4, group_size, symmetric), (192, 512), INT4, bias, offset, rows=(1, 3, 64, 65, 100))
 
 
+@needs_int4
+@pytest.mark.parametrize("offset", [0, 1], ids=["centred", "positive"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (2, False), (3, True), (3, False), (5, True), (6, True)])
+def test_planes_are_taken_and_accurate(bits, group_size, symmetric, offset):
+    scheme = LayerScheme(bits, group_size, symmetric)
+    check_fast_layout(scheme, (192, 512), PLANES, bits == 3, offset, rows=(1, 3, 32, 33, 100))
+
+
+@needs_int4
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_tiles_make_the_product_of_the_whole(bits, symmetric, monkeypatch):
+    """Three blocks of outputs, one or two at a time."""
+    module = packed_module(LayerScheme(bits, 32, symmetric), (192, 64), torch.bfloat16)
+    few, many = random(3, 64, dtype=torch.bfloat16), random(100, 64, dtype=torch.bfloat16)
+    whole, dense = (module(few), module(many)), module.weight
+    for blocks in (1, 2):
+        monkeypatch.setattr(reference, "TILE", blocks * planes.int4_block() * 64)
+        assert torch.equal(module(few), whole[0])
+        assert relative_error(module(many), whole[1].double()) <= torch.finfo(torch.bfloat16).eps
+        assert torch.equal(module.weight, dense)
+
+
 @pytest.mark.parametrize("offset", [0, 1], ids=["centred", "positive"])
 @with_and_without_bias
 @pytest.mark.parametrize("shape", [(64, 512), (40, 576), (77, 48)], ids=str)
@@ -230,12 +260,14 @@ def test_int8_kernel_takes_small_weights(shape):
     [
         (LayerScheme(4, 32), (64, 64), torch.float32, r"bfloat16 only.*torch\.float32"),
         (LayerScheme(8), (64, 64), torch.float16, r"bfloat16 only.*torch\.float16"),
-        (LayerScheme(3, 32), (64, 64), torch.bfloat16, r"4 bits in groups of .*32.* and symmetric 8 bits per channel"),
-        (LayerScheme(4, 16), (64, 64), torch.bfloat16, r"4 bits in groups of .*32"),
-        (LayerScheme(4), (64, 64), torch.bfloat16, r"4 bits in groups of .*32"),
+        (LayerScheme(3), (64, 64), torch.bfloat16, r"2 to 6 bits in groups of .*32.* and symmetric 8 bits per channel"),
+        (LayerScheme(4, 16), (64, 64), torch.bfloat16, r"2 to 6 bits in groups of .*32"),
+        (LayerScheme(4), (64, 64), torch.bfloat16, r"2 to 6 bits in groups of .*32"),
         (LayerScheme(8, -1, False), (64, 64), torch.bfloat16, r"symmetric 8 bits per channel"),
         (LayerScheme(8, 32), (64, 64), torch.bfloat16, r"symmetric 8 bits per channel"),
         (LayerScheme(4, 32), (40, 64), torch.bfloat16, r"blocks of .* rows; this weight has 40"),
+        (LayerScheme(6, 32), (40, 64), torch.bfloat16, r"blocks of .* rows; this weight has 40"),
+        (LayerScheme(5, 32, False), (64, 64), torch.bfloat16, r"5 bits without zero points only"),
     ],
     ids=str,
 )
@@ -249,7 +281,9 @@ def test_wire_layout_says_why_no_kernel_is_taken(scheme, shape, dtype, reason):
 def test_fast_layouts_say_which_kernel_and_up_to_how_many_rows():
     int4 = packed_module(LayerScheme(4, 32), (64, 64), torch.bfloat16)
     int8 = packed_module(LayerScheme(8), (64, 64), torch.bfloat16)
+    of_planes = packed_module(LayerScheme(3, 32), (64, 64), torch.bfloat16)
     assert explain_choice(int4) == "cpu_int4: torch's int4 kernel up to 64 rows, dequantize beyond"
+    assert explain_choice(of_planes) == "cpu_planes: torch's int4 kernel on bit planes up to 32 rows, dequantize beyond"
     assert explain_choice(int8) == "cpu_int8: torch's int8 kernel up to 16 rows, dequantize beyond"
 
 
@@ -418,6 +452,7 @@ def test_op_keeps_what_it_registers(scheme, shape, dtype, layout):
     ("scheme", "dtype"),
     [
         pytest.param(LayerScheme(4, 32), torch.bfloat16, marks=needs_int4, id="int4"),
+        pytest.param(LayerScheme(3, 32, False), torch.bfloat16, marks=needs_int4, id="planes"),
         pytest.param(LayerScheme(3, 32, False), torch.float32, id="wire"),
     ],
 )
@@ -462,7 +497,8 @@ def test_weights_are_held_packed_and_not_as_parameters(scheme, shape, dtype, lay
     module(random(1, shape[1], dtype=dtype))
     assert list(module.parameters()) == []
     held = sum(buffer.nbytes for buffer in module.buffers())
-    shifts = shape[0] * scheme.groups(shape[1]) * dtype.itemsize if layout == INT4 else 0  # one beside each scale
+    shifted = layout in (INT4, PLANES) and not scheme.symmetric
+    shifts = shape[0] * scheme.groups(shape[1]) * dtype.itemsize if shifted else 0  # one beside each scale
     assert held == scheme.nbytes(*shape, dtype.itemsize) + shifts + module.weight_shape.nbytes
 
 

@@ -19,15 +19,16 @@ from torch import Tensor
 from ..grid import dequantize
 from ..packing import unpack, unpack_rows
 from ..plan import PER_CHANNEL, LayerScheme
-from . import cpu, reference
+from . import cpu, planes, reference
 
-WIRE, CPU_INT4, CPU_INT8 = "wire", "cpu_int4", "cpu_int8"
+WIRE, CPU_INT4, CPU_PLANES, CPU_INT8 = "wire", "cpu_int4", "cpu_planes", "cpu_int8"
 
 # Rows up to which torch's kernel beats "dequantize, then dense matmul" (2 cores with AVX-512 and AMX, 2048 × 2048:
 # int4 5.8 ms against 9.6 ms at 64 rows, 11.0 against 10.9 at 128; int8 1.6 against 1.9 at 16 rows, 4.2 against 2.2 at
 # 32)
-MAX_ROWS = {CPU_INT4: 64, CPU_INT8: 16}
-KERNELS = {CPU_INT4: "torch int4", CPU_INT8: "torch int8"}
+MAX_ROWS = {CPU_INT4: 64, CPU_PLANES: 32, CPU_INT8: 16}
+KERNELS = {CPU_INT4: "torch int4", CPU_PLANES: "torch int4, bit planes", CPU_INT8: "torch int8"}
+BY_PLANES = (CPU_INT4, CPU_PLANES)
 REFERENCE = "dequantize, dense product"
 
 # Beyond these rows arithmetic decides, and the dense product of the GPU's own library is taken: the number is that of
@@ -43,9 +44,9 @@ class PackedTensors:
     """The tensors of one packed weight in some layout.
 
     Attributes:
-        weight: wire: int32 words `[out, packed_length(in, bits)]`; cpu_int4: uint8 `[out, in / 2]`; cpu_int8: int8
-            `[out, in]`.
-        scale: `[out, groups]`; cpu_int4: scale and shift, `[groups, out, 2]`.
+        weight: wire: int32 words `[out, packed_length(in, bits)]`; cpu_int4, cpu_planes: uint8
+            `[out, in · bits / 8]`; cpu_int8: int8 `[out, in]`.
+        scale: `[out, groups]`; cpu_int4, cpu_planes: what `planes.to_table` gives.
         zero_point: int32 `[packed_length(out, bits), groups]`, in every layout, or None.
     """
 
@@ -84,17 +85,21 @@ def choose_layout(
                 WIRE, f"torch's int8 kernel reads {cpu.INT8_WIDTH} inputs at a time; this weight has {in_features}"
             )
         return Choice(CPU_INT8, f"torch's int8 kernel up to {MAX_ROWS[CPU_INT8]} rows, dequantize beyond")
-    if scheme.bits != 4 or scheme.group_size not in cpu.INT4_GROUP_SIZES:
+    if scheme.bits not in planes.FORMS or scheme.group_size not in planes.GROUP_SIZES:
         return Choice(
             WIRE,
-            f"torch's CPU kernels take 4 bits in groups of {cpu.INT4_GROUP_SIZES} and symmetric 8 bits per channel",
+            f"torch's CPU kernels take 2 to 6 bits in groups of {planes.GROUP_SIZES} and symmetric 8 bits per channel",
         )
-    block = cpu.int4_block()
+    if scheme.bits > 4 and not scheme.symmetric:
+        return Choice(WIRE, f"torch's CPU kernels take {scheme.bits} bits without zero points only")
+    block = planes.int4_block()
     if block is None or out_features % block:
         return Choice(
             WIRE, f"torch's int4 kernel lays out blocks of {block or 'unknown'} rows; this weight has {out_features}"
         )
-    return Choice(CPU_INT4, f"torch's int4 kernel up to {MAX_ROWS[CPU_INT4]} rows, dequantize beyond")
+    if scheme.bits == 4:
+        return Choice(CPU_INT4, f"torch's int4 kernel up to {MAX_ROWS[CPU_INT4]} rows, dequantize beyond")
+    return Choice(CPU_PLANES, f"torch's int4 kernel on bit planes up to {MAX_ROWS[CPU_PLANES]} rows, dequantize beyond")
 
 
 def _interpreted() -> bool:
@@ -141,12 +146,13 @@ def to_layout(tensors: PackedTensors, layout: str, in_features: int) -> PackedTe
     weight, scale = tensors.weight, tensors.scale
     if tensors.layout == layout:
         return tensors
-    if tensors.layout == CPU_INT4:
-        weight, scale = cpu.int4_to_wire(weight, in_features), cpu.scale_of(scale).contiguous()
+    if tensors.layout in BY_PLANES:
+        weight, scale = planes.to_wire(weight, in_features), planes.scale_of(scale)
     elif tensors.layout == CPU_INT8:
         weight = cpu.int8_to_wire(weight)
-    if layout == CPU_INT4:
-        weight, scale = cpu.int4_to_kernel(weight, in_features), cpu.scale_and_shift(scale, tensors.zero_point)
+    if layout in BY_PLANES:
+        scale = planes.to_table(scale, tensors.zero_point, 32 * weight.shape[1] // in_features)
+        weight = planes.to_kernel(weight, in_features)
     elif layout == CPU_INT8:
         weight = cpu.int8_to_kernel(weight, in_features)
     return replace(tensors, weight=weight, scale=scale, layout=layout)
@@ -154,8 +160,8 @@ def to_layout(tensors: PackedTensors, layout: str, in_features: int) -> PackedTe
 
 def dense_weight(tensors: PackedTensors, bits: int, in_features: int) -> Tensor:
     """The dequantized weight `[out, in]` in the dtype of the scales: the same bits from every layout."""
-    if tensors.layout == CPU_INT4:
-        return cpu.int4_dense(tensors.weight, tensors.scale, tensors.zero_point, in_features)
+    if tensors.layout in BY_PLANES:
+        return planes.dense_weight(tensors.weight, tensors.scale, tensors.zero_point, in_features)
     if tensors.layout == CPU_INT8:
         return cpu.int8_dense(tensors.weight, tensors.scale)
     if kernel_of(WIRE, 0, tensors.scale.dtype, tensors.weight.device) == TRITON_DENSE:
@@ -175,8 +181,8 @@ def dense_rows(tensors: PackedTensors, rows: Tensor, bits: int, in_features: int
         `[n, in_features]` in the dtype of the scales.
     """
     zero_point = None if tensors.zero_point is None else unpack_rows(tensors.zero_point, bits, rows)
-    if tensors.layout == CPU_INT4:
-        integers, scale = cpu.int4_rows(tensors.weight, rows, in_features), cpu.scale_of(tensors.scale)
+    if tensors.layout in BY_PLANES:
+        integers, scale = planes.rows_of(tensors.weight, rows, in_features), planes.scale_of(tensors.scale)
     elif tensors.layout == CPU_INT8:
         integers, scale = tensors.weight[rows], tensors.scale
     else:
@@ -184,8 +190,7 @@ def dense_rows(tensors: PackedTensors, rows: Tensor, bits: int, in_features: int
     return dequantize(integers, scale[rows], zero_point)
 
 
-@torch.library.custom_op("hf_cptquant::linear", mutates_args=())
-def linear(
+def multiply(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -195,7 +200,7 @@ def linear(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    """`x [..., in]` times a packed weight, plus bias → `[..., out]` in the dtype of `x`.
+    """`x [..., in]` times a packed weight, plus bias → `[..., out]` in the dtype of `x`: what the op does, without it.
 
     `weight`, `scale` and `zero_point` are the tensors of a `PackedTensors` in `layout`.
     """
@@ -209,13 +214,13 @@ def linear(
     elif kernel in KERNELS.values():
         rows = rows.contiguous()
         product = (
-            cpu.int4_linear(rows, weight, scale, group_size)
-            if layout == CPU_INT4
+            planes.linear(rows, weight, scale, group_size)
+            if layout in BY_PLANES
             else cpu.int8_linear(rows, weight, scale)
         )
         product = product if bias is None else product + bias
-    elif layout == CPU_INT4:
-        product = cpu.int4_dense_linear(rows, weight, scale, zero_point, bias)
+    elif layout in BY_PLANES:
+        product = planes.dense_linear(rows, weight, scale, zero_point, bias)
     elif layout == CPU_INT8:
         product = cpu.int8_dense_linear(rows, weight, scale, bias)
     elif kernel == TRITON_DENSE:
@@ -225,6 +230,20 @@ def linear(
         tiles = reference.dense_tiles(weight, scale, zero_point, bits, in_features)
         product = reference.linear_of_tiles(rows, tiles, bias, len(scale))
     return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+linear = torch.library.custom_op("hf_cptquant::linear", multiply, mutates_args=())
+
+
+def needs_op(x: Tensor) -> bool:
+    """Whether a product has to be one op: for a graph, a gradient, or inputs that are not plain. Elsewhere `multiply`
+    may be called straight, which spares what takes as long as a small product itself."""
+    return (
+        type(x) is not Tensor
+        or not x.is_cpu
+        or torch.compiler.is_compiling()
+        or (x.requires_grad and torch.is_grad_enabled())
+    )
 
 
 @linear.register_fake

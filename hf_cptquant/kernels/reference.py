@@ -4,8 +4,7 @@ It reads the wire format, so it is also what all other kernels are checked again
 features at a time, few enough that their dequantized weights are multiplied while they are in the cache; the dense
 weight is never in memory as a whole, and where bfloat16 `F.linear` waits for memory, the packed weight comes faster.
 
-Weights of 2, 3, 5 and 6 bits take this way in decoding, too, though torch's CPU kernels for 4 and 8 bits are faster
-there: held in those layouts they would take a quarter to twice as much memory as the plan says.
+Weights per channel below 8 bits, and those of 5, 6 and 8 bits with zero points, take this way in decoding, too.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def by_device_map(model, folder):
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 @pytest.mark.parametrize("offload", [to_cpu_memory, to_disk, by_device_map])
 def test_accelerate_offloads_a_packed_model(offload, saved, model, tokens, tmp_path):
-    """Packed weights leave the modules, too, come back at each call, and are what is saved."""
+    """Packed weights leave the modules, too, come back at each call, and stay when accelerate is done."""
     dense = copy.deepcopy(model).dequantize()
     of_torch, exact = logits_of(dense, tokens), logits_of(dense.double(), tokens)
     offloaded = offload(model, tmp_path / "disk")
@@ -213,8 +213,9 @@ def test_accelerate_offloads_a_packed_model(offload, saved, model, tokens, tmp_p
     assert away == {name for name in packed_modules(saved[0]) if kept not in name}
     for _ in range(2):
         assert relative_error(logits_of(offloaded, tokens), exact) <= 2 * relative_error(of_torch, exact)
-    offloaded.save_pretrained(tmp_path / "again")
-    assert equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict(), saved[0].state_dict())
+    if offload is by_device_map:  # of the others transformers does not know, and cannot save any model
+        offloaded.save_pretrained(tmp_path / "again")
+        assert equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict(), saved[0].state_dict())
     expected = logits_of(saved[0], tokens)
     remove_hook_from_submodules(offloaded)
     assert torch.equal(logits_of(offloaded.to("cpu"), tokens), expected)

@@ -25,7 +25,7 @@ WIRE, CPU_INT4, CPU_PLANES, CPU_INT8 = "wire", "cpu_int4", "cpu_planes", "cpu_in
 
 # Rows up to which torch's kernel beats "dequantize, then dense matmul" (2 cores with AVX-512 and AMX, 2048 × 2048:
 # int4 5.8 ms against 9.6 ms at 64 rows, 11.0 against 10.9 at 128; int8 1.6 against 1.9 at 16 rows, 4.2 against 2.2 at
-# 32)
+# 32). Planes are spread once for all rows, but 5 and 6 bits run the kernel twice: between the two, not measured apart.
 MAX_ROWS = {CPU_INT4: 64, CPU_PLANES: 32, CPU_INT8: 16}
 KERNELS = {CPU_INT4: "torch int4", CPU_PLANES: "torch int4, bit planes", CPU_INT8: "torch int8"}
 BY_PLANES = (CPU_INT4, CPU_PLANES)

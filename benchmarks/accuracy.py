@@ -72,7 +72,7 @@ PEERS = {
     "AutoScheme 4.5": Peer("auto_round_peer.py", ("--target-bits", "4.5", "--bits", "4,8"), INTEGER),
     "AutoScheme 3.5": Peer("auto_round_peer.py", ("--target-bits", "3.5", "--bits", "2,3,4,8"), INTEGER),
 }
-SCRIPTS = Path(__file__).parent / "peers"
+SCRIPTS = Path(__file__).resolve().parent / "peers"
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 
 
@@ -122,14 +122,14 @@ def quantize(row: str, folder: Path, output: Path) -> dict[str, object]:
 def run(row: str, folder: Path, arguments: argparse.Namespace) -> dict[str, object] | None:
     """One row in a process of its own, or None where its peer is not installed."""
     output = folder / "weights.pt"
-    command = [sys.executable, __file__, "--quantize", row, "--work-dir", str(folder)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--quantize", row, "--work-dir", str(folder)]
     if peer := PEERS.get(row):
-        python = (arguments.peers or folder) / peer.script.removesuffix("_peer.py") / "bin" / "python"
+        python = (arguments.peers or folder).absolute() / peer.script.removesuffix("_peer.py") / "bin" / "python"
         if not python.exists():
             print(f"{row}: skipped, no {python}")
             return None
         command = [str(python), str(SCRIPTS / peer.script), str(folder), *peer.arguments, "--output", str(output)]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=folder).stdout  # for its logs
     return json.loads(printed.splitlines()[-1])
 
 
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True, help="model and tokens")
     parser.add_argument("--quantize", choices=rows, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    folder = arguments.work_dir
+    folder = arguments.work_dir.resolve()
     if arguments.quantize:
         print(json.dumps(quantize(arguments.quantize, folder, folder / "weights.pt")))
         return

@@ -200,7 +200,9 @@ def tiny_mllama() -> transformers.PreTrainedModel:
               "num_global_layers": 1, "image_size": 16, "patch_size": 8, "max_num_tiles": 1,
               "supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0],
               "vision_output_dim": 64}  # fmt: skip
-    model = transformers.MllamaForConditionalGeneration(transformers.MllamaConfig(vision_config=vision, text_config=text))
+    model = transformers.MllamaForConditionalGeneration(
+        transformers.MllamaConfig(vision_config=vision, text_config=text)
+    )
     for name, parameter in model.named_parameters():
         if (parameter.dim() > 1 and "embed" not in name) or "gate" in name:
             torch.nn.init.normal_(parameter, std=0.2)

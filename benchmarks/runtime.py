@@ -46,8 +46,9 @@ LLAMA_CPP_PEER = Path(__file__).parent / "peers" / "llama_cpp_peer.py"
 SHAPES = ("576x576", "2048x2048", "4096x4096", "4096x14336", "14336x4096")  # outputs, inputs
 ROWS = (1, 8, 32, 128, 512)
 GROUP_SIZE = 64
-SCHEMES = (LayerScheme(4, GROUP_SIZE), LayerScheme(4, GROUP_SIZE, False), LayerScheme(8), LayerScheme(3, GROUP_SIZE),
-           LayerScheme(2, GROUP_SIZE))  # fmt: skip
+SCHEMES = (LayerScheme(2, GROUP_SIZE), LayerScheme(3, GROUP_SIZE), LayerScheme(4, GROUP_SIZE),
+           LayerScheme(4, GROUP_SIZE, False), LayerScheme(5, GROUP_SIZE), LayerScheme(6, GROUP_SIZE),
+           LayerScheme(8))  # fmt: skip
 OUT_OF_CACHE = 2**26  # bytes over which the copies of a layer go round
 PROMPT, TOKENS = 256, 24
 LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,

@@ -197,6 +197,44 @@ def llama_cpp_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def runtime_table(result: dict[str, Any]) -> str:
+    """Speed of models and of products relative to bfloat16."""
+    models = [
+        "| model | | load, s | resident MB | prefill, tokens/s | decode, tokens/s | of the copy bandwidth |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, kinds in result["models"].items():
+        packed = f"packed, {kinds['bits_per_weight']:.2f} bits"
+        for kind, label in (("bfloat16", "bfloat16"), ("packed", packed)):
+            found = kinds[kind]
+            speeds = [
+                f"{found[f'{step}_tokens_per_second']:.1f}"
+                + (f" ({found[f'{step}_ratio']:.2f}×)" if kind == "packed" else "")
+                for step in ("prefill", "decode")
+            ]
+            models.append(
+                f"| {name} | {label} | {found['load_seconds']:.1f} | {found['resident_mb']:.0f} | {' | '.join(speeds)}"
+                f" | {found['share_of_copy_bandwidth']:.0%} |"
+            )
+    rows = list(next(iter(result["products"].values()))["bfloat16, ms"])
+    products = [
+        f"| outputs × inputs | scheme | {' | '.join(f'{count} rows' for count in rows)} |",
+        f"|---|---{'|---' * len(rows)}|",
+    ]
+    for shape, kinds in result["products"].items():
+        for kind, found in kinds.items():
+            if kind != "bfloat16, ms":
+                ratios = " | ".join(f"{found[count]:.2f}" for count in rows)
+                products.append(f"| {shape.replace('x', ' × ')} | {kind} | {ratios} |")
+    versions = result["versions"]
+    told = (
+        f"Copy bandwidth {result['copy_bandwidth_gb_per_second']:.0f} GB/s; torch {versions['torch']}, transformers"
+        f" {versions['transformers']}; {result['machine']}."
+    )
+    folded = ["<details><summary>One product, times as fast as in bfloat16</summary>", "", *products, "", "</details>"]
+    return "\n".join([*models, "", *folded, "", told])
+
+
 def paper_tables(result: dict[str, Any]) -> str:
     """The paper's tables 1 and 2: ours, and what it prints for the same or the nearest models."""
     models = result["models"]
@@ -339,6 +377,7 @@ TABLES = {
     "accuracy": accuracy_table,
     "encoder": encoder_table,
     "paper_tables": paper_tables,
+    "runtime": runtime_table,
     "architectures": architectures_table,
     "llama_cpp": llama_cpp_table,
 }

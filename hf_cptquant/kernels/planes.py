@@ -252,15 +252,12 @@ def _scales(table: Tensor) -> Tensor:
 def _pairs(table: Tensor) -> Tensor:
     """A table, of all output features or of some, as the kernel reads it: scale and shift, `[groups, out, 2]`.
 
-    Without shifts: a bfloat16 that is widened to float32 lies in memory behind 16 zeros, so that widened scales, read
-    from the first of them on, are scales and zeros by turns.
+    Without shifts: the bits of a scale, as an integer that is widened to 32 bits, lie in memory before 16 zeros.
     """
     if table.dim() == 3:
         return table.contiguous()
-    wide = table.new_empty(table.numel() + 1, dtype=torch.float32)
-    wide[:-1].view(table.shape).copy_(table)
-    wide[-1:].zero_()
-    return wide.view(torch.bfloat16)[1:-1].view(*table.shape, 2)
+    wide = table.view(torch.uint16).to(torch.int32, memory_format=torch.contiguous_format)
+    return wide.view(torch.bfloat16).view(*table.shape, 2)
 
 
 def linear(x: Tensor, packed: Tensor, table: Tensor, group_size: int) -> Tensor:

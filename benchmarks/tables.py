@@ -218,7 +218,7 @@ def runtime_table(result: dict[str, Any]) -> str:
             )
     rows = list(next(iter(result["products"].values()))["bfloat16, ms"])
     products = [
-        f"| outputs × inputs | scheme | {' | '.join(f'{count} rows' for count in rows)} |",
+        f"| outputs × inputs | scheme | rows: {' | '.join(rows)} |",
         f"|---|---{'|---' * len(rows)}|",
     ]
     for shape, kinds in result["products"].items():

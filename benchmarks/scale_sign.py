@@ -9,7 +9,6 @@ only the grid differs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -19,7 +18,8 @@ from pathlib import Path
 import compressed_tensors
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from text_windows import arguments, windows_of
+from transformers import AutoModelForCausalLM
 
 from hf_cptquant.demo import write_bundled_model
 from hf_cptquant.evaluate import perplexity
@@ -44,15 +44,10 @@ def rounded(weight: torch.Tensor, grid: str) -> torch.Tensor:
 
 def main() -> None:
     """Measure, write the result file, print it as the last line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="text file, tokenized once")
-    parser.add_argument("--windows", type=int, default=24, help="windows of 1,024 tokens")
-    arguments = parser.parse_args()
-    found = {}
+    given, found = arguments(__doc__), {}
     with tempfile.TemporaryDirectory() as folder:
         write_bundled_model(Path(folder))
-        ids = AutoTokenizer.from_pretrained(folder)(arguments.text.read_text(), return_tensors="pt", verbose=False)
-        windows = ids["input_ids"][0, : arguments.windows * 1024].view(-1, 1024)
+        windows = windows_of(given.text, given.windows, Path(folder))
         for grid in ("bfloat16", "signed", "zero point", "unsigned"):
             model = AutoModelForCausalLM.from_pretrained(folder)
             plan = view_model(model).plan("module")
@@ -67,7 +62,7 @@ def main() -> None:
                 "bits_per_weight": round(bits, 4),
             }
     result = {
-        "command": f"python benchmarks/scale_sign.py --text {arguments.text.name} --windows {arguments.windows}",
+        "command": f"python benchmarks/scale_sign.py --text {given.text.name} --windows {given.windows}",
         "model": "SmolLM2-135M-Instruct",
         "tokens": windows.numel(),
         "group_size": GROUP_SIZE,

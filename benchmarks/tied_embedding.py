@@ -8,14 +8,14 @@ The bundled weights lie on a grid of groups of 32, so groups are of 64 (8 bits: 
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from environment import environment
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from text_windows import arguments, windows_of
+from transformers import AutoModelForCausalLM
 
 from hf_cptquant.demo import write_bundled_model
 from hf_cptquant.evaluate import perplexity
@@ -29,15 +29,10 @@ RESULTS = Path(__file__).parent / "results" / "tied_embedding.json"
 
 def main() -> None:
     """Measure, write the result file, print it as the last line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="text file, tokenized once")
-    parser.add_argument("--windows", type=int, default=24, help="windows of 1,024 tokens")
-    arguments = parser.parse_args()
-    found = {}
+    given, found = arguments(__doc__), {}
     with tempfile.TemporaryDirectory() as folder:
         write_bundled_model(Path(folder))
-        ids = AutoTokenizer.from_pretrained(folder)(arguments.text.read_text(), return_tensors="pt", verbose=False)
-        windows = ids["input_ids"][0, : arguments.windows * 1024].view(-1, 1024)
+        windows = windows_of(given.text, given.windows, Path(folder))
         for bits in WIDTHS:
             model = AutoModelForCausalLM.from_pretrained(folder)
             plan = view_model(model, outside=[input_embedding(model)]).plan("module")
@@ -51,7 +46,7 @@ def main() -> None:
                 "checkpoint_bytes": alone.nbytes,
             }
     result = {
-        "command": f"python benchmarks/tied_embedding.py --text {arguments.text.name} --windows {arguments.windows}",
+        "command": f"python benchmarks/tied_embedding.py --text {given.text.name} --windows {given.windows}",
         "model": "SmolLM2-135M-Instruct",
         "tokens": windows.numel(),
         "group_size": GROUP_SIZE,

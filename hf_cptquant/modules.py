@@ -263,10 +263,10 @@ class QuantLinear(PackedLayer, nn.Linear):
 
     dense_class: type[nn.Linear] = nn.Linear
 
-    def like(self, other: nn.Module) -> PackedLayer:
-        assert isinstance(other, nn.Linear)
-        self.dense_class = other.dense_class if isinstance(other, QuantLinear) else type(other)
-        return super().like(other)
+    def like(self, dense: nn.Module) -> PackedLayer:
+        assert isinstance(dense, nn.Linear)
+        self.dense_class = type(dense)
+        return super().like(dense)
 
     def _empty(self) -> nn.Module:
         return self.dense_class(self.in_features, self.out_features, self.bias is not None, device="meta")

@@ -182,12 +182,12 @@ def dense_rows(tensors: PackedTensors, rows: Tensor, bits: int, in_features: int
     """
     zero_point = None if tensors.zero_point is None else unpack_rows(tensors.zero_point, bits, rows)
     if tensors.layout in BY_PLANES:
-        integers, scale = planes.rows_of(tensors.weight, rows, in_features), planes.scale_of(tensors.scale)
+        integers, scale = planes.rows_of(tensors.weight, rows, in_features), planes.scale_of(tensors.scale[:, rows])
     elif tensors.layout == CPU_INT8:
-        integers, scale = tensors.weight[rows], tensors.scale
+        integers, scale = tensors.weight[rows], tensors.scale[rows]
     else:
-        integers, scale = unpack(tensors.weight[rows], bits, in_features), tensors.scale
-    return dequantize(integers, scale[rows], zero_point)
+        integers, scale = unpack(tensors.weight[rows], bits, in_features), tensors.scale[rows]
+    return dequantize(integers, scale, zero_point)
 
 
 def multiply(

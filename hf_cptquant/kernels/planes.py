@@ -241,7 +241,7 @@ def to_table(scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
 
 
 def scale_of(table: Tensor) -> Tensor:
-    """The scales `[out, groups]` in a table."""
+    """The scales `[out, groups]` in a table, of all output features or of some."""
     return _scales(table).t().contiguous()
 
 

@@ -91,7 +91,7 @@ class LlamaCpp:
 def dequantized_file(source: Path, target: Path) -> None:
     """The same GGUF file with every tensor in float32."""
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, "llama")
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None

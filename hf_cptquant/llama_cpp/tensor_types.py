@@ -83,14 +83,30 @@ def name_map(config: PretrainedConfig) -> TensorNameMap:
     Raises:
         ExportError: it does not know the architecture.
     """
-    plain = re.sub(r"[_-]|_text$", "", config.model_type)
+    plain = _plain(config.model_type.removesuffix("_text"))
     wanted = ALIASES.get(plain, plain)
-    for arch, name in MODEL_ARCH_NAMES.items():
-        if name.replace("-", "").replace("_", "") == wanted:
-            return get_tensor_name_map(arch, config.get_text_config().num_hidden_layers)
+    for name in MODEL_ARCH_NAMES.values():
+        if _plain(name) == wanted:
+            return names_in(name, config.get_text_config().num_hidden_layers)
     raise ExportError(
         f"the package gguf knows no architecture {config.model_type!r}, so llama.cpp cannot load the model"
     )
+
+
+def _plain(name: str) -> str:
+    return re.sub("[_-]", "", name)
+
+
+def names_in(architecture: str, layers: int) -> TensorNameMap:
+    """The library's names for the tensors of an architecture of llama.cpp with so many layers.
+
+    Raises:
+        ExportError: it does not know the architecture.
+    """
+    for arch, name in MODEL_ARCH_NAMES.items():
+        if name == architecture:
+            return get_tensor_name_map(arch, layers)
+    raise ExportError(f"this version of the package gguf knows no architecture {architecture!r}: update it")
 
 
 def gguf_name(names: TensorNameMap, parameter: str) -> str:

@@ -16,19 +16,24 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import ExportError
 
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
+
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
+QWEN2_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
 # Steps of the `pre_tokenizer` in tokenizer.json, and whether merges are skipped for words that are tokens → the name of
 # the rule in llama.cpp (llama-vocab.cpp).
 RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
     ((("ByteLevel", True),), False): "gpt-2",
     ((("Digits", True), ("ByteLevel", True)), False): "smollm",
     ((("Split", LLAMA3_SPLIT), ("ByteLevel", False)), True): "llama-bpe",
+    ((("Split", LLAMA3_SPLIT), ("ByteLevel", False)), False): "dbrx",
+    ((("Split", QWEN2_SPLIT), ("ByteLevel", False)), False): "qwen2",
 }
 
 
@@ -118,7 +123,8 @@ def _rule(backend: Mapping[str, Any]) -> str:
     model, first = backend.get("model") or {}, backend.get("pre_tokenizer") or {}
     steps = first.get("pretokenizers", [first])
     found = tuple((step.get("type"), _essence(step)) for step in steps)
-    plain = not (backend.get("normalizer") or model.get("byte_fallback") or model.get("continuing_subword_prefix"))
+    normalizer = (backend.get("normalizer") or {}).get("type")
+    plain = normalizer in (None, "NFC") and not (model.get("byte_fallback") or model.get("continuing_subword_prefix"))
     prefixed = any(step.get("add_prefix_space") for step in steps)
     key = (found, bool(model.get("ignore_merges")))
     if model.get("type") != "BPE" or not plain or prefixed or key not in RULES:
@@ -127,6 +133,8 @@ def _rule(backend: Mapping[str, Any]) -> str:
             f"the tokenizer ({model.get('type')}, {kinds}) is not one whose rule llama.cpp is known to have; byte-level"
             f" BPE as in {', '.join(RULES.values())} is supported"
         )
+    if normalizer is not None:
+        logger.warning("This tokenizer brings text to Unicode's normal form C first, which llama.cpp does not do.")
     return RULES[key]
 
 

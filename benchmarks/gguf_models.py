@@ -6,10 +6,23 @@ that a class has. The tests and `llama_cpp.py` share them.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 
 VOCABULARY = 112
 CONTEXT = 96
@@ -45,12 +58,12 @@ MODELS: dict[str, tuple[str, dict]] = {
     "GPT2LMHeadModel": ("GPT2Config", {"tie_word_embeddings": True, "num_key_value_heads": None,
         "intermediate_size": None}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", {"rope_parameters": QUARTER, "num_key_value_heads": None,
-        "hidden_act": "gelu_new"}),
+        "hidden_act": "gelu"}),
     "OlmoForCausalLM": ("OlmoConfig", {"clip_qkv": 0.5}),
     "Olmo2ForCausalLM": ("Olmo2Config", {}),
-    "OlmoeForCausalLM": ("OlmoeConfig", {**EXPERTS, "num_experts": 4}),
+    "OlmoeForCausalLM": ("OlmoeConfig", {**EXPERTS, "num_experts": 4, "num_key_value_heads": 4}),
     "CohereForCausalLM": ("CohereConfig", {"tie_word_embeddings": True, "logit_scale": 0.25}),
-    "Cohere2ForCausalLM": ("Cohere2Config", {"tie_word_embeddings": True, "logit_scale": 0.25, "head_dim": 64,
+    "Cohere2ForCausalLM": ("Cohere2Config", {"tie_word_embeddings": True, "logit_scale": 0.25, "head_dim": 32,
         "sliding_window": 16, "num_hidden_layers": 5}),
     "GraniteForCausalLM": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0,
         "residual_multiplier": 0.5, "attention_multiplier": 0.1, "tie_word_embeddings": True}),
@@ -86,4 +99,82 @@ def tokenizer_of() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<s>")
+
+
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+SPACE = "▁"
+
+
+def trained_tokenizers(texts: list[str], size: int) -> dict[str, PreTrainedTokenizerFast]:
+    """Name of a rule → a tokenizer by it, trained on some texts, with added tokens and one before every text.
+
+    Args:
+        texts: to train on.
+        size: how many tokens each has.
+    """
+    bytes_of = partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
+    rules = {
+        "gpt-2": bytes_of(),
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of()]),
+        **{
+            name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_of(use_regex=False)])
+            for name, pattern in (("qwen2", QWEN2), ("dbrx", LLAMA3), ("llama-bpe", LLAMA3))
+        },
+    }
+    found = {name: _byte_level(rule, texts, size, name == "llama-bpe") for name, rule in rules.items()}
+    escape = normalizers.Replace(" ", SPACE)
+    found["llama, space before"] = _sentencepiece(
+        normalizers.Sequence([normalizers.Prepend(SPACE), escape]), None, texts, size
+    )
+    found["llama, no space before"] = _sentencepiece(
+        escape, pre_tokenizers.Split(" ", "merged_with_previous"), texts, size
+    )
+    return found
+
+
+def _byte_level(
+    rule: pre_tokenizers.PreTokenizer, texts: list[str], size: int, whole_words: bool
+) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE(ignore_merges=whole_words))
+    backend.pre_tokenizer, backend.decoder = rule, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size - 2, initial_alphabet=alphabet, show_progress=False)
+    )
+    return _finished(backend)
+
+
+def _sentencepiece(
+    normalizer: normalizers.Normalizer, rule: pre_tokenizers.PreTokenizer | None, texts: list[str], size: int
+) -> PreTrainedTokenizerFast:
+    """Merges are made of pieces as transformers makes them: all pairs that make a piece, piece by piece."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizer
+    trained.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]*"), "isolated")
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size - 2 - 257, show_progress=False))
+    pieces = [piece for piece, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])]
+    known = set(pieces)
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizer
+    if rule is not None:
+        backend.pre_tokenizer = rule
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)
+    return _finished(backend)
+
+
+def _finished(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    backend.add_special_tokens(["<s>"])
+    backend.add_tokens([AddedToken("<tool>", normalized=False)])
+    special = [("<s>", backend.token_to_id("<s>"))]
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=special)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<s>")

@@ -159,6 +159,11 @@ NEIGHBOURS: Mapping[str, Rows] = {
 }
 
 
+def _gelu(config: PretrainedConfig) -> str:
+    """llama.cpp takes GELU from a table of float16, which is as far from either form as one is from the other."""
+    return config.hidden_act if config.hidden_act in ("gelu", "gelu_new", "gelu_pytorch_tanh") else "gelu"
+
+
 def _window_beyond_context(config: PretrainedConfig) -> int | None:
     """A window that no text is long enough for may stay; llama.cpp computes without any."""
     window = config.sliding_window
@@ -320,7 +325,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "GPTNeoXForCausalLM": Architecture(
         "gptneox",
         {"layer_norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
-        {"hidden_act": "gelu_new", "attention_bias": True, "tie_word_embeddings": False},
+        {"hidden_act": _gelu, "attention_bias": True, "tie_word_embeddings": False},
         free_head_dim=False,
         rows={"query_key_value": _parts_of_heads},
     ),
@@ -337,7 +342,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "OlmoeForCausalLM": Architecture(
         "olmoe",
         {**RMS, **EXPERTS},
-        {**SILU, **NO_BIASES, "clip_qkv": None, "norm_topk_prob": False, "tie_word_embeddings": False},
+        {
+            **SILU,
+            **NO_BIASES,
+            "clip_qkv": None,
+            "norm_topk_prob": False,
+            "num_key_value_heads": lambda config: config.num_attention_heads,
+            "tie_word_embeddings": False,
+        },
         free_head_dim=False,
     ),
     "CohereForCausalLM": Architecture(
@@ -350,13 +362,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "cohere2",
         {"layer_norm_eps": "layer_norm_eps", "logit_scale": "logit_scale", "sliding_window": "sliding_window"},
         {**SILU, **NO_BIASES, "tie_word_embeddings": True, "layer_types": partial(_every, 4)},
+        free_head_dim=False,
     ),
     "GraniteForCausalLM": GRANITE,
     "GraniteMoeForCausalLM": replace(
         GRANITE,
         name="granitemoe",
         values={**GRANITE.values, **EXPERTS},
-        renamed={"block_sparse_moe.router": "block_sparse_moe.router.layer"},
+        renamed={"block_sparse_moe.experts": "mlp.experts", "block_sparse_moe.router": "block_sparse_moe.router.layer"},
     ),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3",

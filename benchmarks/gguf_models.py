@@ -21,7 +21,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 
 VOCABULARY = 112
@@ -77,13 +77,20 @@ MODELS: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
+def config_of(kind: str, **changes: object) -> PretrainedConfig:
+    """The config of the tiny model of a class."""
+    config_class, differences = MODELS[kind]
+    settings = {**SHAPE, "rope_parameters": ROPE, **differences}
+    given = {key: each for key, each in settings.items() if each is not None}
+    config = getattr(transformers, config_class)(**{**given, **changes})
+    config.architectures = [kind]
+    return config
+
+
 def model_of(kind: str, **changes: object) -> PreTrainedModel:
     """A random model of a class in float32, the same at every call, in which norms and biases matter, too."""
-    config_class, differences = MODELS[kind]
-    settings = {**SHAPE, "rope_parameters": ROPE, **differences, **changes}
-    config = getattr(transformers, config_class)(**{key: each for key, each in settings.items() if each is not None})
     torch.manual_seed(0)
-    model = getattr(transformers, kind)(config)
+    model = getattr(transformers, kind)(config_of(kind, **changes))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -104,6 +111,7 @@ def tokenizer_of() -> PreTrainedTokenizerFast:
 
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 SPACE = "▁"
+METASPACE = "llama, space before some texts"
 
 
 def trained_tokenizers(texts: list[str], size: int) -> dict[str, PreTrainedTokenizerFast]:
@@ -130,6 +138,8 @@ def trained_tokenizers(texts: list[str], size: int) -> dict[str, PreTrainedToken
     found["llama, no space before"] = _sentencepiece(
         escape, pre_tokenizers.Split(" ", "merged_with_previous"), texts, size
     )
+    metaspace = pre_tokenizers.Metaspace(SPACE, "first", split=False)
+    found[METASPACE] = _sentencepiece(None, metaspace, texts, size)
     return found
 
 
@@ -146,11 +156,11 @@ def _byte_level(
 
 
 def _sentencepiece(
-    normalizer: normalizers.Normalizer, rule: pre_tokenizers.PreTokenizer | None, texts: list[str], size: int
+    normalizer: normalizers.Normalizer | None, rule: pre_tokenizers.PreTokenizer | None, texts: list[str], size: int
 ) -> PreTrainedTokenizerFast:
     """Merges are made of pieces as transformers makes them: all pairs that make a piece, piece by piece."""
     trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizer
+    trained.normalizer = normalizers.Replace(" ", SPACE)
     trained.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]*"), "isolated")
     trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size - 2 - 257, show_progress=False))
     pieces = [piece for piece, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])]
@@ -164,7 +174,8 @@ def _sentencepiece(
     tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizer
+    if normalizer is not None:
+        backend.normalizer = normalizer
     if rule is not None:
         backend.pre_tokenizer = rule
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -38,6 +38,7 @@ class Architecture:
         assumed: attribute of the config → what it has to be, since llama.cpp is not told; may be computed.
         free_head_dim: whether heads may have another size than that of the hidden state over their number.
         rope_types: of the rotary embeddings that llama.cpp can be told; none if there are no such embeddings.
+        partly_rotary: whether there may be features of a head without rotary embeddings.
         rows: last part of a module's name → how its rows are reordered.
         renamed: part of a module's name → what the library `gguf` calls it.
         norm_offset: what transformers adds to the weights of norms, and llama.cpp does not.
@@ -48,6 +49,7 @@ class Architecture:
     assumed: Mapping[str, Any]
     free_head_dim: bool = True
     rope_types: tuple[str, ...] = ("default",)
+    partly_rotary: bool = False
     rows: Mapping[str, Rows] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0
@@ -79,6 +81,11 @@ class Architecture:
             raise ExportError(
                 f"rotary embeddings of type {rope['rope_type']!r} are not written as GGUF for {self.name}, only"
                 f" {', '.join(self.rope_types)}"
+            )
+        if self.rope_types and not self.partly_rotary and _rotated(config) != head_dim(config):
+            raise ExportError(
+                f"llama.cpp computes {self.name} with rotary embeddings for all features of a head, this model has them"
+                f" for {_rotated(config)} of {head_dim(config)}"
             )
 
     def known_as(self, module: str) -> str:
@@ -164,6 +171,11 @@ def _gelu(config: PretrainedConfig) -> str:
     return config.hidden_act if config.hidden_act in ("gelu", "gelu_new", "gelu_pytorch_tanh") else "gelu"
 
 
+def _causal(config: PretrainedConfig) -> bool | None:
+    """None is as good as False."""
+    return False if config.use_bidirectional_attention else config.use_bidirectional_attention
+
+
 def _window_beyond_context(config: PretrainedConfig) -> int | None:
     """A window that no text is long enough for may stay; llama.cpp computes without any."""
     window = config.sliding_window
@@ -194,6 +206,7 @@ def _local_and_global_rope(config: PretrainedConfig) -> dict[str, Any]:
 
 RMS: Mapping[str, Any] = {"layer_norm_rms_eps": "rms_norm_eps"}
 SILU: Mapping[str, Any] = {"hidden_act": "silu"}
+CAUSAL: Mapping[str, Any] = {"use_bidirectional_attention": _causal}
 GELU_TANH: Mapping[str, Any] = {"hidden_activation": "gelu_pytorch_tanh"}
 NO_WINDOW: Mapping[str, Any] = {"sliding_window": _window_beyond_context}
 NO_BIASES: Mapping[str, Any] = {"attention_bias": False}
@@ -202,7 +215,10 @@ EVERY_LAYER: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": [
 
 LLAMA = Architecture("llama", RMS, SILU, rope_types=("default", "llama3"), rows=NEIGHBOURS)
 GEMMA = Architecture(
-    "gemma", RMS, {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, **NO_BIASES}, norm_offset=1.0
+    "gemma",
+    RMS,
+    {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, **NO_BIASES, **CAUSAL},
+    norm_offset=1.0,
 )
 QWEN3 = Architecture("qwen3", RMS, {**SILU, **NO_BIASES, "use_sliding_window": False})
 GRANITE = Architecture(
@@ -268,6 +284,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         assumed={
             **GELU_TANH,
             **NO_BIASES,
+            **CAUSAL,
+            "attn_logit_softcapping": lambda config: config.attn_logit_softcapping or 50.0,
+            "final_logit_softcapping": lambda config: config.final_logit_softcapping or 30.0,
             "tie_word_embeddings": True,
             "layer_types": partial(_every, 2),
             "query_pre_attn_scalar": partial(_query_scale, 46),
@@ -281,25 +300,27 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             **GELU_TANH,
             **NO_BIASES,
             "attn_logit_softcapping": None,
-            "use_bidirectional_attention": False,
+            **CAUSAL,
             "layer_types": partial(_every, 6),
             "query_pre_attn_scalar": partial(_query_scale, 62),
             "rope_parameters": _local_and_global_rope,
         },
         rope_types=("default", "linear"),
     ),
-    "Phi3ForCausalLM": Architecture("phi3", RMS, {**SILU, **NO_WINDOW}, free_head_dim=False),
+    "Phi3ForCausalLM": Architecture("phi3", RMS, {**SILU, **NO_WINDOW}, free_head_dim=False, partly_rotary=True),
     "PhiForCausalLM": Architecture(
         "phi2",
         {"layer_norm_eps": "layer_norm_eps"},
         {"hidden_act": "gelu_new", "qk_layernorm": False, "tie_word_embeddings": False},
         free_head_dim=False,
+        partly_rotary=True,
     ),
     "StableLmForCausalLM": Architecture(
         "stablelm",
         {"layer_norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
         {**SILU, "qk_layernorm": False, "tie_word_embeddings": False},
         free_head_dim=False,
+        partly_rotary=True,
     ),
     "Starcoder2ForCausalLM": Architecture(
         "starcoder2",
@@ -327,6 +348,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {"layer_norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
         {"hidden_act": _gelu, "attention_bias": True, "tie_word_embeddings": False},
         free_head_dim=False,
+        partly_rotary=True,
         rows={"query_key_value": _parts_of_heads},
     ),
     "OlmoForCausalLM": Architecture(
@@ -388,6 +410,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {"layer_norm_eps": "norm_eps"},
         {"hidden_act": "relu2", "tie_word_embeddings": False},
         free_head_dim=False,
+        partly_rotary=True,
         norm_offset=1.0,
     ),
     "SeedOssForCausalLM": Architecture("seed_oss", RMS, {**SILU, "attention_out_bias": False, "mlp_bias": False}),

@@ -137,12 +137,12 @@ HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
         (
             "Qwen2ForCausalLM",
             {"rope_parameters": LINEAR},
-            "type 'linear' are not written as GGUF for qwen2, only default",
+            "type 'linear' are not written as GGUF for qwen2",
         ),
         (
             "Qwen3ForCausalLM",
             {"rope_parameters": HALF},
-            "for all features of a head, this model has them for 64 of 128",
+            "features of a head, this model has them for 64 of 128",
         ),
         ("Qwen3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window False, this model has True"),
         ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias False, this model has True"),

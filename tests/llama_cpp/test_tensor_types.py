@@ -36,6 +36,7 @@ def test_every_module_has_its_name_and_a_type_of_about_its_bits(quantized):
     [
         ("gpt2", "transformer.h.2.attn.c_attn", "blk.2.attn_qkv.weight"),
         ("bert-mlm", "bert.encoder.layer.1.output.dense", "blk.1.ffn_down.weight"),
+        ("mixtral", "model.layers.1.mlp.experts.0.w2", "blk.1.ffn_down_exps.weight"),
         ("t5", "encoder.block.1.layer.0.SelfAttention.q", "enc.blk.1.attn_q.weight"),
     ],
 )
@@ -77,12 +78,12 @@ def test_the_command_writes_both_files(quantized_folder, tmp_path, monkeypatch, 
 
 
 def test_the_types_alone_where_there_is_no_gguf(quantized_folder, tmp_path, capsys):
-    folder = quantized_folder("gpt2")
+    folder = quantized_folder(hidden_act="gelu")
     output = tmp_path / "types.txt"
     assert run("export", folder, "--output", tmp_path / "x.gguf") == 1
     assert "--tensor-types-only" in capsys.readouterr().err
     assert run("export", folder, "--tensor-types-only", "--output", output) == 0
-    assert output.read_text().startswith(r"^blk\.0\.attn_qkv\.weight$=")
+    assert output.read_text().startswith(r"^blk\.0\.attn_q\.weight$=")
     assert run("export", folder, "--format", "onnx") == 1
     assert "--format onnx is not one of llama-cpp" in capsys.readouterr().err
 

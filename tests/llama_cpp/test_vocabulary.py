@@ -55,7 +55,7 @@ def test_the_rule_is_that_of_the_tokenizer(tokenizer):
 
     split = pre_tokenizers.Split(Regex(LLAMA3.replace("{1,3}", "{1,2}")), "isolated")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
-    with pytest.raises(ExportError, match="Split and ByteLevel.*gpt-2, smollm, llama-bpe, dbrx, qwen2 is supported"):
+    with pytest.raises(ExportError, match=r"Split and ByteLevel.*gpt-2, smollm, llama-bpe, dbrx, qwen2 is supported"):
         rule_of(tokenizer)
 
 
@@ -64,7 +64,7 @@ def test_normal_forms_are_told(tokenizer, logged):
     assert rule_of(tokenizer) == "gpt-2"
     assert "normal form C first, which llama.cpp does not do" in logged.text
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
-    with pytest.raises(ExportError, match="is not one whose rule llama.cpp is known to have"):
+    with pytest.raises(ExportError, match="is not one whose rule"):
         rule_of(tokenizer)
 
 
@@ -127,7 +127,7 @@ def test_merges_that_scores_cannot_say_are_refused(changes, complaint):
 def test_other_ways_to_cut_before_merges_of_sentencepiece_are_refused():
     tokenizer = sentencepiece()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", split=True)
-    with pytest.raises(ExportError, match="Metaspace.* is not one whose rule"):
+    with pytest.raises(ExportError, match=r"Metaspace.* is not one whose rule"):
         read_vocabulary(tokenizer, 269)
     tokenizer = sentencepiece()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()

@@ -129,7 +129,9 @@ def held_as(parts: tuple[Part, ...]) -> tuple[dict[str, Held], dict[str, float]]
             difference = largest_difference(quantized)
             if difference > 0:
                 differences[name] = difference
-        held |= {name: Held(packed[name].scheme, shared_type(kinds.values())) for name in kinds}
+        if kinds:
+            kind = shared_type(kinds.values())
+            held |= {name: Held(module.scheme, kind) for name, module in packed.items()}
     return held, differences
 
 

@@ -64,8 +64,9 @@ def export_gguf(folder: str | Path, path: str | Path) -> GGUFReport:
         path: a new file.
 
     Raises:
-        ExportError: another architecture or tokenizer than described above, groups that are no multiples of 32, zero
-            points of 8 bits, scales beyond float16, or the file exists.
+        ExportError: another architecture or tokenizer than described above, or a model that llama.cpp's code for the
+            architecture does not compute; groups that are no multiples of 32, zero points of 8 bits, scales beyond
+            float16, experts of which only some are packed; or the file exists.
         ModelError, PlanError: the folder holds no quantized model of ours.
     """
     folder, path = Path(folder), Path(path)

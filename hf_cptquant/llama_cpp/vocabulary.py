@@ -145,7 +145,7 @@ def _space_prefix(backend: Mapping[str, Any]) -> bool | None:
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         return None
     if first is None or first.items() >= ONE_WORD.items():
-        return {json.dumps(ESCAPED): False, json.dumps(PREPENDED): True}.get(json.dumps(normalizer))
+        return normalizer == PREPENDED if normalizer in (ESCAPED, PREPENDED) else None
     if normalizer is None and first.items() >= METASPACE.items():
         if first["prepend_scheme"] != "never":
             logger.warning(
@@ -166,7 +166,7 @@ def _scores(tokens: Sequence[str], types: Sequence[TokenType], merges: Sequence[
     """
     if list(types).count(TokenType.BYTE) < 256:
         raise ExportError("the tokenizer falls back to bytes, but does not have a token for each of the 256")
-    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
+    normal = {token: kind for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
     ranks: dict[str, list[int]] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, []).append(rank)

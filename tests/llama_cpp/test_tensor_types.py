@@ -36,7 +36,6 @@ def test_every_module_has_its_name_and_a_type_of_about_its_bits(quantized):
     [
         ("gpt2", "transformer.h.2.attn.c_attn", "blk.2.attn_qkv.weight"),
         ("bert-mlm", "bert.encoder.layer.1.output.dense", "blk.1.ffn_down.weight"),
-        ("mixtral", "model.layers.1.mlp.experts.0.w2", "blk.1.ffn_down_exps.weight"),
         ("t5", "encoder.block.1.layer.0.SelfAttention.q", "enc.blk.1.attn_q.weight"),
     ],
 )
@@ -47,6 +46,16 @@ def test_names_of_other_architectures(kind, name, tensor):
     position = [module.name for module in plan.modules].index(name)
     assert list(types)[position] == tensor
     assert set(types.values()) == {"f32"}
+
+
+def test_experts_of_a_layer_are_one_tensor():
+    model = tiny_model("mixtral")
+    model.config.architectures = ["MixtralForCausalLM"]  # as in the config of a folder
+    plan = view_model(model).plan("module")
+    plan = plan.with_bits({module.unit: 8 if ".experts.2." in module.name else 4 for module in plan.modules}, 32)
+    types = tensor_types(plan, model.config)
+    assert len(types) == 3 * (4 + 3)
+    assert [types[f"blk.1.{name}.weight"] for name in ("attn_q", "ffn_down_exps")] == ["iq4_nl", "q8_0"]
 
 
 def test_an_architecture_that_llama_cpp_lacks_is_refused():

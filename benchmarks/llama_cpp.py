@@ -19,7 +19,7 @@ import importlib.util
 import json
 import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,20 @@ class LlamaCpp:
         return tokens, logarithms
 
 
-def dequantized_file(source: Path, target: Path) -> None:
-    """The same GGUF file with every tensor in float32."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, "llama")
+def fields_of(reader: gguf.GGUFReader) -> Iterator[tuple[str, Any, Any, Any]]:
+    """Name, value, type and type of elements of all metadata but the architecture, which a writer is made with."""
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+            yield name, field.contents(), field.types[0], sub_type
+
+
+def dequantized_file(source: Path, target: Path) -> None:
+    """The same GGUF file with every tensor in float32."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for field in fields_of(reader):
+        writer.add_key_value(*field)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
     writer.write_header_to_file()
@@ -113,7 +119,7 @@ def compare(model: PreTrainedModel, other: LlamaCpp, prompts: Sequence[list[int]
             logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         ours.append(logits.double().log_softmax(-1))
         theirs.append(logarithms)
-        agreed.append(logits.argmax(-1) == torch.tensor(tokens))
+        agreed.append(logits.argmax(-1) == logarithms.argmax(-1))
     # the server adds up 49,152 probabilities in float32, one after the other: normalized anew
     one, another = torch.cat(ours), torch.cat(theirs).double().log_softmax(-1)
     return {

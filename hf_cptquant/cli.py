@@ -459,8 +459,8 @@ def export(
 ) -> None:
     """Write a quantized model for llama.cpp: a GGUF file, and the types of its plan for llama-quantize.
 
-    The GGUF file has our own integers, for Llama models. The types are for any model that llama.cpp knows: it then
-    rounds the original anew, with the bits of our plan.
+    The GGUF file has our own integers, for Llama, Mistral, Qwen, Gemma, Phi, GPT-2 and others. The types are for any
+    model that llama.cpp knows: it then rounds the original anew, with the bits of our plan.
     """
     if format not in EXPORT_FORMATS:
         raise CPTQuantError(f"--format {format} is not one of {', '.join(EXPORT_FORMATS)}")

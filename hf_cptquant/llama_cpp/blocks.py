@@ -29,6 +29,8 @@ Every scale must be a float16, too. A bfloat16 is one unless it is outside the r
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -62,8 +64,15 @@ def block_type(weight: QuantizedWeight) -> str:
     return "Q4_0" if bits <= 3 else "Q8_0"
 
 
+def shared_type(kinds: Collection[str]) -> str:
+    """The smallest type that holds what some types hold, for weights that have to have one in common."""
+    if len(set(kinds)) == 1:
+        return next(iter(kinds))
+    return "Q8_0" if "Q8_0" in kinds else "Q5_0"  # which has room for q − z of 4 bits with zero points, too
+
+
 def encode(weight: QuantizedWeight, kind: str) -> np.ndarray:
-    """A weight as blocks of the type that `block_type` names.
+    """A weight as blocks of the type that `block_type` names, or of one that holds more (`shared_type`).
 
     Returns:
         uint8 `[out_features, in_features / 32 · bytes of a block]`.

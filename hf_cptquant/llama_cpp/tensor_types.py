@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from ..errors import ExportError
 from ..model_view import read_config
 from ..plan import BitPlan, ModulePlan
+from .architectures import ARCHITECTURES, Architecture
 
 SUPER_BLOCK = 256
 # bits → type for rows that are multiples of 256, and type of about as many bits for others
@@ -30,12 +31,13 @@ TYPES = {
     8: ("q8_0", "q8_0"),
 }
 UNTOUCHED_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+EXPERT = re.compile(r"\.experts\.\d+\.")
 # transformers' names of models that llama.cpp has under another name
 ALIASES = {"mistral": "llama", "mixtral": "llama", "cohere": "commandr"}
 
 
 def tensor_types(plan: BitPlan, config: PretrainedConfig) -> dict[str, str]:
-    """Name of a tensor in GGUF → ggml type, for every module of a plan.
+    """Name of a tensor in GGUF → ggml type, for every module of a plan; that of most bits for the experts of a layer.
 
     Args:
         plan: of the model.
@@ -44,9 +46,20 @@ def tensor_types(plan: BitPlan, config: PretrainedConfig) -> dict[str, str]:
     Raises:
         ExportError: `gguf` does not know the architecture or one of its modules.
     """
-    names = name_map(config)
+    names, known = name_map(config), _entry(config)
     untouched = UNTOUCHED_TYPES[str(config.dtype or "float32").removeprefix("torch.")]
-    return {gguf_name(names, f"{module.name}.weight"): _type(module, untouched) for module in plan.modules}
+    tensors: dict[str, list[ModulePlan]] = {}
+    for module in plan.modules:
+        name = EXPERT.sub(".experts.", module.name)  # all of a layer are one tensor
+        name = gguf_name(names, f"{name if known is None else known.known_as(name)}.weight")
+        tensors.setdefault(name, []).append(module)
+    return {
+        name: _type(max(modules, key=lambda each: each.scheme.bits), untouched) for name, modules in tensors.items()
+    }
+
+
+def _entry(config: PretrainedConfig) -> Architecture | None:
+    return ARCHITECTURES.get((config.architectures or [""])[0])
 
 
 def _type(module: ModulePlan, untouched: str) -> str:
@@ -83,14 +96,33 @@ def name_map(config: PretrainedConfig) -> TensorNameMap:
     Raises:
         ExportError: it does not know the architecture.
     """
-    plain = re.sub(r"[_-]|_text$", "", config.model_type)
+    layers = config.get_text_config().num_hidden_layers
+    if (known := _entry(config)) is not None:
+        return names_in(known.name, layers)
+    plain = _plain(config.model_type.removesuffix("_text"))
     wanted = ALIASES.get(plain, plain)
-    for arch, name in MODEL_ARCH_NAMES.items():
-        if name.replace("-", "").replace("_", "") == wanted:
-            return get_tensor_name_map(arch, config.get_text_config().num_hidden_layers)
+    for name in MODEL_ARCH_NAMES.values():
+        if _plain(name) == wanted:
+            return names_in(name, layers)
     raise ExportError(
         f"the package gguf knows no architecture {config.model_type!r}, so llama.cpp cannot load the model"
     )
+
+
+def _plain(name: str) -> str:
+    return re.sub("[_-]", "", name)
+
+
+def names_in(architecture: str, layers: int) -> TensorNameMap:
+    """The library's names for the tensors of an architecture of llama.cpp with so many layers.
+
+    Raises:
+        ExportError: it does not know the architecture.
+    """
+    for arch, name in MODEL_ARCH_NAMES.items():
+        if name == architecture:
+            return get_tensor_name_map(arch, layers)
+    raise ExportError(f"this version of the package gguf knows no architecture {architecture!r}: update it")
 
 
 def gguf_name(names: TensorNameMap, parameter: str) -> str:

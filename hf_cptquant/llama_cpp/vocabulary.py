@@ -1,34 +1,50 @@
 """A tokenizer as GGUF describes it to llama.cpp.
 
-GGUF has no room for a `tokenizer.json`. It lists tokens, their kinds and merges, and *names* the rule that cuts text
-into words before the merges; llama.cpp has these rules in its code (`tokenizer.ggml.pre`). Byte-level BPE with the
-rules of GPT-2, SmolLM and Llama 3 is written, after comparing what llama.cpp makes of texts. Any other tokenizer
-(SentencePiece, as Llama 2 has, among them) is refused, since a model that sees other tokens than it was trained on
-answers badly without saying why.
+GGUF has no room for a `tokenizer.json`. Of byte-level BPE it lists tokens, their kinds and merges, and *names* the rule
+that cuts text into words before the merges; llama.cpp has these rules in its code (`tokenizer.ggml.pre`). Of BPE as in
+SentencePiece (Llama 2, Mistral, Gemma), which does not cut text and falls back to bytes, it has a score for each token
+in place of merges: that of the best merge is made first, whichever two tokens it joins. So there have to be merges for
+all pairs that make a token, one after the other, which is how transformers makes merges from SentencePiece's scores.
+
+Both are written after comparing what llama.cpp makes of texts. Any other tokenizer is refused, since a model that sees
+other tokens than it was trained on answers badly without saying why. (llama.cpp has rules by the names of "tekken" and
+"gpt-4o", too, but simplifies them: letters of Unicode beyond ASCII have no case there, and marks are no letters.)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import ExportError
 
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
+
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
+QWEN2_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
+SPACE = "▁"
+ESCAPED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+PREPENDED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, ESCAPED]}
+ONE_WORD = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
+NO_MERGE = -1e6  # of tokens that no merge makes, below all others
 # Steps of the `pre_tokenizer` in tokenizer.json, and whether merges are skipped for words that are tokens → the name of
 # the rule in llama.cpp (llama-vocab.cpp).
 RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
     ((("ByteLevel", True),), False): "gpt-2",
     ((("Digits", True), ("ByteLevel", True)), False): "smollm",
     ((("Split", LLAMA3_SPLIT), ("ByteLevel", False)), True): "llama-bpe",
+    ((("Split", LLAMA3_SPLIT), ("ByteLevel", False)), False): "dbrx",
+    ((("Split", QWEN2_SPLIT), ("ByteLevel", False)), False): "qwen2",
 }
 
 
@@ -37,10 +53,9 @@ class Vocabulary:
     """What GGUF says of a tokenizer.
 
     Attributes:
-        tokens: texts in the byte-level alphabet, by id.
+        tokens: texts by id, in the byte-level alphabet or with "▁" for a space.
         types: kind of each token.
-        merges: pairs with a space between, the most important first.
-        rule: `tokenizer.ggml.pre`.
+        values: method of `GGUFWriter` without `add_` → what else there is of this kind of tokenizer.
         special: "bos", "eos", "unk", "pad" → id; those that there are.
         adds_bos, adds_eos: whether text gets these tokens around it.
         chat_template: one Jinja template, or several by name, or None.
@@ -48,8 +63,7 @@ class Vocabulary:
 
     tokens: tuple[str, ...]
     types: tuple[TokenType, ...]
-    merges: tuple[str, ...]
-    rule: str
+    values: Mapping[str, Any]
     special: Mapping[str, int]
     adds_bos: bool
     adds_eos: bool
@@ -57,11 +71,10 @@ class Vocabulary:
 
     def add_to(self, writer: GGUFWriter) -> None:
         """Write the vocabulary as metadata."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.rule)
+        for name, value in self.values.items():
+            getattr(writer, f"add_{name}")(value)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
         for kind, token in self.special.items():
             getattr(writer, f"add_{kind}_token_id")(token)
         writer.add_add_bos_token(self.adds_bos)
@@ -82,35 +95,94 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
         size: rows of the model's embedding. Ids without a token become unused tokens.
 
     Raises:
-        ExportError: not byte-level BPE with one of the rules in `RULES`, more tokens than embeddings, or special tokens
-            around a text that are not those for its beginning and end.
+        ExportError: neither byte-level BPE with one of the rules in `RULES` nor BPE as in SentencePiece, more tokens
+            than embeddings, or special tokens around a text that are not those for its beginning and end.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    rule = _rule(backend)
+    prefix = _space_prefix(backend)
+    rule = _rule(backend) if prefix is None else None
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(by_id) >= size:
         raise ExportError(f"the tokenizer has token {max(by_id)}, the model only {size} embeddings")
-    added = tokenizer.added_tokens_decoder
-    tokens, types = [], []
-    for index in range(size):
-        tokens.append(by_id.get(index, f"[PAD{index}]"))
-        if index not in by_id:
-            types.append(TokenType.UNUSED)
-        elif index in added:
-            types.append(TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED)
-        else:
-            types.append(TokenType.NORMAL)
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in backend["model"]["merges"])
+    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
+    types = [_type(index, by_id, tokenizer, prefix is not None) for index in range(size)]
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in backend["model"]["merges"]]
+    values: dict[str, Any]
+    if prefix is None:
+        values = {"tokenizer_model": "gpt2", "tokenizer_pre": rule, "token_merges": [" ".join(pair) for pair in merges]}
+    else:
+        scores = _scores(tokens, types, merges)
+        values = {"tokenizer_model": "llama", "tokenizer_pre": "default", "token_scores": scores}
+        values["add_space_prefix"] = prefix
+        tokens = [
+            token.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else token
+            for token, kind in zip(tokens, types, strict=True)
+        ]
     ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
     return Vocabulary(
         tuple(tokens),
         tuple(types),
-        tuple(" ".join(pair) for pair in pairs),
-        rule,
+        values,
         {kind: token for kind, token in ids.items() if token is not None},
         *_surroundings(tokenizer),
         tokenizer.chat_template,
     )
+
+
+def _type(index: int, by_id: Mapping[int, str], tokenizer: PreTrainedTokenizerBase, has_bytes: bool) -> TokenType:
+    added = tokenizer.added_tokens_decoder
+    if index not in by_id:
+        return TokenType.UNUSED
+    if index in added:
+        return TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED
+    return TokenType.BYTE if has_bytes and re.fullmatch("<0x[0-9A-F]{2}>", by_id[index]) else TokenType.NORMAL
+
+
+def _space_prefix(backend: Mapping[str, Any]) -> bool | None:
+    """Whether text gets a space before it; None if this is not BPE as in SentencePiece."""
+    normalizer, first = backend.get("normalizer"), backend.get("pre_tokenizer")
+    model = backend.get("model") or {}
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        return None
+    if first is None or first.items() >= ONE_WORD.items():
+        return normalizer == PREPENDED if normalizer in (ESCAPED, PREPENDED) else None
+    if normalizer is None and first.items() >= METASPACE.items():
+        if first["prepend_scheme"] != "never":
+            logger.warning(
+                "This tokenizer puts a space before a text that does not begin with one"
+                + (", and not after a special token" if first["prepend_scheme"] == "first" else "")
+                + "; llama.cpp, like SentencePiece, puts one before every text."
+            )
+        return first["prepend_scheme"] != "never"
+    return None
+
+
+def _scores(tokens: Sequence[str], types: Sequence[TokenType], merges: Sequence[tuple[str, str]]) -> list[float]:
+    """A score for each token, for which merging by scores gives what merging in that order does.
+
+    Raises:
+        ExportError: there are none, since some way to make a token is no merge, or others come in between; or bytes
+            without a token.
+    """
+    if list(types).count(TokenType.BYTE) < 256:
+        raise ExportError("the tokenizer falls back to bytes, but does not have a token for each of the 256")
+    normal = {token: kind for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
+    ranks: dict[str, list[int]] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, []).append(rank)
+    known = set(merges)
+    for token in normal:
+        halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        joined = [pair for pair in halves if all(len(half) == 1 or half in normal for half in pair)]
+        of_token = ranks.get(token, [])
+        missing = [pair for pair in joined if pair not in known]
+        if missing or (of_token and of_token[-1] - of_token[0] >= len(of_token)):
+            why = f"no merge of {missing[0]}" if missing else "merges between which there are those of others"
+            raise ExportError(
+                "the merges of the tokenizer cannot be said by scores, as llama.cpp wants them for SentencePiece:"
+                f" {token!r} has {why}"
+            )
+    return [-float(ranks[token][0]) if token in normal and token in ranks else NO_MERGE for token in tokens]
 
 
 def _rule(backend: Mapping[str, Any]) -> str:
@@ -118,15 +190,18 @@ def _rule(backend: Mapping[str, Any]) -> str:
     model, first = backend.get("model") or {}, backend.get("pre_tokenizer") or {}
     steps = first.get("pretokenizers", [first])
     found = tuple((step.get("type"), _essence(step)) for step in steps)
-    plain = not (backend.get("normalizer") or model.get("byte_fallback") or model.get("continuing_subword_prefix"))
+    normalizer = (backend.get("normalizer") or {}).get("type")
+    plain = normalizer in (None, "NFC") and not (model.get("byte_fallback") or model.get("continuing_subword_prefix"))
     prefixed = any(step.get("add_prefix_space") for step in steps)
     key = (found, bool(model.get("ignore_merges")))
     if model.get("type") != "BPE" or not plain or prefixed or key not in RULES:
         kinds = " and ".join(str(kind) for kind, _ in found if kind) or "no rule"
         raise ExportError(
             f"the tokenizer ({model.get('type')}, {kinds}) is not one whose rule llama.cpp is known to have; byte-level"
-            f" BPE as in {', '.join(RULES.values())} is supported"
+            f" BPE as in {', '.join(RULES.values())} is supported, and BPE as in SentencePiece"
         )
+    if normalizer is not None:
+        logger.warning("This tokenizer brings text to Unicode's normal form C first, which llama.cpp does not do.")
     return RULES[key]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from hf_cptquant.errors import ExportError
 from hf_cptquant.grid import QuantizedWeight, fit_grid, integer_range, quantize
-from hf_cptquant.llama_cpp.blocks import block_type, encode, largest_difference
+from hf_cptquant.llama_cpp.blocks import block_type, encode, largest_difference, shared_type
 from hf_cptquant.plan import LayerScheme
 
 HELD_AS = {
@@ -97,3 +97,20 @@ def test_a_scale_that_float16_does_not_reach_is_refused():
     weight.scale[3, 1] = -7e4
     with pytest.raises(ExportError, match=r"the scale 7\S+ is too large for float16"):
         block_type(weight)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "kind"),
+    [
+        ([(4, True), (3, True)], "Q4_0"),
+        ([(4, True), (5, True)], "Q5_0"),
+        ([(4, False), (4, True), (2, False)], "Q5_0"),
+        ([(4, False), (8, True), (5, False)], "Q8_0"),
+    ],
+)
+def test_a_type_in_common_holds_every_weight_exactly(schemes, kind):
+    weights = [rounded(LayerScheme(bits, 32, symmetric), torch.bfloat16) for bits, symmetric in schemes]
+    assert shared_type([block_type(weight) for weight in weights]) == kind
+    for weight in weights:
+        found = np.copy(gguf.dequantize(encode(weight, kind), gguf.GGMLQuantizationType[kind]))
+        assert torch.equal(torch.from_numpy(found).double(), exact(weight))

@@ -48,6 +48,16 @@ def test_names_of_other_architectures(kind, name, tensor):
     assert set(types.values()) == {"f32"}
 
 
+def test_experts_of_a_layer_are_one_tensor():
+    model = tiny_model("mixtral")
+    model.config.architectures = ["MixtralForCausalLM"]  # as in the config of a folder
+    plan = view_model(model).plan("module")
+    plan = plan.with_bits({module.unit: 8 if ".experts.2." in module.name else 4 for module in plan.modules}, 32)
+    types = tensor_types(plan, model.config)
+    assert len(types) == 3 * (4 + 3)
+    assert [types[f"blk.1.{name}.weight"] for name in ("attn_q", "ffn_down_exps")] == ["iq4_nl", "q8_0"]
+
+
 def test_an_architecture_that_llama_cpp_lacks_is_refused():
     model = tiny_model("opt")
     with pytest.raises(ExportError, match="knows no architecture 'opt'"):
@@ -77,12 +87,12 @@ def test_the_command_writes_both_files(quantized_folder, tmp_path, monkeypatch, 
 
 
 def test_the_types_alone_where_there_is_no_gguf(quantized_folder, tmp_path, capsys):
-    folder = quantized_folder("gpt2")
+    folder = quantized_folder(hidden_act="gelu")
     output = tmp_path / "types.txt"
     assert run("export", folder, "--output", tmp_path / "x.gguf") == 1
     assert "--tensor-types-only" in capsys.readouterr().err
     assert run("export", folder, "--tensor-types-only", "--output", output) == 0
-    assert output.read_text().startswith(r"^blk\.0\.attn_qkv\.weight$=")
+    assert output.read_text().startswith(r"^blk\.0\.attn_q\.weight$=")
     assert run("export", folder, "--format", "onnx") == 1
     assert "--format onnx is not one of llama-cpp" in capsys.readouterr().err
 

@@ -2,14 +2,16 @@
 
 import gguf
 import pytest
-from tokenizers import Regex, pre_tokenizers, processors
-from transformers import AutoTokenizer
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 
 from hf_cptquant.errors import ExportError
-from hf_cptquant.llama_cpp.vocabulary import LLAMA3_SPLIT, read_vocabulary
+from hf_cptquant.llama_cpp.vocabulary import read_vocabulary
 
 BYTE_LEVEL = {"add_prefix_space": False}
 SIZE = 49152
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def test_it_is_what_the_models_own_file_says(tokenizer, bundled):
     found = read_vocabulary(tokenizer, SIZE)
     assert list(found.tokens) == bundled["tokenizer.ggml.tokens"].contents()
     assert list(found.types) == bundled["tokenizer.ggml.token_type"].contents()
-    assert list(found.merges) == bundled["tokenizer.ggml.merges"].contents()
+    assert found.values["token_merges"] == bundled["tokenizer.ggml.merges"].contents()
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     special = {kind: bundled[f"tokenizer.ggml.{name}_token_id"].contents() for kind, name in names.items()}
     assert found.special == special
@@ -30,7 +32,11 @@ def test_it_is_what_the_models_own_file_says(tokenizer, bundled):
     assert found.chat_template == bundled["tokenizer.chat_template"].contents()
     # transformers loses the cutting of digits when it reads that file, so the tokenizer itself cuts as GPT-2's
     assert bundled["tokenizer.ggml.pre"].contents() == "smollm"
-    assert found.rule == "gpt-2"
+    assert (found.values["tokenizer_model"], found.values["tokenizer_pre"]) == ("gpt2", "gpt-2")
+
+
+def rule_of(tokenizer) -> str:
+    return read_vocabulary(tokenizer, SIZE).values["tokenizer_pre"]
 
 
 def test_the_rule_is_that_of_the_tokenizer(tokenizer):
@@ -38,20 +44,95 @@ def test_the_rule_is_that_of_the_tokenizer(tokenizer):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [digits, pre_tokenizers.ByteLevel(**BYTE_LEVEL)]
     )
-    assert read_vocabulary(tokenizer, SIZE).rule == "smollm"
+    assert rule_of(tokenizer) == "smollm"
 
-    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
     bytes_only = pre_tokenizers.ByteLevel(use_regex=False, **BYTE_LEVEL)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
-    with pytest.raises(ExportError, match="Split and ByteLevel"):  # Llama 3 also skips merges for whole words
-        read_vocabulary(tokenizer, SIZE)
-    tokenizer.backend_tokenizer.model.ignore_merges = True
-    assert read_vocabulary(tokenizer, SIZE).rule == "llama-bpe"
+    for pattern, whole_words, rule in ((QWEN2, False, "qwen2"), (LLAMA3, False, "dbrx"), (LLAMA3, True, "llama-bpe")):
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+        tokenizer.backend_tokenizer.model.ignore_merges = whole_words
+        assert rule_of(tokenizer) == rule
 
-    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT.replace("{1,3}", "")), "isolated")
+    split = pre_tokenizers.Split(Regex(LLAMA3.replace("{1,3}", "{1,2}")), "isolated")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
-    with pytest.raises(ExportError, match="gpt-2, smollm, llama-bpe"):
-        read_vocabulary(tokenizer, SIZE)
+    with pytest.raises(ExportError, match=r"Split and ByteLevel.*gpt-2, smollm, llama-bpe, dbrx, qwen2 is supported"):
+        rule_of(tokenizer)
+
+
+def test_normal_forms_are_told(tokenizer, logged):
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert rule_of(tokenizer) == "gpt-2"
+    assert "normal form C first, which llama.cpp does not do" in logged.text
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    with pytest.raises(ExportError, match="is not one whose rule"):
+        rule_of(tokenizer)
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = ["▁", "a", "b", "c", "▁a", "bc", "▁ab", "abc"]
+MERGES = [("▁", "a"), ("b", "c"), ("▁a", "b"), ("a", "bc")]  # all that make a piece, in the order of the pieces
+
+
+def sentencepiece(kind=GemmaTokenizer, pieces=PIECES, merges=MERGES, **settings):
+    tokens = ["<pad>", "</s>", "<s>", "<unk>", "<mask>", *BYTES, *pieces]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return kind(vocab=vocabulary, merges=merges, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **settings)
+
+
+def test_merges_become_scores():
+    tokenizer = sentencepiece()
+    tokenizer.add_tokens([AddedToken("▁▁▁", normalized=False)])
+    found = read_vocabulary(tokenizer, 272)
+    assert found.values["tokenizer_model"] == "llama"
+    assert found.values["add_space_prefix"] is False
+    scores = dict(zip(found.tokens, found.values["token_scores"], strict=True))
+    assert [scores[piece] for piece in ("▁a", "bc", "▁ab", "abc")] == [0, -1, -2, -3]
+    assert max(score for token, score in scores.items() if token not in PIECES[4:]) < -3
+    assert found.tokens[261:] == (*PIECES, "   ", "[PAD270]", "[PAD271]")  # llama.cpp looks for it in the text itself
+    assert found.types[5:261] == (gguf.TokenType.BYTE,) * 256
+    assert set(found.types[:5]) == {gguf.TokenType.CONTROL}
+    assert found.types[261:270] == (*(gguf.TokenType.NORMAL,) * 8, gguf.TokenType.USER_DEFINED)
+
+
+def test_a_space_before_texts_is_told(logged):
+    found = read_vocabulary(sentencepiece(LlamaTokenizer), 269)
+    assert found.values["add_space_prefix"] is True
+    assert "not after a special token; llama.cpp, like SentencePiece, puts one before every text" in logged.text
+
+    tokenizer = sentencepiece()
+    before = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.backend_tokenizer.normalizer = before
+    assert read_vocabulary(tokenizer, 269).values["add_space_prefix"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"merges": MERGES[:3]}, r"'abc' has no merge of \('a', 'bc'\)"),
+        (
+            {"pieces": [*PIECES, "ab"], "merges": [*MERGES[:2], ("a", "b"), *MERGES[2:]]},
+            r"no merge of \('(▁', 'ab|ab', 'c)",
+        ),
+        (
+            {"pieces": [*PIECES, "ab"], "merges": [("a", "b"), ("▁", "ab"), *MERGES, ("ab", "c")]},
+            "'▁ab' has merges between which there are those of others",
+        ),
+    ],
+)
+def test_merges_that_scores_cannot_say_are_refused(changes, complaint):
+    with pytest.raises(ExportError, match=complaint):
+        read_vocabulary(sentencepiece(**changes), 271)
+
+
+def test_other_ways_to_cut_before_merges_of_sentencepiece_are_refused():
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", split=True)
+    with pytest.raises(ExportError, match=r"Metaspace.* is not one whose rule"):
+        read_vocabulary(tokenizer, 269)
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    with pytest.raises(ExportError, match="is not one whose rule"):
+        read_vocabulary(tokenizer, 269)
 
 
 def test_another_kind_of_tokenizer_is_refused(minilm):

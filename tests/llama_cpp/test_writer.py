@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_cptquant.errors import ExportError, ModelError, PlanError
 from hf_cptquant.grid import dequantize
-from hf_cptquant.llama_cpp import export_gguf, writer
+from hf_cptquant.llama_cpp import export_gguf, tensors
 from hf_cptquant.modules import packed_modules
 from hf_cptquant.plan import BitPlan
 
@@ -142,13 +142,13 @@ def test_scales_that_are_rounded_are_told(quantized_folder, tmp_path, logged):
     ("changes", "settings", "complaint"),
     [
         ({}, {"group_size": 16, "bits": (4, 8)}, r"model\.layers\.0\.\S+: groups of 16 do not fit"),
-        ({"hidden_act": "gelu"}, {}, "with silu, this model has 'gelu'; export with --tensor-types-only"),
+        ({"hidden_act": "gelu"}, {}, "hidden_act 'silu', this model has 'gelu'; export with --tensor-types-only"),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
             {},
             "rotary embeddings of type 'linear' .* --tensor-types-only",
         ),
-        ({"kind": "gpt2"}, {}, "GPT2LMHeadModel is not written as GGUF, only LlamaForCausalLM; .* --tensor-types-only"),
+        ({"kind": "opt"}, {}, "OPTForCausalLM is not written as GGUF, only LlamaForCausalLM, .* --tensor-types-only"),
     ],
 )
 def test_what_the_file_could_not_say_is_refused(changes, settings, complaint, quantized_folder, tmp_path):
@@ -183,7 +183,7 @@ def test_a_file_is_whole_or_not_there_and_never_overwritten(quantized_folder, tm
 
     before = set(tmp_path.iterdir())
     with monkeypatch.context() as broken:
-        broken.setattr(writer, "encode", fail)
+        broken.setattr(tensors, "encode", fail)
         with pytest.raises(OSError, match="disk full"):
             export_gguf(folder, file)
     assert set(tmp_path.iterdir()) == before

@@ -1,0 +1,191 @@
+"""A tiny model of every class that is written as GGUF, and a tokenizer for it.
+
+All sizes that can differ do, windows of attention are shorter than texts, and there are layers enough for every kind
+that a class has. The tests and `llama_cpp.py` share them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import transformers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
+
+VOCABULARY = 112
+CONTEXT = 96
+SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "bos_token_id": 0,
+         "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "intermediate_size": 64}
+ROPE = {"rope_type": "default", "rope_theta": 5000.0}
+QUARTER = {**ROPE, "partial_rotary_factor": 0.25}
+
+# Class → class of its config, and what differs from `SHAPE`; None takes a setting away.
+MODELS: dict[str, tuple[str, dict]] = {
+    "LlamaForCausalLM": ("LlamaConfig", {"head_dim": 64, "attention_bias": True, "mlp_bias": True}),
+    "MistralForCausalLM": ("MistralConfig", {"head_dim": 64}),
+    "MixtralForCausalLM": ("MixtralConfig", {**EXPERTS, "num_local_experts": 4}),
+    "Qwen2ForCausalLM": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96, "intermediate_size": 192}),
+    "Qwen3ForCausalLM": ("Qwen3Config", {"head_dim": 128}),
+    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", {**EXPERTS, "num_local_experts": 4, "moe_intermediate_size": 64,
+        "head_dim": 64, "norm_topk_prob": True}),
+    "GemmaForCausalLM": ("GemmaConfig", {"head_dim": 64, "tie_word_embeddings": True}),
+    "Gemma2ForCausalLM": ("Gemma2Config", {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16,
+        "tie_word_embeddings": True, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16,
+        "tie_word_embeddings": True, "num_hidden_layers": 7, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0}}}),
+    "Phi3ForCausalLM": ("Phi3Config", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.75}}),
+    "PhiForCausalLM": ("PhiConfig", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
+    "StableLmForCausalLM": ("StableLmConfig", {"rope_parameters": QUARTER, "use_qkv_bias": True}),
+    "Starcoder2ForCausalLM": ("Starcoder2Config", {"tie_word_embeddings": True, "sliding_window": CONTEXT}),
+    "GPT2LMHeadModel": ("GPT2Config", {"tie_word_embeddings": True, "num_key_value_heads": None,
+        "intermediate_size": None}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {"rope_parameters": QUARTER, "num_key_value_heads": None,
+        "hidden_act": "gelu"}),
+    "OlmoForCausalLM": ("OlmoConfig", {"clip_qkv": 0.5}),
+    "Olmo2ForCausalLM": ("Olmo2Config", {}),
+    "OlmoeForCausalLM": ("OlmoeConfig", {**EXPERTS, "num_experts": 4, "num_key_value_heads": 4}),
+    "CohereForCausalLM": ("CohereConfig", {"tie_word_embeddings": True, "logit_scale": 0.25}),
+    "Cohere2ForCausalLM": ("Cohere2Config", {"tie_word_embeddings": True, "logit_scale": 0.25, "head_dim": 32,
+        "sliding_window": 16, "num_hidden_layers": 5}),
+    "GraniteForCausalLM": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0,
+        "residual_multiplier": 0.5, "attention_multiplier": 0.1, "tie_word_embeddings": True}),
+    "GraniteMoeForCausalLM": ("GraniteMoeConfig", {**EXPERTS, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+        "residual_multiplier": 0.5, "attention_multiplier": 0.1, "num_local_experts": 4}),
+    "SmolLM3ForCausalLM": ("SmolLM3Config", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "NemotronForCausalLM": ("NemotronConfig", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
+    "SeedOssForCausalLM": ("SeedOssConfig", {"head_dim": 64}),
+    "ArceeForCausalLM": ("ArceeConfig", {"head_dim": 64}),
+    "Ernie4_5ForCausalLM": ("Ernie4_5Config", {"head_dim": 64, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+def config_of(kind: str, **changes: object) -> PretrainedConfig:
+    """The config of the tiny model of a class."""
+    config_class, differences = MODELS[kind]
+    settings = {**SHAPE, "rope_parameters": ROPE, **differences}
+    given = {key: each for key, each in settings.items() if each is not None}
+    config = getattr(transformers, config_class)(**{**given, **changes})
+    config.architectures = [kind]
+    return config
+
+
+def model_of(kind: str, **changes: object) -> PreTrainedModel:
+    """A random model of a class in float32, the same at every call, in which norms and biases matter, too."""
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config_of(kind, **changes))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+        else:
+            parameter.data += torch.randn_like(parameter) * 0.2
+    return model.eval()
+
+
+def tokenizer_of() -> PreTrainedTokenizerFast:
+    """Byte-level BPE for ASCII, so that each token is text by itself, which llama.cpp's server needs to show it."""
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "t"), ("Ġ", "a"), ("1", "2"), ("Ġ", "Ġ"), ("Ċ", "Ċ"), ("'", "s")]
+    tokens = ["<s>", *map(chr, range(33, 127)), "Ġ", "Ċ", *(left + right for left, right in merges)]
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<s>")
+
+
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+SPACE = "▁"
+METASPACE = "llama, space before some texts"
+
+
+def trained_tokenizers(texts: list[str], size: int) -> dict[str, PreTrainedTokenizerFast]:
+    """Name of a rule → a tokenizer by it, trained on some texts, with added tokens and one before every text.
+
+    Args:
+        texts: to train on.
+        size: how many tokens each has.
+    """
+    bytes_of = partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
+    rules = {
+        "gpt-2": bytes_of(),
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of()]),
+        **{
+            name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_of(use_regex=False)])
+            for name, pattern in (("qwen2", QWEN2), ("dbrx", LLAMA3), ("llama-bpe", LLAMA3))
+        },
+    }
+    found = {name: _byte_level(rule, texts, size, name == "llama-bpe") for name, rule in rules.items()}
+    escape = normalizers.Replace(" ", SPACE)
+    found["llama, space before"] = _sentencepiece(
+        normalizers.Sequence([normalizers.Prepend(SPACE), escape]), None, texts, size
+    )
+    found["llama, no space before"] = _sentencepiece(
+        escape, pre_tokenizers.Split(" ", "merged_with_previous"), texts, size
+    )
+    metaspace = pre_tokenizers.Metaspace(SPACE, "first", split=False)
+    found[METASPACE] = _sentencepiece(None, metaspace, texts, size)
+    return found
+
+
+def _byte_level(
+    rule: pre_tokenizers.PreTokenizer, texts: list[str], size: int, whole_words: bool
+) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE(ignore_merges=whole_words))
+    backend.pre_tokenizer, backend.decoder = rule, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size - 2, initial_alphabet=alphabet, show_progress=False)
+    )
+    return _finished(backend)
+
+
+def _sentencepiece(
+    normalizer: normalizers.Normalizer | None, rule: pre_tokenizers.PreTokenizer | None, texts: list[str], size: int
+) -> PreTrainedTokenizerFast:
+    """Merges are made of pieces as transformers makes them: all pairs that make a piece, piece by piece."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", SPACE)
+    trained.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]*"), "isolated")
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size - 2 - 257, show_progress=False))
+    pieces = [piece for piece, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])]
+    known = set(pieces)
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if rule is not None:
+        backend.pre_tokenizer = rule
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)
+    return _finished(backend)
+
+
+def _finished(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    backend.add_special_tokens(["<s>"])
+    backend.add_tokens([AddedToken("<tool>", normalized=False)])
+    special = [("<s>", backend.token_to_id("<s>"))]
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<s>")

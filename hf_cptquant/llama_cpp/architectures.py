@@ -1,0 +1,434 @@
+"""What llama.cpp computes for a class of transformers: what it is told, where from, and what it takes for granted.
+
+llama.cpp has code of its own for every architecture. It reads some hyperparameters from the file; the rest is fixed in
+that code (src/models/*.cpp): an activation, whether attention has a window, which layers have rotary embeddings. A
+model that differs there would load and compute something else without saying so. So what is fixed stands here, too, and
+such a model is refused. What a file has to say follows llama.cpp's own converter (conversion/*.py).
+
+Each entry of `ARCHITECTURES` was compared with llama.cpp: logits of a model of that class, with sizes that all differ
+(`benchmarks/llama_cpp_architectures.py`). To add one, write its entry, and a model for it in that script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from gguf import RopeScalingType
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..errors import ExportError
+
+Rows = Callable[[PretrainedConfig, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A class of transformers as llama.cpp knows it.
+
+    Values are attributes of the config, by name, or computed from the config.
+
+    Attributes:
+        name: `general.architecture`.
+        values: method of `GGUFWriter` without `add_` → value, beside those that all have (`COMMON`). None is not
+            written.
+        assumed: attribute of the config → what it has to be, since llama.cpp is not told; may be computed.
+        free_head_dim: whether heads may have another size than that of the hidden state over their number.
+        rope_types: of the rotary embeddings that llama.cpp can be told; none if there are no such embeddings.
+        partly_rotary: whether there may be features of a head without rotary embeddings.
+        rows: last part of a module's name → how its rows are reordered.
+        renamed: part of a module's name → what the library `gguf` calls it.
+        norm_offset: what transformers adds to the weights of norms, and llama.cpp does not.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    assumed: Mapping[str, Any]
+    free_head_dim: bool = True
+    rope_types: tuple[str, ...] = ("default",)
+    partly_rotary: bool = False
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    norm_offset: float = 0.0
+
+    def hyperparameters(self, config: PretrainedConfig) -> dict[str, Any]:
+        """Method of `GGUFWriter` without `add_` → value."""
+        values = {**COMMON, **(ROTARY if self.rope_types else {}), **self.values}
+        found = {name: _value(value, config) for name, value in values.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Refuse what the file could not say.
+
+        Raises:
+            ExportError: llama.cpp would compute something else than a model with this config.
+        """
+        for attribute, value in self.assumed.items():
+            expected, found = value(config) if callable(value) else value, getattr(config, attribute)
+            if found != expected:
+                raise ExportError(
+                    f"llama.cpp computes {self.name} with {attribute} {expected!r}, this model has {found!r}"
+                )
+        implied = config.hidden_size // config.num_attention_heads
+        if not self.free_head_dim and head_dim(config) != implied:
+            raise ExportError(
+                f"llama.cpp computes {self.name} with {implied} features a head, this model has {head_dim(config)}"
+            )
+        if self.rope_types and (rope := rotary(config))["rope_type"] not in self.rope_types:
+            raise ExportError(
+                f"rotary embeddings of type {rope['rope_type']!r} are not written as GGUF for {self.name}, only"
+                f" {', '.join(self.rope_types)}"
+            )
+        if self.rope_types and not self.partly_rotary and _rotated(config) != head_dim(config):
+            raise ExportError(
+                f"llama.cpp computes {self.name} with rotary embeddings for all features of a head, this model has them"
+                f" for {_rotated(config)} of {head_dim(config)}"
+            )
+
+    def known_as(self, module: str) -> str:
+        """The name by which the library `gguf` knows a module."""
+        for ours, theirs in self.renamed.items():
+            module = module.replace(ours, theirs)
+        return module
+
+    def in_order(self, config: PretrainedConfig, module: str, rows: Tensor) -> Tensor:
+        """The rows of a weight, of its scales or of a bias, as llama.cpp wants them in a module of that name."""
+        reorder = self.rows.get(module.rpartition(".")[2])
+        return rows if reorder is None else reorder(config, rows)
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Features of a head, as transformers finds them."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rotary(config: PretrainedConfig) -> Mapping[str, Any]:
+    """Parameters of the rotary embeddings; where windows have others, those of layers without one."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
+
+
+def _value(value: Any, config: PretrainedConfig) -> Any:
+    return value(config) if callable(value) else getattr(config, value)
+
+
+def _heads_of_keys(config: PretrainedConfig) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _rotated(config: PretrainedConfig) -> int:
+    return int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0))
+
+
+def _scaling_type(config: PretrainedConfig) -> RopeScalingType | None:
+    return RopeScalingType.LINEAR if rotary(config)["rope_type"] == "linear" else None
+
+
+def _scaling_factor(config: PretrainedConfig) -> float | None:
+    return rotary(config)["factor"] if rotary(config)["rope_type"] == "linear" else None
+
+
+COMMON: Mapping[str, Any] = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "head_count": "num_attention_heads",
+    "head_count_kv": _heads_of_keys,
+    "key_length": head_dim,
+    "value_length": head_dim,
+    "vocab_size": "vocab_size",
+}
+ROTARY: Mapping[str, Any] = {
+    "rope_dimension_count": _rotated,
+    "rope_freq_base": lambda config: rotary(config)["rope_theta"],
+    "rope_scaling_type": _scaling_type,
+    "rope_scaling_factor": _scaling_factor,
+}
+
+
+def _neighbours(heads: str, config: PretrainedConfig, rows: Tensor) -> Tensor:
+    """Rows of each head, from its first and second half in turn: llama.cpp turns neighbouring features together,
+    transformers those of the two halves."""
+    return rows.unflatten(0, (getattr(config, heads), 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _parts_of_heads(config: PretrainedConfig, rows: Tensor) -> Tensor:
+    """Query, key and value of each head → all queries, all keys, all values."""
+    return rows.unflatten(0, (config.num_attention_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+
+
+NEIGHBOURS: Mapping[str, Rows] = {
+    "q_proj": partial(_neighbours, "num_attention_heads"),
+    "k_proj": partial(_neighbours, "num_key_value_heads"),
+}
+
+
+def _gelu(config: PretrainedConfig) -> str:
+    """llama.cpp takes GELU from a table of float16, which is as far from either form as one is from the other."""
+    return config.hidden_act if config.hidden_act in ("gelu", "gelu_new", "gelu_pytorch_tanh") else "gelu"
+
+
+def _causal(config: PretrainedConfig) -> bool | None:
+    """None is as good as False."""
+    return False if config.use_bidirectional_attention else config.use_bidirectional_attention
+
+
+def _window_beyond_context(config: PretrainedConfig) -> int | None:
+    """A window that no text is long enough for may stay; llama.cpp computes without any."""
+    window = config.sliding_window
+    return window if window is not None and window >= config.max_position_embeddings else None
+
+
+def _every(step: int, config: PretrainedConfig) -> list[str]:
+    """Kinds of layers if every so many have no window."""
+    kinds = ("sliding_attention", "full_attention")
+    return [kinds[(layer + 1) % step == 0] for layer in range(config.num_hidden_layers)]
+
+
+def _without_every_fourth(config: PretrainedConfig) -> list[int]:
+    return [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
+
+
+def _query_scale(layers: int, config: PretrainedConfig) -> int:
+    """What Gemma divides the square of logits of attention by; llama.cpp knows the largest model by its layers."""
+    if config.num_hidden_layers == layers:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
+
+
+def _local_and_global_rope(config: PretrainedConfig) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": 10000.0}
+    return {**config.rope_parameters, "sliding_attention": local}
+
+
+RMS: Mapping[str, Any] = {"layer_norm_rms_eps": "rms_norm_eps"}
+SILU: Mapping[str, Any] = {"hidden_act": "silu"}
+CAUSAL: Mapping[str, Any] = {"use_bidirectional_attention": _causal}
+GELU_TANH: Mapping[str, Any] = {"hidden_activation": "gelu_pytorch_tanh"}
+NO_WINDOW: Mapping[str, Any] = {"sliding_window": _window_beyond_context}
+NO_BIASES: Mapping[str, Any] = {"attention_bias": False}
+EXPERTS: Mapping[str, Any] = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+EVERY_LAYER: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+
+LLAMA = Architecture("llama", RMS, SILU, rope_types=("default", "llama3"), rows=NEIGHBOURS)
+GEMMA = Architecture(
+    "gemma",
+    RMS,
+    {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, **NO_BIASES, **CAUSAL},
+    norm_offset=1.0,
+)
+QWEN3 = Architecture("qwen3", RMS, {**SILU, **NO_BIASES, "use_sliding_window": False})
+GRANITE = Architecture(
+    "granite",
+    {
+        **RMS,
+        "attention_scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    },
+    {**SILU, **NO_BIASES},
+    rows=NEIGHBOURS,
+)
+
+# The class that a config names → what llama.cpp makes of it.
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": replace(LLAMA, assumed={**SILU, **NO_WINDOW}, rope_types=("default",)),
+    "MixtralForCausalLM": replace(
+        LLAMA,
+        values={**RMS, **EXPERTS},
+        assumed={**SILU, **NO_WINDOW},
+        rope_types=("default",),
+        renamed={"mlp.experts": "block_sparse_moe.experts", "mlp.gate": "block_sparse_moe.gate"},
+    ),
+    "Qwen2ForCausalLM": Architecture("qwen2", RMS, {**SILU, "use_sliding_window": False}, free_head_dim=False),
+    "Qwen2MoeForCausalLM": Architecture(
+        "qwen2moe",
+        {
+            **RMS,
+            **EXPERTS,
+            "expert_count": "num_experts",
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+        {
+            **SILU,
+            **EVERY_LAYER,
+            "use_sliding_window": False,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": False,
+        },
+        free_head_dim=False,
+    ),
+    "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": replace(
+        QWEN3,
+        name="qwen3moe",
+        values={**RMS, **EXPERTS, "expert_feed_forward_length": "moe_intermediate_size"},
+        assumed={**QWEN3.assumed, **EVERY_LAYER, "norm_topk_prob": True},
+    ),
+    "GemmaForCausalLM": GEMMA,
+    "Gemma2ForCausalLM": replace(
+        GEMMA,
+        name="gemma2",
+        values={
+            **RMS,
+            "sliding_window": "sliding_window",
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        assumed={
+            **GELU_TANH,
+            **NO_BIASES,
+            **CAUSAL,
+            "attn_logit_softcapping": lambda config: config.attn_logit_softcapping or 50.0,
+            "final_logit_softcapping": lambda config: config.final_logit_softcapping or 30.0,
+            "tie_word_embeddings": True,
+            "layer_types": partial(_every, 2),
+            "query_pre_attn_scalar": partial(_query_scale, 46),
+        },
+    ),
+    "Gemma3ForCausalLM": replace(
+        GEMMA,
+        name="gemma3",
+        values={**RMS, "sliding_window": "sliding_window", "final_logit_softcapping": "final_logit_softcapping"},
+        assumed={
+            **GELU_TANH,
+            **NO_BIASES,
+            "attn_logit_softcapping": None,
+            **CAUSAL,
+            "layer_types": partial(_every, 6),
+            "query_pre_attn_scalar": partial(_query_scale, 62),
+            "rope_parameters": _local_and_global_rope,
+        },
+        rope_types=("default", "linear"),
+    ),
+    "Phi3ForCausalLM": Architecture("phi3", RMS, {**SILU, **NO_WINDOW}, free_head_dim=False, partly_rotary=True),
+    "PhiForCausalLM": Architecture(
+        "phi2",
+        {"layer_norm_eps": "layer_norm_eps"},
+        {"hidden_act": "gelu_new", "qk_layernorm": False, "tie_word_embeddings": False},
+        free_head_dim=False,
+        partly_rotary=True,
+    ),
+    "StableLmForCausalLM": Architecture(
+        "stablelm",
+        {"layer_norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
+        {**SILU, "qk_layernorm": False, "tie_word_embeddings": False},
+        free_head_dim=False,
+        partly_rotary=True,
+    ),
+    "Starcoder2ForCausalLM": Architecture(
+        "starcoder2",
+        {"layer_norm_eps": "norm_epsilon"},
+        {"hidden_act": "gelu_pytorch_tanh", "use_bias": True, **NO_WINDOW},
+        free_head_dim=False,
+    ),
+    "GPT2LMHeadModel": Architecture(
+        "gpt2",
+        {
+            "layer_norm_eps": "layer_norm_epsilon",
+            "feed_forward_length": lambda config: config.n_inner or 4 * config.n_embd,
+        },
+        {
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        free_head_dim=False,
+        rope_types=(),
+    ),
+    "GPTNeoXForCausalLM": Architecture(
+        "gptneox",
+        {"layer_norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
+        {"hidden_act": _gelu, "attention_bias": True, "tie_word_embeddings": False},
+        free_head_dim=False,
+        partly_rotary=True,
+        rows={"query_key_value": _parts_of_heads},
+    ),
+    "OlmoForCausalLM": Architecture(
+        "olmo",
+        {"layer_norm_eps": lambda config: 1e-5, "clamp_kqv": "clip_qkv"},
+        {**SILU, **NO_BIASES},
+        free_head_dim=False,
+        rows=NEIGHBOURS,
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        "olmo2", RMS, {**SILU, **NO_BIASES, "tie_word_embeddings": False}, free_head_dim=False
+    ),
+    "OlmoeForCausalLM": Architecture(
+        "olmoe",
+        {**RMS, **EXPERTS},
+        {
+            **SILU,
+            **NO_BIASES,
+            "clip_qkv": None,
+            "norm_topk_prob": False,
+            "num_key_value_heads": lambda config: config.num_attention_heads,
+            "tie_word_embeddings": False,
+        },
+        free_head_dim=False,
+    ),
+    "CohereForCausalLM": Architecture(
+        "command-r",
+        {"layer_norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
+        {**SILU, **NO_BIASES, "use_qk_norm": False, "tie_word_embeddings": True},
+        free_head_dim=False,
+    ),
+    "Cohere2ForCausalLM": Architecture(
+        "cohere2",
+        {"layer_norm_eps": "layer_norm_eps", "logit_scale": "logit_scale", "sliding_window": "sliding_window"},
+        {**SILU, **NO_BIASES, "tie_word_embeddings": True, "layer_types": partial(_every, 4)},
+        free_head_dim=False,
+    ),
+    "GraniteForCausalLM": GRANITE,
+    "GraniteMoeForCausalLM": replace(
+        GRANITE,
+        name="granitemoe",
+        values={**GRANITE.values, **EXPERTS},
+        renamed={"block_sparse_moe.experts": "mlp.experts", "block_sparse_moe.router": "block_sparse_moe.router.layer"},
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        "smollm3",
+        RMS,
+        {
+            **SILU,
+            **NO_BIASES,
+            "mlp_bias": False,
+            "use_sliding_window": False,
+            "no_rope_layers": _without_every_fourth,
+        },
+        rows=NEIGHBOURS,
+    ),
+    "NemotronForCausalLM": Architecture(
+        "nemotron",
+        {"layer_norm_eps": "norm_eps"},
+        {"hidden_act": "relu2", "tie_word_embeddings": False},
+        free_head_dim=False,
+        partly_rotary=True,
+        norm_offset=1.0,
+    ),
+    "SeedOssForCausalLM": Architecture("seed_oss", RMS, {**SILU, "attention_out_bias": False, "mlp_bias": False}),
+    "ArceeForCausalLM": Architecture(
+        "arcee", RMS, {"hidden_act": "relu2", **NO_BIASES, "mlp_bias": False}, rows=NEIGHBOURS
+    ),
+    "Ernie4_5ForCausalLM": Architecture("ernie4_5", RMS, {**SILU, "use_bias": False}),
+}
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The entry for a model's class.
+
+    Raises:
+        ExportError: there is none, or llama.cpp would compute something else than a model with this config.
+    """
+    named = (config.architectures or ["a model without a class"])[0]
+    if named not in ARCHITECTURES:
+        raise ExportError(f"{named} is not written as GGUF, only {', '.join(ARCHITECTURES)}")
+    ARCHITECTURES[named].check(config)
+    return ARCHITECTURES[named]

@@ -1,0 +1,226 @@
+"""A model → the tensors of a GGUF file, in the model's own order.
+
+What holds for all architectures follows llama.cpp's converter (conversion/base.py):
+
+- Rows are independent in our grid, so where llama.cpp has them in another order, integers and scales just move along.
+- A projection of all experts of a layer is one tensor. It has one of ggml's types: the smallest that holds the integers
+  of all of them.
+- Matrices that are not quantized keep the model's dtype; norms, biases, embeddings of positions and what routes tokens
+  to experts are float32, as llama.cpp wants them.
+- Llama 3's scaling of rotary frequencies is a tensor, `rope_freqs.weight`: by how much each is divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import ExportError, in_module
+from ..experts import LinearExperts, take_apart
+from ..grid import QuantizedWeight
+from ..modules import PackedLayer, kind_of, matrix_of
+from ..plan import LayerScheme
+from .architectures import Architecture, rotary
+from .blocks import block_type, encode, largest_difference, shared_type
+from .tensor_types import gguf_name, names_in
+
+DENSE_TYPES = {
+    torch.float32: GGMLQuantizationType.F32,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.bfloat16: GGMLQuantizationType.BF16,
+}
+IN_FLOAT32 = ("position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # ends of names in GGUF
+
+
+class Held(NamedTuple):
+    """How modules of a scheme are held: as which of ggml's types."""
+
+    scheme: LayerScheme
+    kind: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Modules whose weights are one tensor in GGUF: one, or a projection of all experts of a layer.
+
+    Attributes:
+        name: of the module, or of the projection without the number of an expert.
+        modules: name → module.
+        stacked: whether these are experts.
+    """
+
+    name: str
+    modules: Mapping[str, nn.Module]
+    stacked: bool = False
+
+    @property
+    def packed(self) -> dict[str, PackedLayer]:
+        """Those of the modules that are packed: all or none.
+
+        Raises:
+            ExportError: some.
+        """
+        packed = {name: module for name, module in self.modules.items() if isinstance(module, PackedLayer)}
+        if packed and len(packed) < len(self.modules):
+            raise ExportError(
+                f"{len(packed)} of {len(self.modules)} experts are packed, which are one tensor in GGUF, with one type;"
+                " quantize with granularity='group', which gives all of a layer the same bits"
+            )
+        return packed
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor before it is encoded, so that only one at a time is in memory twice.
+
+    Attributes:
+        name: in GGUF.
+        kind: its type.
+        shape: as in torch.
+        data: makes the array to write.
+    """
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: Callable[[], np.ndarray]
+
+
+def parts_of(model: PreTrainedModel) -> tuple[Part, ...]:
+    """The modules of a model, those of experts put together. Fused experts are taken apart."""
+    take_apart(model)
+    parts: list[Part] = []
+    experts = "\0"  # the name of the last module of experts, whose own modules follow it
+    for name, module in model.named_modules():
+        if isinstance(module, LinearExperts):
+            experts = f"{name}."
+            for leaf in module[0]:
+                layers = {f"{name}.{index}.{leaf}": expert[leaf] for index, expert in enumerate(module)}
+                parts.append(Part(f"{name}.{leaf}", layers, stacked=True))
+        elif not name.startswith(experts):
+            parts.append(Part(name, {name: module}))
+    return tuple(parts)
+
+
+def held_as(parts: tuple[Part, ...]) -> tuple[dict[str, Held], dict[str, float]]:
+    """Packed module → how it is held, and → how far its weights may be from ours, where that is not 0.
+
+    Raises:
+        ExportError: ggml has no type for some, or experts have no type in common.
+    """
+    held: dict[str, Held] = {}
+    differences: dict[str, float] = {}
+    for part in parts:
+        with in_module(part.name):
+            packed = part.packed
+        kinds = {}
+        for name, module in packed.items():
+            quantized = module.quantized()
+            with in_module(name):
+                kinds[name] = block_type(quantized)
+            difference = largest_difference(quantized)
+            if difference > 0:
+                differences[name] = difference
+        if kinds:
+            kind = shared_type(kinds.values())
+            held |= {name: Held(module.scheme, kind) for name, module in packed.items()}
+    return held, differences
+
+
+def tensors_of(
+    model: PreTrainedModel, architecture: Architecture, parts: tuple[Part, ...], held: Mapping[str, Held]
+) -> Iterator[GGUFTensor]:
+    """The tensors of a model.
+
+    Args:
+        model: whose parts these are.
+        architecture: its entry.
+        parts: as `parts_of` gives them.
+        held: as `held_as` gives it.
+
+    Raises:
+        ExportError: the library `gguf` has no name for one.
+    """
+    config, names = model.config, names_in(architecture.name, model.config.num_hidden_layers)
+    tied = model.get_output_embeddings() if config.tie_word_embeddings else None
+    if architecture.rope_types and rotary(config)["rope_type"] == "llama3":
+        yield _dense_tensor("rope_freqs.weight", [_rope_factors(model)])
+    for part in parts:
+        rows = partial(architecture.in_order, config, part.name)
+        known = architecture.known_as(part.name)
+        packed = part.packed
+        if packed:
+            kind = held[next(iter(packed))].kind
+            first = next(iter(packed.values()))
+            shape = (first.out_features, first.in_features)
+            yield GGUFTensor(
+                gguf_name(names, f"{known}.weight"),
+                GGMLQuantizationType[kind],
+                (len(packed), *shape) if part.stacked else shape,
+                partial(_encoded, part, rows, kind),
+            )
+        for leaf, tensors in _parameters(part).items():
+            if leaf == "weight" and tied in part.modules.values():
+                continue  # llama.cpp takes the embedding where there is no other
+            name = gguf_name(names, f"{known}.{leaf}")
+            if name.endswith(IN_FLOAT32):
+                tensors = [tensor.float().squeeze(0) for tensor in tensors]
+            elif tensors[0].dim() == 1:
+                added = architecture.norm_offset if leaf == "weight" and known.endswith("norm") else 0
+                tensors = [tensor.float() + added for tensor in tensors]
+            yield _dense_tensor(name, tensors, rows)
+
+
+def _parameters(part: Part) -> dict[str, list[Tensor]]:
+    """What is not packed, by name, of each of the modules; weights as `[out, in]`."""
+    of_modules = [_parameters_of(module) for module in part.modules.values()]
+    return {leaf: [parameters[leaf] for parameters in of_modules] for leaf in of_modules[0]}
+
+
+def _parameters_of(module: nn.Module) -> dict[str, Tensor]:
+    if isinstance(module, PackedLayer):
+        return {} if module.bias is None else {"bias": module.bias}
+    found = {leaf: parameter.detach() for leaf, parameter in module.named_parameters(recurse=False)}
+    return {leaf: matrix_of(kind_of(module), each) if each.dim() > 1 else each for leaf, each in found.items()}
+
+
+def _dense_tensor(
+    name: str, tensors: list[Tensor], rows: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> GGUFTensor:
+    first = tuple(tensors[0].shape)
+    return GGUFTensor(
+        name,
+        DENSE_TYPES[tensors[0].dtype],
+        (len(tensors), *first) if len(tensors) > 1 else first,
+        lambda: _bytes(rows(torch.stack(tensors) if len(tensors) > 1 else tensors[0])),
+    )
+
+
+def _encoded(part: Part, rows: Callable[[Tensor], Tensor], kind: str) -> np.ndarray:
+    blocks = [encode(_reordered(module.quantized(), rows), kind) for module in part.packed.values()]
+    return np.stack(blocks) if part.stacked else blocks[0]
+
+
+def _reordered(weight: QuantizedWeight, rows: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+    zero_point = None if weight.zero_point is None else rows(weight.zero_point)
+    return replace(weight, integers=rows(weight.integers), scale=rows(weight.scale), zero_point=zero_point)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor, since numpy has no bfloat16."""
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def _rope_factors(model: PreTrainedModel) -> Tensor:
+    """By how much Llama 3 divides the frequencies of the rotary embedding, float32 `[head_dim / 2]`."""
+    scaled = model.model.rotary_emb.inv_freq.float()
+    exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
+    return model.config.rope_parameters["rope_theta"] ** -exponents / scaled

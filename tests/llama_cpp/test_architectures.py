@@ -1,0 +1,169 @@
+"""Every architecture in the table: other readers find our weights, and compute what the model does.
+
+That llama.cpp computes the same, `benchmarks/llama_cpp_architectures.py` shows where a build of it is.
+"""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from hf_cptquant import CPTQuantConfig
+from hf_cptquant.errors import ExportError
+from hf_cptquant.llama_cpp import export_gguf
+from hf_cptquant.llama_cpp.architectures import ARCHITECTURES, architecture_of
+from hf_cptquant.model_view import view_model
+
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+# Of those that transformers reads from GGUF, one for each way in which architectures differ: biases, experts, shared
+# experts, offsets of norms, transposed weights, fused projections, parts of heads without rotary embeddings.
+READ_BY_TRANSFORMERS = (
+    "Qwen2ForCausalLM", "Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM", "Gemma2ForCausalLM", "NemotronForCausalLM",
+    "GPT2LMHeadModel", "Phi3ForCausalLM", "StableLmForCausalLM",
+)  # fmt: skip
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """The tiny models that the benchmark has llama.cpp compute."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gguf_models
+
+    return gguf_models
+
+
+@pytest.fixture
+def quantized_folder(models, tmp_path):
+    """A class → a folder with its tiny model quantized, with bits in turn for one unit after the other."""
+
+    def build(kind: str, bits=(4, 8, 16, 5), symmetric: bool = True, granularity: str = "group", **changes) -> Path:
+        original, folder = tmp_path / "original", tmp_path / "quantized"
+        model = models.model_of(kind, **changes).to(torch.bfloat16)
+        model.save_pretrained(original)
+        plan = view_model(model).plan(granularity)
+        units = dict.fromkeys(module.unit for module in plan.modules)
+        plan = plan.with_bits({unit: bits[index % len(bits)] for index, unit in enumerate(units)}, 32, symmetric)
+        config = CPTQuantConfig(plan=plan, quality="fast")
+        AutoModelForCausalLM.from_pretrained(original, quantization_config=config).save_pretrained(folder)
+        models.tokenizer_of().save_pretrained(folder)
+        return folder
+
+    return build
+
+
+def test_the_benchmark_has_them_all(models):
+    found = json.loads((BENCHMARKS / "results" / "llama_cpp_architectures.json").read_text())
+    assert set(ARCHITECTURES) == set(models.MODELS) == set(found["models"])
+    for kind, measured in found["models"].items():
+        assert measured["kl_divergence"] < 1e-5, kind
+        assert measured["same_most_probable_token"] == 1, kind
+
+
+def float32(folder: Path) -> transformers.PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).dequantize()
+
+
+def read(file: Path) -> dict[str, np.ndarray]:
+    tensors = gguf.GGUFReader(file).tensors
+    return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in tensors}
+
+
+@pytest.mark.parametrize("kind", READ_BY_TRANSFORMERS)
+def test_transformers_reads_the_same_model(kind, quantized_folder, tmp_path):
+    folder = quantized_folder(kind)
+    export_gguf(folder, tmp_path / "tiny.gguf")
+    ours = float32(folder)
+    config = ours.config  # this reader leaves some of it at its defaults
+    dense = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="tiny.gguf", dtype=torch.float32, config=config, **dense
+    ).state_dict()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(theirs[name], tensor), name
+
+
+def test_queries_keys_and_values_of_heads_are_put_together(quantized_folder, tmp_path):
+    folder = quantized_folder("GPTNeoXForCausalLM", symmetric=False, bits=(4, 3, 5))
+    export_gguf(folder, tmp_path / "tiny.gguf")
+    theirs, ours = read(tmp_path / "tiny.gguf"), float32(folder).state_dict()
+    heads, size = 4, 32
+    for leaf in ("weight", "bias"):
+        fused = ours[f"gpt_neox.layers.1.attention.query_key_value.{leaf}"].numpy()
+        of_head = [fused[head * 3 * size : (head + 1) * 3 * size] for head in range(heads)]
+        expected = [rows[part * size : (part + 1) * size] for part in range(3) for rows in of_head]
+        assert np.array_equal(theirs[f"blk.1.attn_qkv.{leaf}"], np.concatenate(expected))
+
+
+def test_experts_share_the_type_that_holds_all(quantized_folder, tmp_path):
+    folder = quantized_folder("MixtralForCausalLM", bits=(4, 3, 5, 4, 8), granularity="module")
+    report = export_gguf(folder, tmp_path / "tiny.gguf")
+    theirs, ours = read(tmp_path / "tiny.gguf"), float32(folder).state_dict()
+    for layer in range(3):
+        mixture = f"model.layers.{layer}.mlp"
+        gate_up = ours[f"{mixture}.experts.gate_up_proj"].numpy()
+        assert np.array_equal(theirs[f"blk.{layer}.ffn_gate_exps.weight"], gate_up[:, :64])
+        assert np.array_equal(theirs[f"blk.{layer}.ffn_up_exps.weight"], gate_up[:, 64:])
+        assert np.array_equal(theirs[f"blk.{layer}.ffn_down_exps.weight"], ours[f"{mixture}.experts.down_proj"].numpy())
+        assert np.array_equal(theirs[f"blk.{layer}.ffn_gate_inp.weight"], ours[f"{mixture}.gate.weight"].numpy())
+    kinds = {held.kind for held in report.modules if held.scheme.bits in (3, 4, 5)}
+    assert kinds >= {"Q5_0", "Q8_0"}  # more than their own bits would take
+
+
+def test_experts_of_which_some_are_not_packed_are_refused(quantized_folder, tmp_path):
+    folder = quantized_folder("MixtralForCausalLM", bits=(4, 16, 8, 4, 8), granularity="module")
+    with pytest.raises(ExportError, match=r"model\.layers\.\d\.mlp\.experts\.w\d: \d of 4 experts are packed.*'group'"):
+        export_gguf(folder, tmp_path / "tiny.gguf")
+    assert not (tmp_path / "tiny.gguf").exists()
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "complaint"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 32}, "llama with sliding_window None, this model has 32"),
+        ("Phi3ForCausalLM", {"sliding_window": 32}, "phi3 with sliding_window None, this model has 32"),
+        ("Starcoder2ForCausalLM", {"hidden_act": "gelu"}, "hidden_act 'gelu_pytorch_tanh', this model has 'gelu'"),
+        ("Qwen2ForCausalLM", {"head_dim": 64}, "qwen2 with 32 features a head, this model has 64"),
+        (
+            "Qwen2ForCausalLM",
+            {"rope_parameters": LINEAR},
+            "type 'linear' are not written as GGUF for qwen2",
+        ),
+        (
+            "Qwen3ForCausalLM",
+            {"rope_parameters": HALF},
+            "features of a head, this model has them for 64 of 128",
+        ),
+        ("Qwen3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window False, this model has True"),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias False, this model has True"),
+        ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "norm_topk_prob True, this model has False"),
+        ("Qwen2MoeForCausalLM", {"mlp_only_layers": [1]}, r"mlp_only_layers \[\], this model has \[1\]"),
+        ("GemmaForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention False"),
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "attn_logit_softcapping 50.0, this model has None"),
+        ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar 64, this model has 100"),
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention"] * 7}, "gemma3 with layer_types"),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx False"),
+        ("CohereForCausalLM", {"use_qk_norm": True}, "use_qk_norm False, this model has True"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1] * 5}, r"no_rope_layers \[1, 1, 1, 0, 1\]"),
+        ("StableLmForCausalLM", {"tie_word_embeddings": True}, "tie_word_embeddings False, this model has True"),
+        ("OlmoeForCausalLM", {"num_key_value_heads": 2}, "num_key_value_heads 4, this model has 2"),
+    ],
+)
+def test_what_llama_cpp_takes_for_granted_has_to_hold(kind, changes, complaint, models):
+    assert architecture_of(models.config_of(kind)) is ARCHITECTURES[kind]
+    with pytest.raises(ExportError, match=complaint):
+        architecture_of(models.config_of(kind, **changes))
+
+
+def test_windows_that_no_text_fills_are_none(models):
+    assert architecture_of(models.config_of("MistralForCausalLM", sliding_window=96)).name == "llama"

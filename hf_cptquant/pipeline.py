@@ -30,6 +30,7 @@ from .experts import linear_experts
 from .memory import peak_bytes
 from .model_view import (
     TASKS,
+    front_end,
     head_of,
     hub_name_of,
     input_embedding,
@@ -57,6 +58,7 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 
 DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "refine", "regularization", "target_runtime")
 LEARNING = ("quality", "rounding", "iters", "recover")
+PARTS = {"quantize_vision_tower": vision_tower, "quantize_front_end": front_end}  # many modules, some unfit perhaps
 PREDICTED = "predicted_loss_increase"
 REFINED = ("kl_before_refinement", "kl_after_refinement")
 TOKENS_IN_A_STEP = 1024  # of tuning
@@ -117,17 +119,29 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
 
 def _undecided(model: PreTrainedModel, recipe: Recipe) -> BitPlan:
     """The plan of a model in which only what lies outside the blocks has its bits, if it is to be quantized."""
-    bits = recipe.quantize_vision_tower
-    outside = {} if bits is None else dict.fromkeys(vision_tower(model), bits)
-    tower = tuple(outside)
+    outside: dict[str, int] = {}
+    parts = {
+        setting: (find(model), bits)
+        for setting, find in PARTS.items()
+        if (bits := getattr(recipe, setting)) is not None
+    }
+    for names, bits in parts.values():
+        outside |= dict.fromkeys(names, bits)
+    in_parts = set(outside)
     if recipe.quantize_embeddings is not None:
         outside[input_embedding(model)] = recipe.quantize_embeddings
     if recipe.quantize_lm_head is not None:
         outside[output_embedding(model)] = recipe.quantize_lm_head
     view = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped, outside)
-    for module in view.left:
-        if module.name in outside and module.name not in tower:
-            raise ConfigError(f"{module.name}, which a setting asks to quantize, cannot be: {module.reason}")
+    left = {module.name: module.reason for module in view.left}
+    for name in outside:
+        if name in left and name not in in_parts:
+            raise ConfigError(f"{name}, which a setting asks to quantize, cannot be: {left[name]}")
+    for setting, (names, bits) in parts.items():
+        if all(name in left for name in names):
+            raise ConfigError(
+                f"{setting}={bits} finds nothing that can be quantized, e.g. {names[0]}: {left[names[0]]}; leave it out"
+            )
     plan = view.plan(recipe.granularity)
     modules = [
         replace(

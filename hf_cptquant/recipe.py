@@ -28,7 +28,7 @@ ROUNDING_NAMES = ("nearest", "clipped", "gptq", "signround")
 QUALITIES = {"fast": ("nearest", 0), "balanced": ("signround", 80), "best": ("signround", 300)}  # rounding, iters
 RECOVER_NAMES = (None, "scales")
 PERTURB_NAMES = ("all", "first")
-OUTSIDE_SETTINGS = ("quantize_lm_head", "quantize_embeddings", "quantize_vision_tower")
+OUTSIDE_SETTINGS = ("quantize_lm_head", "quantize_embeddings", "quantize_vision_tower", "quantize_front_end")
 _WITHOUT_METRIC = {
     "cmpq": ", which measures correlations; use metric='loss'",
     "auto": ", whose plans are compared by their loss; use metric='loss'",
@@ -87,6 +87,7 @@ class Recipe:
     quantize_lm_head: int | None = None
     quantize_embeddings: int | None = None
     quantize_vision_tower: int | None = None
+    quantize_front_end: int | None = None
     refine: int = 0
     regularization: float = 0.0
     plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None

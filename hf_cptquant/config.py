@@ -97,7 +97,9 @@ class CPTQuantConfig(QuantizationConfigMixin):
             default for causal language models: text that the model itself writes. For image classifiers
             `"imagenet-1k"`, `"cifar10"` or `"food101"` from the Hub; a `datasets.Dataset` or Parquet file with a column
             of images; a list of PIL images; or float pixel values `[images, channels, height, width]`, as the model's
-            image processor gives them.
+            image processor gives them. For models that hear, batches of features as the model's processor gives them:
+            a dict of tensors, or a list of such, with labels. None will do if nothing is left to decide: a plan, or one
+            bit width, and weights rounded to nearest.
         tokenizer: name, path or object of a tokenizer, or of an image processor; by default the model's own.
         text_column, image_column, label_column: columns of a dataset. Without labels, a classifier is measured against
             its own predictions.

@@ -50,10 +50,15 @@ TASKS = {
     "masked-lm": _classes(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     "sequence-classification": _classes(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     "image-classification": _classes(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    "speech-seq2seq": _classes(modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+    "ctc": _classes(modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES),
+    "audio-classification": _classes(modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
 }
 # Language models that read images, too. They are calibrated on text alone, as causal language models.
 READ_IMAGES = _classes(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-CLASSIFIERS = ("sequence-classification", "image-classification")  # one label for all of an input
+CLASSIFIERS = ("sequence-classification", "image-classification", "audio-classification")  # a label for all of an input
+HEARING = ("speech-seq2seq", "ctc", "audio-classification")  # whose data are batches of features, and which are not
+EVALUATED = tuple(task for task in TASKS if task not in HEARING)  # evaluated, as these are
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Preparation:
     Attributes:
         plan: the undecided plan, with the bits of what lies outside the blocks.
         calibration: the data; None if nothing needs them, or if the model writes them itself.
-        given: the record of the plan that the recipe gives, if it gives one.
+        given: the record of the plan that the recipe gives, or leaves as the only one.
     """
 
     plan: BitPlan
@@ -85,8 +85,13 @@ class Preparation:
         return self.calibration
 
 
-def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
+def prepare(model: PreTrainedModel, recipe: Recipe, to_measure: bool = False) -> Preparation:
     """Check that a model and its data, or its plan if one is given, go together; the weights are not read.
+
+    Args:
+        model: dense.
+        recipe: the settings. If they leave no choice, the only plan counts as given.
+        to_measure: whether scores are wanted even so.
 
     Raises:
         ModelError: no task that gives a loss, nothing to quantize, or most of it unsupported.
@@ -111,10 +116,20 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
     else:
         plan = _undecided(model, recipe)
         check_budget(plan, recipe)
+        if recipe.leaves_no_choice and not to_measure:
+            given = _only_plan(plan, recipe)
     _check_runtime(model, plan if given is None else given.plan, recipe)
     later = recipe.names_no_data and task_of(model) == "causal-lm"
-    calibration = _calibration_for(model, recipe) if recipe.measures and not later else None
+    wanted = recipe.learns or given is None
+    calibration = _calibration_for(model, recipe) if wanted and not later else None
     return Preparation(plan, calibration, given)
+
+
+def _only_plan(plan: BitPlan, recipe: Recipe) -> QuantizationRecord:
+    """The record of the plan that settings with one bit width can only come to."""
+    bits = dict.fromkeys((module.unit for module in plan.modules), recipe.offered_bits[0]) | fixed_bits(plan, recipe)
+    only = plan.with_bits(bits, recipe.group_size, recipe.symmetric)
+    return QuantizationRecord(only, None, _portable(recipe), {})
 
 
 def _undecided(model: PreTrainedModel, recipe: Recipe) -> BitPlan:
@@ -180,7 +195,7 @@ def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
 
 def _with_own_text(model: PreTrainedModel, recipe: Recipe, preparation: Preparation) -> Preparation:
     """The preparation with the text that the model writes itself, now that it has its weights, where that is wanted."""
-    if preparation.calibration is not None or not recipe.measures:
+    if preparation.calibration is not None or (preparation.given is not None and not recipe.learns):
         return preparation
     length = min(recipe.sequence_length, max_length_of(model) or recipe.sequence_length)
     if recipe.dataset is None:
@@ -308,7 +323,7 @@ def measure_frontier(model: PreTrainedModel, config: CPTQuantConfig, count: int)
 
 
 def _prepare_to_measure(model: PreTrainedModel, recipe: Recipe) -> Preparation:
-    preparation = prepare(model, recipe)
+    preparation = prepare(model, recipe, to_measure=True)
     if preparation.given is not None:
         raise ConfigError("plan= is for quantizing; without it, there is something to measure")
     return preparation

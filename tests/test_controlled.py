@@ -82,7 +82,7 @@ def bits_of(plan) -> dict[str, int]:
 def test_a_quiet_block_scores_lower_and_gets_fewer_bits(method, config, load):
     """Its errors hardly matter, nothing is lost without it, and its output is that of the block before it."""
     model, settings = load(), config(method, granularity="block")
-    before = measure_sensitivity(model, settings)
+    before = measure_sensitivity(model, settings) if method == "cmpq" else None
     scale_contribution(model, 14, 1 / 16)
     after = measure_sensitivity(model, settings)
     assert len(after.raw) == len(BLOCKS)

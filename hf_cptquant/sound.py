@@ -93,8 +93,8 @@ def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
             )
         fields[name] = torch.cat(parts)
     if len({len(tensor) for tensor in fields.values()}) > 1:
-        sizes = ", ".join(f"{len(tensor)} × {name}" for name, tensor in fields.items())
-        raise CalibrationError(f"the batches hold {sizes}; every field must have a row for each clip")
+        counts = ", ".join(f"{len(tensor)} × {name}" for name, tensor in fields.items())
+        raise CalibrationError(f"the batches hold {counts}; every field must have a row for each clip")
     return fields
 
 

@@ -165,9 +165,7 @@ def test_quantized_saved_and_reloaded(task, folders, tmp_path):
         assert type(packed[name]) is packed_class
         weight = dense.weight.flatten(1)
         integers = (127 * weight / weight.abs().amax(1, keepdim=True)).round()
-        assert (
-            packed[name].quantized().integers.int().abs() - integers.abs()
-        ).abs().max() <= 1  # of 128
+        assert (packed[name].quantized().integers.int().abs() - integers.abs()).abs().max() <= 1  # of 128
         error = (packed[name].weight.flatten(1) - weight).abs().amax(1) / weight.abs().amax(1)
         assert error.max() < (0.1 if "recover" in WAYS[task] else 1.01 / 128)  # scales are trained, or one step at most
     assert any("conv_layers.1.conv" in name for name in packed) == (task != "speech-seq2seq")

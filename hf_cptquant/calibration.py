@@ -8,6 +8,7 @@ size. Data are never replaced by other data: what cannot be used is an error tha
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from transformers.utils import logging
 
 from .errors import CalibrationError
 from .images import image_fields, tokens_of
-from .model_view import max_length_of, task_of
-from .recipe import HUB_DATASETS, IMAGE_DATASETS, WAYS_WITH_IMAGES, WAYS_WITHOUT_NETWORK, Recipe
+from .model_view import CLASSIFIERS, HEARING, max_length_of, task_of
+from .recipe import HUB_DATASETS, IMAGE_DATASETS, WAYS_WITH_IMAGES, WAYS_WITH_SOUND, WAYS_WITHOUT_NETWORK, Recipe
+from .sound import SOUND_INPUTS, sound_fields, tokens_of_sound
 from .sources import EVALUATION_SPLITS, POOL, TRAINING_SPLITS, Documents, chosen_labels, draw, read_documents
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
@@ -30,7 +32,7 @@ MASKED_SHARE = 0.15  # of the tokens of a window, as BERT was trained
 LOGIT_BYTES = 2**28  # in float32; passes that derive by them hold a few times as much
 HELD_OUT_SHARE = 0.25
 SMALLEST_VOCABULARY_SHARE = 0.9  # models pad their embeddings, but by little
-IMAGE_TOKENS = 4096  # in a batch of images; see `images.tokens_of`
+POSITIONS = 4096  # in a batch of images or sound; see `images.tokens_of`, `sound.tokens_of_sound`
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,11 @@ class ModelFacts:
 
     Attributes:
         task: see `model_view.TASKS`.
-        vocabulary: rows of the token embedding; 0 for a model that reads images.
+        vocabulary: rows of the token embedding; 0 for a model that reads images or sound.
         max_length: positions that the model can take, or None if unlimited.
         name_or_path: where its own tokenizer or image processor is.
         classes: outputs of a classifier.
+        inputs: what `forward` takes, that which the model is made for first.
     """
 
     task: str
@@ -50,6 +53,7 @@ class ModelFacts:
     max_length: int | None
     name_or_path: str
     classes: int = 0
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,10 @@ class CalibrationSet:
 
     Attributes:
         batches: keyword arguments for `model.forward`, on the CPU: `input_ids` and masks `[batch, length]`, or
-            `pixel_values` `[batch, channels, height, width]` in float32.
+            `pixel_values` `[batch, channels, height, width]`, or features of sound, in float32.
         description: JSON values: source, sequences, length, tokens, SHA-256 of the tokens; `image_size` of images,
-            whose tokens are counted by `images.tokens_of`.
+            whose tokens are counted by `images.tokens_of`; of sound `features`, the size of those of a clip, whose
+            tokens are counted by `sound.tokens_of_sound`.
     """
 
     batches: tuple[Mapping[str, Tensor], ...]
@@ -71,8 +76,11 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
     """What the data for a model with a task must fit; the weights are not read."""
     task = task_of(model)
     assert task is not None, "the caller has checked that the model computes a loss"
-    vocabulary = 0 if task == "image-classification" else model.get_input_embeddings().num_embeddings
-    return ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, getattr(model, "num_labels", 0))
+    reads_text = task not in ("image-classification", *HEARING)
+    vocabulary = model.get_input_embeddings().num_embeddings if reads_text else 0
+    inputs = tuple(dict.fromkeys((model.main_input_name, *inspect.signature(model.forward).parameters)))
+    classes = model.config.num_labels if task in CLASSIFIERS else 0
+    return ModelFacts(task, vocabulary, max_length_of(model), model.name_or_path, classes, inputs)
 
 
 def load_calibration(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
@@ -103,6 +111,8 @@ def load_evaluation(recipe: Recipe, facts: ModelFacts) -> CalibrationSet:
 
 
 def _no_data(reason: str, facts: ModelFacts) -> CalibrationError:
+    if facts.task in HEARING:
+        return CalibrationError(f"{reason}: pass dataset=, {WAYS_WITH_SOUND}")
     images = facts.task == "image-classification"
     named = [name for name in HUB_DATASETS if (name in IMAGE_DATASETS) == images]
     return CalibrationError(
@@ -114,7 +124,10 @@ def _no_data(reason: str, facts: ModelFacts) -> CalibrationError:
 def _load(recipe: Recipe, facts: ModelFacts, splits: Mapping[str, str], masked_share: float) -> CalibrationSet:
     if facts.task == "image-classification":
         fields, source = image_fields(recipe, facts.classes, facts.name_or_path, splits)
-        batch_size = max(1, IMAGE_TOKENS * sequences_in(fields) // tokens_in(fields))
+        batch_size = max(1, POSITIONS * sequences_in(fields) // tokens_in(fields))
+    elif facts.task in HEARING:
+        fields, source = sound_fields(recipe, facts.task, facts.inputs, facts.classes)
+        batch_size = max(1, POSITIONS * sequences_in(fields) // tokens_in(fields))
     else:
         fields, source = _text_fields(recipe, facts, splits, masked_share)
         _check_ids(fields["input_ids"], facts)
@@ -184,13 +197,21 @@ def in_batches(batches: Sequence[Mapping[str, Tensor]], size: int) -> tuple[dict
 
 
 def sequences_in(batch: Mapping[str, Tensor]) -> int:
-    """How many sequences of tokens, or images, a batch has."""
-    return len(batch["pixel_values"] if "pixel_values" in batch else batch["input_ids"])
+    """How many sequences of tokens, images or clips a batch has: the size of all its fields."""
+    return len(next(iter(batch.values())))
+
+
+def seen_or_heard(batch: Mapping[str, Tensor]) -> str | None:
+    """Name of the images or the sound in a batch; None for one of text."""
+    return next((name for name in ("pixel_values", *SOUND_INPUTS) if name in batch), None)
 
 
 def tokens_in(batch: Mapping[str, Tensor]) -> int:
-    """How many tokens a batch has; images count by their size."""
-    return tokens_of(batch["pixel_values"]) if "pixel_values" in batch else batch["input_ids"].numel()
+    """How many tokens a batch has; images and sound count by their size."""
+    name = seen_or_heard(batch)
+    if name is None:
+        return batch["input_ids"].numel()
+    return tokens_of(batch[name]) if name == "pixel_values" else tokens_of_sound(batch[name])
 
 
 def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -199,8 +220,12 @@ def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _calibration_set(fields: Mapping[str, Tensor], source: str, batch_size: int) -> CalibrationSet:
     sequences, tokens = sequences_in(fields), tokens_in(fields)
-    pixels = fields.get("pixel_values")
-    size = {} if pixels is None else {"image_size": list(pixels.shape[2:])}  # empty where a processor has cut patches
+    name = seen_or_heard(fields)
+    size: dict[str, Any] = {}
+    if name == "pixel_values":
+        size["image_size"] = list(fields[name].shape[2:])  # empty where a processor has cut patches
+    elif name is not None:
+        size["features"] = list(fields[name].shape[1:])
     description = {
         "source": source,
         "sequences": sequences,

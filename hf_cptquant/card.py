@@ -44,6 +44,9 @@ PIPELINE_TAGS = {
     "sequence-classification": "text-classification",
     "seq2seq-lm": "text2text-generation",
     "image-classification": "image-classification",
+    "speech-seq2seq": "automatic-speech-recognition",
+    "ctc": "automatic-speech-recognition",
+    "audio-classification": "audio-classification",
     "image-text-to-text": "image-text-to-text",
 }
 AUTO_CLASSES = {
@@ -52,6 +55,9 @@ AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
     "image-classification": "AutoModelForImageClassification",
+    "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
+    "ctc": "AutoModelForCTC",
+    "audio-classification": "AutoModelForAudioClassification",
     "image-text-to-text": "AutoModelForImageTextToText",
 }
 MADE_BY = {"library": "hf-cptquant"}  # marks our results among others in the metadata

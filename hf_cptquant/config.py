@@ -54,6 +54,10 @@ class CPTQuantConfig(QuantizationConfigMixin):
             cannot load it.
         quantize_vision_tower: the same for the linear layers with which a language model reads images or sound. Text
             does not show what they are worth, so no method decides on them; 8 bits are near to what was there.
+        quantize_front_end: the same for the linear layers and convolutions in front of the blocks and between their
+            stacks: patch embeddings, the stem of a convolutional network and what shrinks its images on the way,
+            convolutions over sound, projectors of language models that read images. Convolutions cannot be loaded by
+            plain transformers.
         refine: swaps (fewer bits for one unit, more for another, in the same budget) that are tried after the integer
             program, the most promising first; those that bring the predictions nearer to the original's on up to 8,192
             tokens of the calibration data are kept. Each takes about as long as a forward pass over these.
@@ -93,7 +97,9 @@ class CPTQuantConfig(QuantizationConfigMixin):
             default for causal language models: text that the model itself writes. For image classifiers
             `"imagenet-1k"`, `"cifar10"` or `"food101"` from the Hub; a `datasets.Dataset` or Parquet file with a column
             of images; a list of PIL images; or float pixel values `[images, channels, height, width]`, as the model's
-            image processor gives them.
+            image processor gives them. For models that hear, batches of features as the model's processor gives them:
+            a dict of tensors, or a list of such, with labels. None will do if nothing is left to decide: a plan, or one
+            bit width, and weights rounded to nearest.
         tokenizer: name, path or object of a tokenizer, or of an image processor; by default the model's own.
         text_column, image_column, label_column: columns of a dataset. Without labels, a classifier is measured against
             its own predictions.
@@ -134,6 +140,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         quantize_lm_head: int | None = None,
         quantize_embeddings: int | None = None,
         quantize_vision_tower: int | None = None,
+        quantize_front_end: int | None = None,
         refine: int = 0,
         regularization: float = 0.0,
         plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None,
@@ -186,6 +193,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         self.quantize_lm_head = quantize_lm_head
         self.quantize_embeddings = quantize_embeddings
         self.quantize_vision_tower = quantize_vision_tower
+        self.quantize_front_end = quantize_front_end
         self.refine = refine
         self.regularization = regularization
         self.plan = plan

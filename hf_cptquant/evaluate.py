@@ -27,7 +27,7 @@ from .calibration import CalibrationSet, facts_of, load_evaluation
 from .config import CPTQuantConfig
 from .errors import EvaluationError
 from .grid import dequantize
-from .model_view import CLASSIFIERS, TASKS, task_of
+from .model_view import CLASSIFIERS, EVALUATED, task_of
 from .modules import matrix_of, weight_of
 from .plan import BitPlan
 from .predictions import predictions, predictions_per_window, targets
@@ -121,8 +121,10 @@ def evaluation_data(model: PreTrainedModel, recipe: Recipe, compared: bool) -> C
         CalibrationError: the data or the tokenizer cannot be used.
     """
     task = task_of(model)
-    if task is None:
-        raise EvaluationError(f"{type(model).__name__} has none of the heads that are evaluated: {', '.join(TASKS)}")
+    if task not in EVALUATED:
+        raise EvaluationError(
+            f"{type(model).__name__} has none of the heads that are evaluated: {', '.join(EVALUATED)}"
+        )
     if task in CLASSIFIERS and (model.num_labels < 2 or model.config.problem_type == "multi_label_classification"):
         raise EvaluationError(f"{type(model).__name__} predicts no single class out of several, which accuracy needs")
     data = load_evaluation(recipe, facts_of(model))

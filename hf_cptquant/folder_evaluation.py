@@ -26,7 +26,7 @@ from .config import CPTQuantConfig
 from .errors import EvaluationError
 from .evaluate import check_comparable, evaluation_data, measure_windows, name_of, results_of
 from .experts import linear_experts
-from .model_view import CLASSIFIERS, TASKS, class_named_in, read_config, task_of
+from .model_view import CLASSIFIERS, EVALUATED, class_named_in, read_config, task_of
 from .plan import PACKED_BITS, BitPlan
 from .predictions import kept_in_a_file, predictions, predictions_per_window
 from .quantize import apply_plan, dequantize_model
@@ -149,7 +149,9 @@ def _empty_model(source: str) -> PreTrainedModel:
     model_class = class_named_in(config)
     if model_class is None:
         named = ", ".join(config.architectures or ()) or "no class"
-        raise EvaluationError(f"{source} holds {named}, with none of the heads that are evaluated: {', '.join(TASKS)}")
+        raise EvaluationError(
+            f"{source} holds {named}, with none of the heads that are evaluated: {', '.join(EVALUATED)}"
+        )
     with torch.device("meta"):
         return model_class(config)
 

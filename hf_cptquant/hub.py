@@ -275,12 +275,21 @@ def _card(ours: str, existing: str | None, target: Target) -> str:
     return for_repository(with_our_part(existing, ours), target.repo_id, target.tags)
 
 
+BESIDE = {  # head of a model → what goes beside it, where that is no tokenizer
+    "image-classification": "image processor",
+    "image-text-to-text": "processor",
+    "speech-seq2seq": "processor",
+    "ctc": "processor",
+    "audio-classification": "feature extractor",
+}
+
+
 def _tokenizer_files(folder: Path, target: Target, sources: Sequence[Any], scratch: Path) -> dict[str, Path]:
     """The files of the tokenizer, or image processor, of the source model; none, and a warning, if it is nowhere."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vocabulary = config.get("text_config", config).get("vocab_size", 0)
     head = next(map(head_of_class, config.get("architectures") or ()), None)
-    what = {"image-classification": "image processor", "image-text-to-text": "processor"}.get(str(head), "tokenizer")
+    what = BESIDE.get(str(head), "tokenizer")
     given = [source for source in sources if source is not None and source != ""]
     for source in given:
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.utils import logging
 
 from .errors import CalibrationError
@@ -83,7 +83,8 @@ def find_image_processor(processor: Any, token: str | bool | None = None) -> Any
 
 
 def find_preprocessor(source: str, head: str | None, token: str | bool | None = None) -> Any:
-    """What goes beside a model so that it can be used: a tokenizer, an image processor, or a processor that has both.
+    """What goes beside a model so that it can be used: a tokenizer, an image processor, a feature extractor, or a
+    processor that has both.
 
     Args:
         source: name or path.
@@ -96,7 +97,8 @@ def find_preprocessor(source: str, head: str | None, token: str | bool | None = 
     """
     if head == "image-classification":
         return find_image_processor(source, token)
-    auto_class = AutoProcessor if head == "image-text-to-text" else AutoTokenizer
+    both = dict.fromkeys(("image-text-to-text", "speech-seq2seq", "ctc"), AutoProcessor)
+    auto_class = {**both, "audio-classification": AutoFeatureExtractor}.get(str(head), AutoTokenizer)
     return auto_class.from_pretrained(source, token=token)
 
 

@@ -32,6 +32,7 @@ from .tied import TIED_CLASSES
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # what modules beside the experts are called that choose among them
 CROSS_ATTENTION = "cross_attn"  # what blocks have that only run where there are images (Mllama's)
 FEWEST_INPUTS = 16  # for which a scale is worth its bytes: the smallest group
+ALL_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # those that cannot be packed included
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,10 +50,15 @@ TASKS = {
     "masked-lm": _classes(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     "sequence-classification": _classes(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     "image-classification": _classes(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    "speech-seq2seq": _classes(modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+    "ctc": _classes(modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES),
+    "audio-classification": _classes(modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
 }
 # Language models that read images, too. They are calibrated on text alone, as causal language models.
 READ_IMAGES = _classes(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-CLASSIFIERS = ("sequence-classification", "image-classification")  # one label for all of an input
+CLASSIFIERS = ("sequence-classification", "image-classification", "audio-classification")  # a label for all of an input
+HEARING = ("speech-seq2seq", "ctc", "audio-classification")  # whose data are batches of features, and which are not
+EVALUATED = tuple(task for task in TASKS if task not in HEARING)  # evaluated, as these are
 
 
 @dataclass(frozen=True)
@@ -277,6 +283,32 @@ def vision_tower(model: PreTrainedModel) -> tuple[str, ...]:
     return names
 
 
+def front_end(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the linear layers and convolutions outside the blocks that are defined before the last block: what leads
+    to a stack of blocks, or from one to the next. Heads, and what pools, are defined behind them.
+
+    Raises:
+        ModelError: there are none.
+    """
+    in_blocks = tuple(f"{name}." for name in (*find_blocks(model), *_blocks_for_images(model)))
+    names = [name for name, _ in model.named_modules()]
+    last = max((index for index, name in enumerate(names) if name.startswith(in_blocks)), default=0)
+    head = model.get_output_embeddings()
+    found = (
+        name
+        for name in names[:last]
+        if not name.startswith(in_blocks)
+        and isinstance(module := model.get_submodule(name), (nn.Linear, Conv1D, *ALL_CONVOLUTIONS))
+        and module is not head
+    )
+    if not (front := tuple(found)):
+        raise ModelError(
+            f"{type(model).__name__} has no linear layers or convolutions in front of its blocks; leave"
+            " quantize_front_end out"
+        )
+    return front
+
+
 def _language_part(model: PreTrainedModel) -> Callable[[str], bool]:
     """Whether a block, by its name, reads text: all do but those that language models have for images."""
     if type(model).__name__ not in READ_IMAGES:
@@ -369,7 +401,8 @@ def _refuse_skipping(model: PreTrainedModel, quantizable: int, skipped: Sequence
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Names of the transformer layers: the outermost `GradientCheckpointingLayer`s, or else the members of the
-    longest `ModuleList` whose members are all of one class."""
+    longest `ModuleList` whose members are all of one class, and of all others with members of that class (the stages of
+    ConvNeXt)."""
     layers = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     outermost = tuple(name for name in layers if not any(name.startswith(other + ".") for other in layers))
     if outermost:
@@ -379,8 +412,11 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len({type(member) for member in module}) == 1
     }
-    longest = max(lists, key=lambda name: len(lists[name]), default=None)
-    return () if longest is None else tuple(f"{longest}.{index}" for index in range(len(lists[longest])))
+    longest = max(lists.values(), key=len, default=None)
+    if longest is None:
+        return ()
+    alike = {name: module for name, module in lists.items() if type(module[0]) is type(longest[0])}
+    return tuple(f"{name}.{index}" for name, module in alike.items() for index in range(len(module)))
 
 
 def units(view: ModelView, granularity: str) -> dict[str, tuple[QuantizableModule, ...]]:

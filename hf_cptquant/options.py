@@ -58,6 +58,9 @@ def read_settings(
     quantize_vision_tower: Annotated[
         int | None, typer.Option(help="Bits of the layers that read images, which are left alone otherwise.")
     ] = None,
+    quantize_front_end: Annotated[
+        int | None, typer.Option(help="Bits of patch embeddings, convolutions and projectors in front of the blocks.")
+    ] = None,
     refine: Annotated[
         int, typer.Option(help="Swaps of equal size between units to try after the integer program.")
     ] = 0,
@@ -123,6 +126,7 @@ def read_settings(
         quantize_lm_head=quantize_lm_head,
         quantize_embeddings=quantize_embeddings,
         quantize_vision_tower=quantize_vision_tower,
+        quantize_front_end=quantize_front_end,
         refine=refine,
         regularization=regularization,
         plan=plan,

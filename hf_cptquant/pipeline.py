@@ -30,6 +30,7 @@ from .experts import linear_experts
 from .memory import peak_bytes
 from .model_view import (
     TASKS,
+    front_end,
     head_of,
     hub_name_of,
     input_embedding,
@@ -57,6 +58,7 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 
 DECIDING = ("allocation", "bits", *BUDGETS, "bits_override", "refine", "regularization", "target_runtime")
 LEARNING = ("quality", "rounding", "iters", "recover")
+PARTS = {"quantize_vision_tower": vision_tower, "quantize_front_end": front_end}  # many modules, some unfit perhaps
 PREDICTED = "predicted_loss_increase"
 REFINED = ("kl_before_refinement", "kl_after_refinement")
 TOKENS_IN_A_STEP = 1024  # of tuning
@@ -69,7 +71,7 @@ class Preparation:
     Attributes:
         plan: the undecided plan, with the bits of what lies outside the blocks.
         calibration: the data; None if nothing needs them, or if the model writes them itself.
-        given: the record of the plan that the recipe gives, if it gives one.
+        given: the record of the plan that the recipe gives, or leaves as the only one.
     """
 
     plan: BitPlan
@@ -83,8 +85,13 @@ class Preparation:
         return self.calibration
 
 
-def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
+def prepare(model: PreTrainedModel, recipe: Recipe, to_measure: bool = False) -> Preparation:
     """Check that a model and its data, or its plan if one is given, go together; the weights are not read.
+
+    Args:
+        model: dense.
+        recipe: the settings. If they leave no choice, the only plan counts as given.
+        to_measure: whether scores are wanted even so.
 
     Raises:
         ModelError: no task that gives a loss, nothing to quantize, or most of it unsupported.
@@ -109,25 +116,47 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Preparation:
     else:
         plan = _undecided(model, recipe)
         check_budget(plan, recipe)
+        if recipe.leaves_no_choice and not to_measure:
+            given = _only_plan(plan, recipe)
     _check_runtime(model, plan if given is None else given.plan, recipe)
     later = recipe.names_no_data and task_of(model) == "causal-lm"
-    calibration = _calibration_for(model, recipe) if recipe.measures and not later else None
+    wanted = recipe.learns or given is None
+    calibration = _calibration_for(model, recipe) if wanted and not later else None
     return Preparation(plan, calibration, given)
+
+
+def _only_plan(plan: BitPlan, recipe: Recipe) -> QuantizationRecord:
+    """The record of the plan that settings with one bit width can only come to."""
+    bits = dict.fromkeys((module.unit for module in plan.modules), recipe.offered_bits[0]) | fixed_bits(plan, recipe)
+    only = plan.with_bits(bits, recipe.group_size, recipe.symmetric)
+    return QuantizationRecord(only, None, _portable(recipe), {})
 
 
 def _undecided(model: PreTrainedModel, recipe: Recipe) -> BitPlan:
     """The plan of a model in which only what lies outside the blocks has its bits, if it is to be quantized."""
-    bits = recipe.quantize_vision_tower
-    outside = {} if bits is None else dict.fromkeys(vision_tower(model), bits)
-    tower = tuple(outside)
+    outside: dict[str, int] = {}
+    parts = {
+        setting: (find(model), bits)
+        for setting, find in PARTS.items()
+        if (bits := getattr(recipe, setting)) is not None
+    }
+    for names, bits in parts.values():
+        outside |= dict.fromkeys(names, bits)
+    in_parts = set(outside)
     if recipe.quantize_embeddings is not None:
         outside[input_embedding(model)] = recipe.quantize_embeddings
     if recipe.quantize_lm_head is not None:
         outside[output_embedding(model)] = recipe.quantize_lm_head
     view = view_model(model, recipe.modules_to_not_convert, recipe.allow_skipped, outside)
-    for module in view.left:
-        if module.name in outside and module.name not in tower:
-            raise ConfigError(f"{module.name}, which a setting asks to quantize, cannot be: {module.reason}")
+    left = {module.name: module.reason for module in view.left}
+    for name in outside:
+        if name in left and name not in in_parts:
+            raise ConfigError(f"{name}, which a setting asks to quantize, cannot be: {left[name]}")
+    for setting, (names, bits) in parts.items():
+        if all(name in left for name in names):
+            raise ConfigError(
+                f"{setting}={bits} finds nothing that can be quantized, e.g. {names[0]}: {left[names[0]]}; leave it out"
+            )
     plan = view.plan(recipe.granularity)
     modules = [
         replace(
@@ -166,7 +195,7 @@ def _calibration_for(model: PreTrainedModel, recipe: Recipe) -> CalibrationSet:
 
 def _with_own_text(model: PreTrainedModel, recipe: Recipe, preparation: Preparation) -> Preparation:
     """The preparation with the text that the model writes itself, now that it has its weights, where that is wanted."""
-    if preparation.calibration is not None or not recipe.measures:
+    if preparation.calibration is not None or (preparation.given is not None and not recipe.learns):
         return preparation
     length = min(recipe.sequence_length, max_length_of(model) or recipe.sequence_length)
     if recipe.dataset is None:
@@ -294,7 +323,7 @@ def measure_frontier(model: PreTrainedModel, config: CPTQuantConfig, count: int)
 
 
 def _prepare_to_measure(model: PreTrainedModel, recipe: Recipe) -> Preparation:
-    preparation = prepare(model, recipe)
+    preparation = prepare(model, recipe, to_measure=True)
     if preparation.given is not None:
         raise ConfigError("plan= is for quantizing; without it, there is something to measure")
     return preparation

@@ -161,8 +161,9 @@ def _recast(tree: Any, before: torch.dtype, after: torch.dtype) -> Any:
 
 def _warn_of_few_tokens(plan: BitPlan, batches: Sequence[Batch]) -> None:
     tokens = sum(tokens_in(batch) for batch in batches)
-    widest = max(plan.packed, key=lambda module: module.in_features)
-    if tokens < widest.in_features:
+    tuned = [module for module in plan.packed if module.linear]
+    widest = max(tuned, key=lambda module: module.in_features, default=None)
+    if widest is not None and tokens < widest.in_features:
         logger.warning(
             f"{tokens} calibration tokens are fewer than the {widest.in_features} inputs of {widest.name}: rounding is"
             " tuned to these very tokens. Raise num_samples or sequence_length."

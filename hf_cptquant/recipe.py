@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import Tensor
+
 from .errors import ConfigError
 from .plan import PACKED_BITS, BitPlan
 from .record import QuantizationRecord
@@ -28,7 +30,7 @@ ROUNDING_NAMES = ("nearest", "clipped", "gptq", "signround")
 QUALITIES = {"fast": ("nearest", 0), "balanced": ("signround", 80), "best": ("signround", 300)}  # rounding, iters
 RECOVER_NAMES = (None, "scales")
 PERTURB_NAMES = ("all", "first")
-OUTSIDE_SETTINGS = ("quantize_lm_head", "quantize_embeddings", "quantize_vision_tower")
+OUTSIDE_SETTINGS = ("quantize_lm_head", "quantize_embeddings", "quantize_vision_tower", "quantize_front_end")
 _WITHOUT_METRIC = {
     "cmpq": ", which measures correlations; use metric='loss'",
     "auto": ", whose plans are compared by their loss; use metric='loss'",
@@ -61,6 +63,10 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 WAYS_WITHOUT_NETWORK = (
     f"a list of strings, a path to a file ({', '.join(FILE_SUFFIXES)}), a datasets.Dataset, or token tensors"
 )
+WAYS_WITH_SOUND = (
+    "batches of features as the model's processor gives them: a dict of tensors, or a list of such, with input_features"
+    " or input_values [clips, …], and labels; without data a plan=, or one bit width, with quality='fast' will do"
+)
 WAYS_WITH_IMAGES = (
     "a list of PIL images, a datasets.Dataset or .parquet file with a column of images, or float pixel values [images,"
     " channels, height, width]"
@@ -87,6 +93,7 @@ class Recipe:
     quantize_lm_head: int | None = None
     quantize_embeddings: int | None = None
     quantize_vision_tower: int | None = None
+    quantize_front_end: int | None = None
     refine: int = 0
     regularization: float = 0.0
     plan: str | os.PathLike[str] | BitPlan | QuantizationRecord | None = None
@@ -251,9 +258,9 @@ class Recipe:
         return not self.rounds_to_nearest or self.recover is not None
 
     @property
-    def measures(self) -> bool:
-        """Whether calibration data decide on anything."""
-        return self.plan is None or self.learns
+    def leaves_no_choice(self) -> bool:
+        """Whether without data there is nothing to decide: one bit width, and weights rounded one by one."""
+        return self.plan is None and self.names_no_data and len(self.offered_bits) == 1 and not self.learns
 
     @property
     def names_no_data(self) -> bool:
@@ -296,6 +303,11 @@ def _plain_dataset(dataset: Any) -> str | list[str] | None:
     return None
 
 
+def is_batch(value: Any) -> bool:
+    """Whether a value is a dict of tensors, as processors and feature extractors give."""
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(item, Tensor) for item in value.values())
+
+
 def nearest_name(name: object, choices: tuple[Any, ...]) -> str:
     """The end of an error message: the choice that was probably meant, if one is near."""
     match = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
@@ -314,7 +326,7 @@ def _check_integer(setting: str, value: Any, least: int) -> None:
 
 
 def _check_dataset(dataset: Any) -> None:
-    if isinstance(dataset, (bool, int, float, bytes, Mapping)):
+    if isinstance(dataset, (bool, int, float, bytes, Mapping)) and not is_batch(dataset):
         raise ConfigError(f"dataset={dataset!r} must be one of {', '.join(HUB_DATASETS)}, or {WAYS_WITHOUT_NETWORK}")
     named = (*HUB_DATASETS, SELF)
     if isinstance(dataset, str) and dataset not in named and not dataset.endswith(FILE_SUFFIXES):

@@ -304,6 +304,7 @@ def test_every_option_reaches_its_setting():
         "quantize_lm_head": 8,
         "quantize_embeddings": 4,
         "quantize_vision_tower": 6,
+        "quantize_front_end": 5,
         "refine": 5,
         "regularization": 0.5,
         "plan": None,

@@ -27,6 +27,7 @@ MANY = {
     "quantize_lm_head": 8,
     "quantize_embeddings": 4,
     "quantize_vision_tower": 6,
+    "quantize_front_end": 5,
     "refine": 5,
     "regularization": 0.25,
     "plan": None,

@@ -169,6 +169,8 @@ def test_blocks_without_marked_layers_are_the_longest_uniform_list():
             self.short = nn.ModuleList([nn.Linear(2, 2) for _ in range(2)])
 
     assert find_blocks(Plain()) == ("stages.0", "stages.1", "stages.2")
+    stages = nn.ModuleList([Plain(), Plain()])  # the second list of the class is as much a part of the network
+    assert find_blocks(stages) == tuple(f"{stage}.stages.{index}" for stage in (0, 1) for index in range(3))
     assert find_blocks(nn.Linear(2, 2)) == ()
 
 

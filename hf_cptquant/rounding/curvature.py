@@ -22,7 +22,7 @@ from ..arithmetic import linears_in_working_dtype
 from ..calibration import batches_on, tokens_in
 from ..sensitivity.metrics import Batch, forward
 from ..sensitivity.scoring import with_labels
-from ..sensitivity.taylor import differentiable, gradient_of_drawn, uniform_numbers
+from ..sensitivity.taylor import differentiable, gradient_of_drawn, positions_of, uniform_numbers
 
 DAMPING = 1.0  # of the mean of the diagonal, added to it
 TOKENS = 8192  # of the calibration data that are enough for a matrix over the features of a block
@@ -59,7 +59,8 @@ def curvature_of_outputs(
             first.register_hook(partial(add, name))
 
     for batch in batches_on(with_labels(model, batches), model):
-        uniform = uniform_numbers(batch["labels"], seed, range(start, start := start + len(batch["labels"])))
+        numbers = range(start, start := start + len(batch["labels"]))
+        uniform = uniform_numbers(positions_of(model, batch), seed, numbers)
         with ExitStack() as hooks:
             for name in blocks:
                 hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(watch, name)))

@@ -27,10 +27,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .. import ranks
-from ..calibration import CalibrationSet, batches_on, sequences_in
+from ..calibration import CalibrationSet, batches_on, seen_or_heard, sequences_in
 from ..errors import ModelError
 from ..experts import LinearExperts
 from ..model_view import task_of
+from ..modules import CONVOLUTIONS
 from ..plan import BitPlan
 from ..recipe import Recipe
 from ..table import SensitivityTable
@@ -41,7 +42,7 @@ from .scoring import facts_of, open_journal
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
-POSITIONS = "positions"  # of a vision model, after their number
+POSITIONS = "positions"  # of a model that sees or hears, after their number
 KEPT_VARIANCE = 0.99
 CONSTANT = 1e-9  # a feature varies if its standard deviation is above this share of its root mean square
 RIDGE = 1e-6  # relative to a unit's largest variance
@@ -98,7 +99,7 @@ def units_by_tokens(model: PreTrainedModel, plan: BitPlan, batch: Batch) -> dict
     A unit's outputs are those of its block, of all experts of a layer together, or of its projections side by side. In
     an encoder–decoder the decoder's run over the labels, except the keys and values of its attention to the encoder:
     where these are part of a larger unit, they are left out. Outputs over different tokens cannot be compared, nor can
-    those of vision models over different numbers of positions: these inputs are called `"17 positions"`.
+    those of models that see or hear over different numbers of positions: these inputs are called `"17 positions"`.
 
     Raises:
         ModelError: outputs that are not one row for each token, or fewer than two units over the same tokens.
@@ -117,8 +118,8 @@ def units_by_tokens(model: PreTrainedModel, plan: BitPlan, batch: Batch) -> dict
 
     def look(name: str, output: Any) -> None:
         field = field_of_rows(_first(output), one)
-        if field == "pixel_values":
-            field = _positions_of_image(model.get_submodule(name), _first(output))
+        if field is not None and field == seen_or_heard(one):
+            field = _positions(model.get_submodule(name), _first(output))
         if field is None:
             raise ModelError(
                 f"{name} gives {tuple(_first(output).shape)}, not one row for each token; use a coarser granularity"
@@ -194,10 +195,15 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _positions_of_image(module: nn.Module, output: Tensor) -> str | None:
-    """What to call the positions for which a module of a vision model gives a row each, `[1, …, features]`; None if its
-    output for one image is something else: channels first, or windows as a batch of their own, in another order."""
-    has_rows = len(output) == 1 and (output.dim() <= 3 or isinstance(module, nn.Linear))
+def _positions(module: nn.Module, output: Tensor) -> str | None:
+    """What to call the positions for which a module of a model that sees or hears gives a row each, `[1, …, features]`;
+    None if its output for one image or clip is something else: channels first, or windows as a batch of their own, in
+    another order."""
+    matrices = [
+        layer for layer in module.modules() if getattr(layer, "weight", None) is not None and layer.weight.dim() > 1
+    ]
+    channels_first = all(isinstance(layer, CONVOLUTIONS) for layer in matrices)
+    has_rows = len(output) == 1 and (isinstance(module, nn.Linear) or (output.dim() <= 3 and not channels_first))
     return f"{output[0, ..., 0].numel()} {POSITIONS}" if has_rows else None
 
 

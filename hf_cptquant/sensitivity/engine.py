@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..calibration import batches_on, sequences_in, tokens_in
-from .metrics import Batch, Metric, mean, not_finite
+from .metrics import Batch, Metric, labels_in, mean, not_finite
 from .prefix import Outputs, Prefix
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
@@ -133,7 +133,7 @@ class SuffixRunner:
             return self._metric.of_batch(self._model, batch)
 
     def _figure(self, values: Sequence[float], block: str | None) -> float:
-        average = mean(values, [sequences_in(batch) for batch in self._batches])
+        average = mean(values, [sum(labels_in(self._model, batch)) for batch in self._batches])
         figure = self._metric.of_mean(average)
         if not math.isfinite(figure):
             where = "the unchanged model" if block is None else f"a change to {block}"

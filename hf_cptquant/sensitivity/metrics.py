@@ -1,8 +1,9 @@
-"""What a model is measured by: loss, perplexity or accuracy, over sequences and not over batches.
+"""What a model is measured by: loss, perplexity or accuracy, over labels and not over batches.
 
-Equation 8 of the paper averages over batches. Here a batch counts by its sequences, which is the same where batches are
-equal and gives a ragged last batch the weight of what is in it. Every sequence has equally many labels, so it is
-the mean over labels too.
+Equation 8 of the paper averages over batches. Here a batch counts by its labels, which is the same where batches are
+equal and gives a ragged last batch the weight of what is in it. Every sequence of text has equally many labels, so it
+is the mean over sequences too; what is said in clips of sound differs in length. To CTC it is one label, whose loss is
+−log of its probability.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
-from ..calibration import batches_on, sequences_in
+from ..calibration import batches_on, seen_or_heard, sequences_in
 from ..errors import CalibrationError, ModelError
 from ..model_view import task_of
 
@@ -43,8 +44,8 @@ class Metric:
 
     Attributes:
         name: `"loss"` (nats), `"perplexity"` or `"accuracy"`.
-        of_batch: mean over the sequences of a batch.
-        of_mean: from the mean over all sequences to the figure.
+        of_batch: mean over the labels of a batch.
+        of_mean: from the mean over all labels to the figure.
         worse: +1 if a larger figure is worse, −1 if a smaller one is.
     """
 
@@ -57,8 +58,11 @@ class Metric:
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
     """The model's outputs for a batch with labels, its loss among them; without a cache of keys and values."""
     caches = CACHES & inspect.signature(model.forward).parameters.keys()
-    with _chunked_loss(model):
-        return model(**batch, **({"use_cache": False} if caches else {}))
+    with _chunked_loss(model), _loss_of_clips(model):
+        outputs = model(**batch, **({"use_cache": False} if caches else {}))
+    if task_of(model) == "ctc" and outputs.loss is not None:
+        outputs.loss = outputs.loss / sequences_in(batch)
+    return outputs
 
 
 @torch.no_grad()
@@ -91,24 +95,32 @@ METRICS = {
 
 def field_of_rows(rows: Tensor, batch: Batch) -> str | None:
     """Which tokens of a batch the rows of activations `[..., features]` stand for: its `input_ids`, its `labels`, or
-    neither. (Some models flatten batch and length on the way.) Rows for `pixel_values` are equally many for each image,
-    one image after the other, but how many depends on the layer."""
-    if "pixel_values" in batch:
-        return "pixel_values" if len(rows) % sequences_in(batch) == 0 else None
+    neither. (Some models flatten batch and length on the way.) Rows for images and sound are equally many for each, one
+    after the other, but how many depends on the layer."""
+    if name := seen_or_heard(batch):
+        return name if len(rows) % sequences_in(batch) == 0 else None
     count = rows.numel() // rows.shape[-1]
     return next((name for name in ("input_ids", "labels") if name in batch and batch[name].numel() == count), None)
 
 
+def labels_in(model: PreTrainedModel, batch: Batch) -> list[int]:
+    """How many labels each sequence of a batch has to predict. To CTC all that is said is one."""
+    if task_of(model) == "ctc":
+        return [1] * sequences_in(batch)
+    labels = batch["labels"][:, 1:] if task_of(model) == "causal-lm" else batch["labels"]
+    return (labels.reshape(len(labels), -1) != -100).sum(1).tolist()
+
+
 def mean(values: Sequence[float], counts: Sequence[int]) -> float:
-    """Mean of the figures of batches, each weighted by its sequences, in float64."""
+    """Mean of the figures of batches, each weighted by its labels or its sequences, in float64."""
     return math.fsum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 
 
 def mean_loss(model: PreTrainedModel, batches: Sequence[Batch], desc: str | None = None) -> float:
-    """Mean over all sequences of the model's own loss (nats).
+    """Mean over all labels of the model's own loss (nats).
 
     Args:
-        batches: keyword arguments of `model.forward` with labels; every sequence has equally many labels.
+        batches: keyword arguments of `model.forward` with labels.
         desc: text of a progress bar over the batches, or None for no bar.
 
     Raises:
@@ -116,7 +128,7 @@ def mean_loss(model: PreTrainedModel, batches: Sequence[Batch], desc: str | None
     """
     bar = logging.tqdm(batches, desc=desc) if desc else batches
     losses = [batch_loss(model, batch) for batch in batches_on(bar, model)]
-    average = mean(losses, [sequences_in(batch) for batch in batches])
+    average = mean(losses, [sum(labels_in(model, batch)) for batch in batches])
     if not math.isfinite(average):
         raise not_finite(model, batches[0], f"the loss is {average}")
     return average
@@ -150,6 +162,21 @@ def not_finite(model: PreTrainedModel, batch: Batch, what: str) -> CalibrationEr
         else "the outputs of the unchanged modules are finite"
     )
     return CalibrationError(f"{what}: {place}; try dtype=torch.float32 or other calibration data")
+
+
+@contextmanager
+def _loss_of_clips(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model with CTC add up the losses of the clips of a batch: −log p of all that is said in each, whatever its
+    config makes of them."""
+    if task_of(model) != "ctc":
+        yield
+        return
+    own = model.config.ctc_loss_reduction
+    model.config.ctc_loss_reduction = "sum"
+    try:
+        yield
+    finally:
+        model.config.ctc_loss_reduction = own
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[Batch
     """
     if all("labels" in batch for batch in batches):
         return tuple(batches)
-    if model.num_labels < 2 or model.config.problem_type == "multi_label_classification":
+    if model.config.num_labels < 2 or model.config.problem_type == "multi_label_classification":
         raise CalibrationError(
             f"the calibration data have no labels, and {type(model).__name__} predicts no single class that could stand"
             " for them; set label_column"

@@ -50,7 +50,7 @@ from ..table import SensitivityTable
 from ..work_folder import fingerprint
 from .compensation import shares_left
 from .engine import backing_off
-from .metrics import Batch, field_of_rows, forward, mean_loss, not_finite
+from .metrics import Batch, field_of_rows, forward, labels_in, mean_loss, not_finite
 from .rounding_errors import rounding_errors
 from .scoring import facts_of, open_journal, with_labels
 
@@ -114,10 +114,10 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
             bar.update(sequences_in(batch))
     found = {key: parts for gathered in ranks.gather(journal.results) for key, parts in gathered.items()}
     results = [part for key, _, _ in spans for part in found[key]]
-    sequences, predictions = (sum(part[count] for part in results) for count in ("sequences", "predictions"))
+    predictions = sum(part["predictions"] for part in results)
     terms = {
         unit: [
-            [math.fsum(part["terms"][unit][index][order] for part in results) / sequences for order in (0, 1)]
+            [math.fsum(part["terms"][unit][index][order] for part in results) / predictions for order in (0, 1)]
             for index in range(len(widths))
         ]
         for unit in dict.fromkeys(module.unit for module in plan.modules)
@@ -133,7 +133,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     return SensitivityTable(
         method="tdmpq",
         metric="loss",
-        base=math.fsum(part["loss"] * part["sequences"] for part in results) / sequences,
+        base=math.fsum(part["loss"] * part["predictions"] for part in results) / predictions,
         raw={unit: next(iter(prices.values()), 0.0) for unit, prices in costs.items()},
         plan=plan,
         settings=settings,
@@ -168,8 +168,8 @@ def _measured(
     start: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """The batch's parts, one if memory suffices: how many sequences and predictions, their mean loss, and per unit and
-    width the sums over sequences s of [⟨g_s, ΔW⟩, ½ ΔWᵀ F_s ΔW].
+    """The batch's parts, one if memory suffices: how many predictions, their mean loss, and per unit and width the sums
+    over predictions of [⟨g, ΔW⟩, ½ ΔWᵀ F ΔW].
 
     Args:
         shares: of the terms of each module that count.
@@ -177,28 +177,21 @@ def _measured(
     """
     if not any(schemes.values()):  # nothing to price, only the loss to measure
         terms: dict[str, list[float]] = {module.unit: [] for module in plan.modules}
-        counts = {"sequences": sequences_in(batch), "predictions": sum(_predictions(model, batch))}
-        return [{**counts, "loss": mean_loss(model, [batch]), "terms": terms}]
+        predictions = sum(labels_in(model, batch))
+        return [{"predictions": predictions, "loss": mean_loss(model, [batch]), "terms": terms}]
 
     def work(parts: Sequence[Batch]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = []
         number = start
         for part in batches_on(parts, model):
             numbers = range(number, number := number + sequences_in(part))
-            uniform = uniform_numbers(part["labels"], seed, numbers)
+            uniform = uniform_numbers(positions_of(model, part), seed, numbers)
             loss, terms = _expanded(model, plan, schemes, shares, part, uniform)
             found = {unit: sums.tolist() for unit, sums in terms.items()}
-            counts = {"sequences": len(numbers), "predictions": sum(_predictions(model, part))}
-            results.append({**counts, "loss": loss, "terms": found})
+            results.append({"predictions": sum(labels_in(model, part)), "loss": loss, "terms": found})
         return results
 
     return backing_off(work, [batch])
-
-
-def _predictions(model: PreTrainedModel, batch: Batch) -> list[int]:
-    """How many labels each sequence has to predict."""
-    labels = batch["labels"][:, 1:] if task_of(model) == "causal-lm" else batch["labels"]
-    return (labels.reshape(len(labels), -1) != -100).sum(1).tolist()
 
 
 def _expanded(
@@ -216,33 +209,32 @@ def _expanded(
         uniform: for `gradient_of_drawn`.
 
     Returns:
-        The mean loss, and unit → float64 `[widths, 2]`: first- and second-order terms, summed over sequences.
+        The mean loss, and unit → float64 `[widths, 2]`: first- and second-order terms, summed over predictions.
     """
-    counts = _predictions(model, batch)
+    sequences, predictions = sequences_in(batch), sum(labels_in(model, batch))
     widths = len(next(iter(schemes.values())))
     terms = {module.unit: torch.zeros(widths, 2, dtype=torch.float64) for module in plan.modules}
     order = 0
 
     def observe(module: ModulePlan, inputs: Tensor, gradient: Tensor) -> None:
         layer = model.get_submodule(module.name)
-        by_sequence = field_of_rows(inputs, batch) is not None if module.linear else len(inputs) == len(counts)
-        if len(counts) > 1 and not by_sequence:
+        by_sequence = field_of_rows(inputs, batch) is not None if module.linear else len(inputs) == sequences
+        if sequences > 1 and not by_sequence:
             raise ModelError(
                 f"{module.name} sees {tuple(inputs.shape)}, not one row for each token; use another method"
             )
         changes = rounding_errors(layer, schemes[module.name])
         x, delta = (
-            tensor.reshape(len(counts), -1, *tensor.shape[-1 if module.linear else 1 :])
-            for tensor in (inputs, gradient)
+            tensor.reshape(sequences, -1, *tensor.shape[-1 if module.linear else 1 :]) for tensor in (inputs, gradient)
         )
         if order == 0:
             of_weight = gradient_of_matrix(layer, x.flatten(0, 1), delta.flatten(0, 1))
-            sums = [len(counts) * (of_weight * change).sum() for change in changes]
+            sums = [predictions * (of_weight * change).sum() for change in changes]
         else:
             fisher = torch.zeros_like(changes[0])
-            for rows, of_rows, count in zip(x, delta, counts, strict=True):
+            for rows, of_rows in zip(x, delta, strict=True):
                 of_weight = gradient_of_matrix(layer, rows, of_rows)
-                fisher.addcmul_(of_weight, of_weight, value=count * len(counts) ** 2)
+                fisher.addcmul_(of_weight, of_weight, value=predictions**2)
             sums = [(fisher * change.square_()).sum() / 2 for change in changes]
         terms[module.unit][:, order] += shares[module.name] * torch.stack(sums).cpu()
 
@@ -291,7 +283,8 @@ def gradient_of_drawn(model: PreTrainedModel, labels: Tensor, logits: Tensor, un
     Args:
         labels: `[batch, length]`, or `[batch]` of a classifier; for −100 nothing is drawn.
         logits: `[batch, length, vocabulary]`, or `[batch, classes]`.
-        uniform: one number in [0, 1) for each prediction, in the shape of the labels; decides the draw.
+        uniform: one number in [0, 1) for each prediction, in the shape of the labels, or for each frame of CTC (what is
+            more is not read); decides the draw.
 
     Returns:
         In the shape and dtype of the logits.
@@ -299,6 +292,8 @@ def gradient_of_drawn(model: PreTrainedModel, labels: Tensor, logits: Tensor, un
     Raises:
         ModelError: the model's outputs are no classes.
     """
+    if task_of(model) == "ctc":
+        return _gradient_of_drawn_text(model, logits, uniform)
     if logits.shape[-1] < 2 or logits.dim() != labels.dim() + 1:
         raise ModelError(
             f"{type(model).__name__} predicts {tuple(logits.shape)} for labels {tuple(labels.shape)}, no classes; use"
@@ -314,6 +309,26 @@ def gradient_of_drawn(model: PreTrainedModel, labels: Tensor, logits: Tensor, un
         probabilities.scatter_add_(-1, drawn, torch.full_like(probabilities[..., :1], -1.0))
         gradient[index] = probabilities.mul_(wanted[index] / wanted.sum())
     return gradient
+
+
+def _gradient_of_drawn_text(model: PreTrainedModel, logits: Tensor, uniform: Tensor) -> Tensor:
+    """As `gradient_of_drawn`, for CTC: a path that is drawn frame by frame spells a text, which has just the
+    probability that CTC gives it. All frames count."""
+    with torch.enable_grad():
+        scores = logits.float().requires_grad_()
+        log_probabilities = scores.log_softmax(-1)
+        paths = draw(log_probabilities.detach().exp(), uniform[:, : logits.shape[1]].to(logits.device)).squeeze(-1)
+        blank = model.config.pad_token_id
+        texts = [text[text != blank] for text in map(torch.unique_consecutive, paths)]
+        lengths = torch.full((len(texts),), logits.shape[1]), torch.tensor([len(text) for text in texts])
+        given = log_probabilities.transpose(0, 1), torch.cat(texts), *lengths
+        loss = F.ctc_loss(*given, blank=blank, reduction="sum") / len(texts)
+    return torch.autograd.grad(loss, scores)[0].to(logits.dtype)
+
+
+def positions_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """A tensor `[sequences, …]` with a place for each label that is drawn, or for CTC at least one for each frame."""
+    return batch[model.main_input_name].flatten(1) if task_of(model) == "ctc" else batch["labels"]
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:

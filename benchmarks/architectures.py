@@ -50,6 +50,9 @@ TASKS = {
     "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "image-text-to-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "speech-seq2seq": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    "ctc": modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
+    "audio-classification": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
 }
 STEPS = ("loads", "plans", "packs", "saves", "reloads packed", "reloads plain")
 SECONDS = 300
@@ -123,7 +126,7 @@ def _smaller(config: PreTrainedConfig, limits: Mapping[str, int]) -> dict[str, A
             and "vocab_size" in limits
         ):
             found[name] = VOCABULARY - 1
-        elif value is None and name == "head_dim" and name in limits:
+        elif value is None and name in ("head_dim", "vocab_size") and name in limits:
             found[name] = limits[name]
     if "num_attention_heads" in found and vars(config).get("num_key_value_heads") == config.num_attention_heads:
         found["num_key_value_heads"] = found["num_attention_heads"]

@@ -436,7 +436,7 @@ def _quantized(model: PreTrainedModel, recipe: Recipe, preparation: Preparation)
     if recipe.rounds_to_nearest:
         apply_plan(model, record.plan)
     else:
-        apply_plan_by_blocks(model, record.plan, _steps_of(preparation.data), recipe)
+        apply_plan_by_blocks(model, record.plan, _steps_of(parts[0] if parts else preparation.data), recipe)
     rounded = time.perf_counter()
     seconds = {} if preparation.given else {"scoring": scored - remembered}
     seconds["rounding"] = rounded - scored

@@ -17,6 +17,7 @@ SAMPLE = (
     "masked-lm/bert", "sequence-classification/roberta", "image-classification/vit", "image-classification/swin",
     "image-classification/swinv2", "image-classification/resnet", "image-classification/efficientnet",
     "image-text-to-text/llava", "image-text-to-text/qwen2_vl", "image-text-to-text/qwen3_omni_moe_thinker",
+    "speech-seq2seq/whisper", "ctc/wav2vec2", "audio-classification/hubert",
 )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_tuned_rounding_comes_nearer_to_the_original_than_rounding_to_nearest(fo
     assert found["signround"] < found["nearest"]
 
 
-def test_speech_has_no_task_and_is_refused_before_any_work(tokens):
+def test_a_model_without_a_head_is_refused_before_any_work(tokens):
     config = transformers.WhisperConfig(
         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=100, num_mel_bins=8, pad_token_id=0, bos_token_id=0,
@@ -104,4 +104,4 @@ def test_speech_has_no_task_and_is_refused_before_any_work(tokens):
     from hf_cptquant import measure_sensitivity
 
     with pytest.raises(ModelError, match="computes no loss that calibration could measure"):
-        measure_sensitivity(transformers.WhisperForConditionalGeneration(config), CPTQuantConfig(dataset=tokens))
+        measure_sensitivity(transformers.WhisperModel(config), CPTQuantConfig(dataset=tokens))

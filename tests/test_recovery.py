@@ -11,7 +11,7 @@ from sensitivity.test_tdmpq import calibration_for, recipe_for
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_cptquant import CPTQuantConfig
+from hf_cptquant import CPTQuantConfig, pipeline
 from hf_cptquant.errors import CalibrationError, ConfigError, ModelError
 from hf_cptquant.evaluate import perplexity
 from hf_cptquant.grid import dequantize
@@ -171,6 +171,28 @@ def test_a_real_model_comes_nearer_to_the_original(smollm2, texts, tmp_path, mon
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert perplexity(reloaded, windows, desc=None) == found["scales"]
     assert "kl" not in str(models[None].hf_quantizer.record.measured)
+
+
+def test_rounding_is_not_tuned_on_what_recovery_is_judged_by(tokens, monkeypatch):
+    """There it would look better than it is, and no step of recovery would be kept."""
+    rows = {}
+
+    def watch(name, batches_of):
+        original = getattr(pipeline, name)
+
+        def watched(*args):
+            rows[name] = {tuple(row) for batch in batches_of(args) for row in batch["input_ids"].tolist()}
+            return original(*args)
+
+        monkeypatch.setattr(pipeline, name, watched)
+
+    watch("apply_plan_by_blocks", lambda args: args[2])
+    watch("recover", lambda args: [example.batch for example in args[3]])
+    recipe = recipe_for("llama", tokens, rounding="signround", iters=1, recover="scales")
+    model = tiny_model("llama")
+    quantize_model(model, recipe, prepare(model, recipe))
+    assert rows["recover"]
+    assert not rows["recover"] & rows["apply_plan_by_blocks"]
 
 
 def test_bad_input(tiny_folder, tokens, tmp_path):

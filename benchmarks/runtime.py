@@ -2,14 +2,12 @@
 
 Products: one linear layer, by shape, scheme and rows, as a ratio to `nn.Linear` in bfloat16 (2: twice as fast). The
 calls go round over so many copies of each layer that no weight is still in the cache. Models: SmolLM2-135M, and random
-weights in the shape of Llama-3.2-1B; each in a process of its own, in bfloat16 and with 4 bits in groups of 64, a few
-blocks at 8 bits, and 8 bits for the matrix that looks tokens up and predicts them. Bits per weight are counted over all
-that is packed. Decoding reads all weights for every token, so its speed is also given as a share of the bandwidth with
-which memory is copied. Peers are measured where they are installed, here or in environments of their own (with this
-package, whose benchmark they run); those that are absent are skipped:
+weights in the shape of Llama-3.2-1B; each in a process of its own, in bfloat16 and with 4 bits in groups of 64 and a
+few blocks at 8 bits (about 4.5 bits per weight). Decoding reads all weights for every token, so its speed is also
+given as a share of the bandwidth with which memory is copied. Peers are measured where they are installed:
 
-    uv venv environments/torchao && uv pip install --python environments/torchao/bin/python torchao -e .
-    uv run python benchmarks/runtime.py --peers environments
+    uv run --with torchao --with optimum-quanto --with hqq --with bitsandbytes --with llama-cpp-python \\
+        python benchmarks/runtime.py
 
 `OMP_NUM_THREADS` chooses the threads. The last line printed is JSON.
 """
@@ -39,7 +37,7 @@ from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import write_bundled_model
 from hf_cptquant.grid import QuantizedWeight, integer_range
 from hf_cptquant.llama_cpp import export_gguf
-from hf_cptquant.model_view import input_embedding, view_model
+from hf_cptquant.model_view import view_model
 from hf_cptquant.modules import QuantLinear, explain_choice
 from hf_cptquant.plan import LayerScheme
 
@@ -233,14 +231,11 @@ def write_model(name: str, folder: Path) -> None:
 
 
 def write_quantized(source: Path, folder: Path) -> float:
-    """The model with 4 bits, but 8 in the first of every 16 blocks and in the embedding, which the head shares; the
-    bits per weight of all these."""
+    """The model with 4 bits, but the first of every 16 blocks with 8; its bits per weight."""
     model = AutoModelForCausalLM.from_pretrained(source)
-    undecided = view_model(model, outside=[input_embedding(model)]).plan("module")
-    blocks = list(dict.fromkeys(module.block for module in undecided.inside.modules))
-    bits = {
-        module.unit: 8 if module.outside or blocks.index(module.block) % 16 == 0 else 4 for module in undecided.modules
-    }
+    undecided = view_model(model).plan("module")
+    blocks = list(dict.fromkeys(module.block for module in undecided.modules))
+    bits = {module.unit: 4 if blocks.index(module.block) % 16 else 8 for module in undecided.modules}
     plan = undecided.with_bits(bits, GROUP_SIZE)
     del model
     config = CPTQuantConfig(plan=plan, quality="fast")
@@ -248,19 +243,9 @@ def write_quantized(source: Path, folder: Path) -> float:
     return plan.bits_per_weight
 
 
-def python_of(peer: str, environments: Path | None) -> str | None:
-    """The interpreter that a peer is installed for: of the environment by its name, or this one; None if absent."""
-    if environments is not None and (python := environments.absolute() / peer / "bin" / "python").exists():
-        return str(python)
-    if installed(PEERS[peer]) is None:
-        print(f"{peer}: skipped, neither here nor in an environment of its own")
-        return None
-    return sys.executable
-
-
-def child(*command: str, python: str = sys.executable) -> dict[str, Any]:
+def child(*command: str) -> dict[str, Any]:
     """What a process of its own prints as JSON in its last line, or the error that it ended with."""
-    done = subprocess.run([python, *command], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -298,7 +283,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each shape and number of rows")
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="outputs x inputs of the products")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS, help="which models to run")
-    parser.add_argument("--peers", type=Path, help="folder of virtual environments, one for each peer")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--model", help=argparse.SUPPRESS)  # what the processes are told that this one starts
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
@@ -308,16 +292,14 @@ def main() -> None:
         found = (
             of_model(arguments.model)
             if arguments.model
-            else {
-                "version": installed(PEERS[arguments.peer]),
-                "products": products(peer_layers(arguments.peer), arguments.shapes, arguments.seconds),
-            }
+            else products(peer_layers(arguments.peer), arguments.shapes, arguments.seconds)
         )
         print(json.dumps(found))
         return
     start, bandwidth = time.perf_counter(), copy_bandwidth()
+    versions = {name: installed(distribution) for name, distribution in PEERS.items()}
     peer = (__file__, "--seconds", f"{arguments.seconds / 4:g}", "--shapes", *arguments.shapes, "--peer")
-    peers = {name: python for name in PEERS if (python := python_of(name, arguments.peers)) is not None}
+    peers = [name for name, version in versions.items() if version is not None]
     result = {
         "command": f"python benchmarks/runtime.py --seconds {arguments.seconds:g}",
         "kernels": {str(scheme): explain_choice(packed_layer(scheme, (2048, 2048))) for scheme in SCHEMES},
@@ -325,8 +307,8 @@ def main() -> None:
         "overhead_microseconds": overhead(),
         "models": models(arguments.models, bandwidth),
         "products": products(our_layers(), arguments.shapes, arguments.seconds),
-        "peers": {name: child(*peer, name, python=python) for name, python in peers.items()},
-        "llama.cpp": installed("llama-cpp-python"),
+        "peers": {name: child(*peer, name) for name in peers},
+        "peer_versions": {**versions, "llama.cpp": installed("llama-cpp-python")},
         "seconds": round(time.perf_counter() - start, 1),
         **environment(),
     }

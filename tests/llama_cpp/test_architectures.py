@@ -4,6 +4,7 @@ That llama.cpp computes the same, `benchmarks/llama_cpp_architectures.py` shows 
 """
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -14,6 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from hf_cptquant import CPTQuantConfig
+from hf_cptquant.demo import DENSE_GGUF
 from hf_cptquant.errors import ExportError
 from hf_cptquant.llama_cpp import export_gguf
 from hf_cptquant.llama_cpp.architectures import ARCHITECTURES, architecture_of
@@ -64,6 +66,13 @@ def test_the_benchmark_has_them_all(models):
         assert measured["same_most_probable_token"] == 1, kind
 
 
+def test_the_readme_names_them_all():
+    text = (BENCHMARKS.parent / "README.md").read_text()
+    listed = re.search(r"written for these classes \(`…ForCausalLM`\):(.*?)\. Each was", text, re.S)[1]
+    names = re.findall(r"\w+", listed.replace(" (text)", "").replace("; and", ","))
+    assert {name if name.startswith("GPT2") else f"{name}ForCausalLM" for name in names} == set(ARCHITECTURES)
+
+
 def float32(folder: Path) -> transformers.PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).dequantize()
 
@@ -79,11 +88,8 @@ def test_transformers_reads_the_same_model(kind, quantized_folder, tmp_path):
     export_gguf(folder, tmp_path / "tiny.gguf")
     ours = float32(folder)
     config = ours.config  # this reader leaves some of it at its defaults
-    dense = (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    )
     theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="tiny.gguf", dtype=torch.float32, config=config, **dense
+        tmp_path, gguf_file="tiny.gguf", dtype=torch.float32, config=config, **DENSE_GGUF
     ).state_dict()
     for name, tensor in ours.state_dict().items():
         assert torch.equal(theirs[name], tensor), name

@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from hf_cptquant.demo import DENSE_GGUF
 from hf_cptquant.errors import ExportError, ModelError, PlanError
 from hf_cptquant.grid import dequantize
 from hf_cptquant.llama_cpp import export_gguf, tensors
@@ -25,10 +26,7 @@ def dense_weights(folder) -> dict[str, torch.Tensor]:
 
 
 def read_by_transformers(file) -> transformers.PreTrainedModel:
-    dense = (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    )
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **dense)
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **DENSE_GGUF)
 
 
 def in_llama_cpps_order(tensor: np.ndarray, heads: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from gguf import RopeScalingType
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -155,11 +156,20 @@ def _neighbours(heads: str, config: PretrainedConfig, rows: Tensor) -> Tensor:
     return rows.unflatten(0, (getattr(config, heads), 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _parts_of_heads(config: PretrainedConfig, rows: Tensor) -> Tensor:
-    """Query, key and value of each head → all queries, all keys, all values."""
-    return rows.unflatten(0, (config.num_attention_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+def _parts_of_groups(groups: Callable[[PretrainedConfig], int], config: PretrainedConfig, rows: Tensor) -> Tensor:
+    """Of each group of heads its queries, its key and its value → all queries, all keys, all values."""
+    heads = rows.unflatten(0, (groups(config), -1, head_dim(config)))
+    return torch.cat([part.flatten(0, 2) for part in heads.split((heads.shape[1] - 2, 1, 1), dim=1)])
 
 
+def _groups_of_falcon(config: PretrainedConfig) -> int:
+    """Groups of heads that share a key and a value; what the config says of them counts in its new architecture."""
+    if config.new_decoder_architecture:
+        return config.num_kv_heads
+    return 1 if config.multi_query else config.num_attention_heads
+
+
+HEADS: Mapping[str, Rows] = {"query_key_value": partial(_parts_of_groups, _heads_of_keys)}
 NEIGHBOURS: Mapping[str, Rows] = {
     "q_proj": partial(_neighbours, "num_attention_heads"),
     "k_proj": partial(_neighbours, "num_key_value_heads"),
@@ -349,7 +359,30 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {"hidden_act": _gelu, "attention_bias": True, "tie_word_embeddings": False},
         free_head_dim=False,
         partly_rotary=True,
-        rows={"query_key_value": _parts_of_heads},
+        rows=HEADS,
+    ),
+    "BloomForCausalLM": Architecture(
+        "bloom",
+        {
+            "layer_norm_eps": "layer_norm_epsilon",
+            "context_length": lambda config: getattr(config, "seq_length", 2048),  # ALiBi has no end
+            "feed_forward_length": lambda config: 4 * config.hidden_size,
+        },
+        {"apply_residual_connection_post_layernorm": False},
+        free_head_dim=False,
+        rope_types=(),
+        rows=HEADS,
+    ),
+    "FalconForCausalLM": Architecture(
+        "falcon",
+        {
+            "layer_norm_eps": "layer_norm_epsilon",
+            "feed_forward_length": "ffn_hidden_size",
+            "head_count_kv": _groups_of_falcon,
+        },
+        {"activation": "gelu", "alibi": False, "bias": False, "parallel_attn": True},
+        free_head_dim=False,
+        rows={"query_key_value": partial(_parts_of_groups, _groups_of_falcon)},
     ),
     "OlmoForCausalLM": Architecture(
         "olmo",

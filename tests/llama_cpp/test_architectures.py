@@ -95,15 +95,30 @@ def test_transformers_reads_the_same_model(kind, quantized_folder, tmp_path):
         assert torch.equal(theirs[name], tensor), name
 
 
-def test_queries_keys_and_values_of_heads_are_put_together(quantized_folder, tmp_path):
-    folder = quantized_folder("GPTNeoXForCausalLM", symmetric=False, bits=(4, 3, 5))
+@pytest.mark.parametrize(
+    ("kind", "changes", "name", "groups", "queries", "size"),
+    [
+        ("GPTNeoXForCausalLM", {}, "gpt_neox.layers.1.attention", 4, 1, 32),
+        ("BloomForCausalLM", {}, "transformer.h.1.self_attention", 6, 1, 16),
+        ("FalconForCausalLM", {}, "transformer.h.1.self_attention", 2, 2, 32),
+        ("FalconForCausalLM", {"new_decoder_architecture": False}, "transformer.h.1.self_attention", 1, 4, 32),
+    ],
+)
+def test_queries_keys_and_values_of_heads_are_put_together(
+    kind, changes, name, groups, queries, size, quantized_folder, tmp_path
+):
+    folder = quantized_folder(kind, symmetric=False, bits=(4, 3, 5), **changes)
     export_gguf(folder, tmp_path / "tiny.gguf")
     theirs, ours = read(tmp_path / "tiny.gguf"), float32(folder).state_dict()
-    heads, size = 4, 32
-    for leaf in ("weight", "bias"):
-        fused = ours[f"gpt_neox.layers.1.attention.query_key_value.{leaf}"].numpy()
-        of_head = [fused[head * 3 * size : (head + 1) * 3 * size] for head in range(heads)]
-        expected = [rows[part * size : (part + 1) * size] for part in range(3) for rows in of_head]
+    leaves = [leaf for leaf in ("weight", "bias") if f"{name}.query_key_value.{leaf}" in ours]
+    assert leaves[1:] == ([] if kind == "FalconForCausalLM" else ["bias"])
+    for leaf in leaves:
+        fused = ours[f"{name}.query_key_value.{leaf}"].numpy()
+        heads = [fused[start : start + size] for start in range(0, len(fused), size)]
+        of_group = [heads[start : start + queries + 2] for start in range(0, len(heads), queries + 2)]
+        assert len(of_group) == groups
+        expected = [head for group in of_group for head in group[:queries]]
+        expected += [group[part] for part in (-2, -1) for group in of_group]
         assert np.array_equal(theirs[f"blk.1.attn_qkv.{leaf}"], np.concatenate(expected))
 
 
@@ -159,6 +174,13 @@ HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
         ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar 64, this model has 100"),
         ("Gemma3ForCausalLM", {"layer_types": ["full_attention"] * 7}, "gemma3 with layer_types"),
         ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx False"),
+        (
+            "BloomForCausalLM",
+            {"apply_residual_connection_post_layernorm": True},
+            "post_layernorm False, this model has",
+        ),
+        ("FalconForCausalLM", {"alibi": True}, "falcon with alibi False, this model has True"),
+        ("FalconForCausalLM", {"parallel_attn": False}, "falcon with parallel_attn True, this model has False"),
         ("CohereForCausalLM", {"use_qk_norm": True}, "use_qk_norm False, this model has True"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1] * 5}, r"no_rope_layers \[1, 1, 1, 0, 1\]"),
         ("StableLmForCausalLM", {"tie_word_embeddings": True}, "tie_word_embeddings False, this model has True"),

@@ -51,6 +51,13 @@ MODELS: dict[str, tuple[str, dict]] = {
         "tie_word_embeddings": True, "num_hidden_layers": 7, "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0}}}),
+    "Gemma4ForCausalLM": ("Gemma4TextConfig", {"head_dim": 32, "global_head_dim": 64, "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True, "sliding_window": 16, "final_logit_softcapping": 3.0, "tie_word_embeddings": True,
+        "num_hidden_layers": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": VOCABULARY, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2000.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 50000.0, "partial_rotary_factor": 0.25}}}),
     "Phi3ForCausalLM": ("Phi3Config", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.75}}),
     "PhiForCausalLM": ("PhiConfig", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
     "StableLmForCausalLM": ("StableLmConfig", {"rope_parameters": QUARTER, "use_qkv_bias": True}),
@@ -63,6 +70,13 @@ MODELS: dict[str, tuple[str, dict]] = {
         "intermediate_size": None, "tie_word_embeddings": True}),
     "FalconForCausalLM": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2,
         "ffn_hidden_size": 192, "num_key_value_heads": None, "intermediate_size": None}),
+    "MambaForCausalLM": ("MambaConfig", {"state_size": 24, "time_step_rank": 32, "intermediate_size": None,
+        "tie_word_embeddings": True, "num_attention_heads": None, "num_key_value_heads": None}),
+    "Lfm2ForCausalLM": ("Lfm2Config", {"block_multiple_of": 32, "block_ffn_dim_multiplier": 1.2,
+        "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True}),
+    "MiniMaxM2ForCausalLM": ("MiniMaxM2Config", {**EXPERTS, "num_local_experts": 4, "head_dim": 64,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
+    "GptOssForCausalLM": ("GptOssConfig", {**EXPERTS, "num_local_experts": 4, "head_dim": 64, "sliding_window": 16}),
     "OlmoForCausalLM": ("OlmoConfig", {"clip_qkv": 0.5}),
     "Olmo2ForCausalLM": ("Olmo2Config", {}),
     "OlmoeForCausalLM": ("OlmoeConfig", {**EXPERTS, "num_experts": 4, "num_key_value_heads": 4}),
@@ -100,6 +114,10 @@ def model_of(kind: str, **changes: object) -> PreTrainedModel:
             torch.nn.init.normal_(parameter, std=0.15)
         else:
             parameter.data += torch.randn_like(parameter) * 0.2
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            buffer += torch.randn_like(buffer) * 0.2
     return model.eval()
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gguf import RopeScalingType
+from gguf import ExpertGatingFuncType, RopeScalingType
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -41,8 +41,9 @@ class Architecture:
         rope_types: of the rotary embeddings that llama.cpp can be told; none if there are no such embeddings.
         partly_rotary: whether there may be features of a head without rotary embeddings.
         rows: last part of a module's name → how its rows are reordered.
-        renamed: part of a module's name → what the library `gguf` calls it.
+        renamed: part of the name of a module or parameter → what the library `gguf` calls it.
         norm_offset: what transformers adds to the weights of norms, and llama.cpp does not.
+        computed: last part of a parameter's name → what llama.cpp wants of it, in float32.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Architecture:
     rows: Mapping[str, Rows] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0
+    computed: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def hyperparameters(self, config: PretrainedConfig) -> dict[str, Any]:
         """Method of `GGUFWriter` without `add_` → value."""
@@ -73,11 +75,8 @@ class Architecture:
                 raise ExportError(
                     f"llama.cpp computes {self.name} with {attribute} {expected!r}, this model has {found!r}"
                 )
-        implied = config.hidden_size // config.num_attention_heads
-        if not self.free_head_dim and head_dim(config) != implied:
-            raise ExportError(
-                f"llama.cpp computes {self.name} with {implied} features a head, this model has {head_dim(config)}"
-            )
+        if not self.free_head_dim and (found := head_dim(config)) != (implied := _implied_head_dim(config)):
+            raise ExportError(f"llama.cpp computes {self.name} with {implied} features a head, this model has {found}")
         if self.rope_types and (rope := rotary(config))["rope_type"] not in self.rope_types:
             raise ExportError(
                 f"rotary embeddings of type {rope['rope_type']!r} are not written as GGUF for {self.name}, only"
@@ -89,11 +88,11 @@ class Architecture:
                 f" for {_rotated(config)} of {head_dim(config)}"
             )
 
-    def known_as(self, module: str) -> str:
-        """The name by which the library `gguf` knows a module."""
+    def known_as(self, name: str) -> str:
+        """The name by which the library `gguf` knows a module or parameter."""
         for ours, theirs in self.renamed.items():
-            module = module.replace(ours, theirs)
-        return module
+            name = name.replace(ours, theirs)
+        return name
 
     def in_order(self, config: PretrainedConfig, module: str, rows: Tensor) -> Tensor:
         """The rows of a weight, of its scales or of a bias, as llama.cpp wants them in a module of that name."""
@@ -103,12 +102,16 @@ class Architecture:
 
 def head_dim(config: PretrainedConfig) -> int:
     """Features of a head, as transformers finds them."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "head_dim", None) or _implied_head_dim(config)
 
 
 def rotary(config: PretrainedConfig) -> Mapping[str, Any]:
     """Parameters of the rotary embeddings; where windows have others, those of layers without one."""
     return config.rope_parameters.get("full_attention", config.rope_parameters)
+
+
+def _implied_head_dim(config: PretrainedConfig) -> int:
+    return config.hidden_size // config.num_attention_heads
 
 
 def _value(value: Any, config: PretrainedConfig) -> Any:
@@ -214,6 +217,60 @@ def _local_and_global_rope(config: PretrainedConfig) -> dict[str, Any]:
     return {**config.rope_parameters, "sliding_attention": local}
 
 
+def _layers(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config of each layer, where they have different heads."""
+    return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
+
+
+def _head_dim_of(kind: str, config: PretrainedConfig) -> int:
+    """Features of a head in the layers of a kind, or in all where there is none of it."""
+    layers = _layers(config)
+    return next(
+        (layer.head_dim for layer, each in zip(layers, config.layer_types, strict=True) if each == kind),
+        layers[0].head_dim,
+    )
+
+
+def _lengths_by_layer(config: PretrainedConfig) -> list[int]:
+    """Features of the hidden layers of feed-forward networks, which may be double where keys are those of others."""
+    double = [config.use_double_wide_mlp and mode == "reuse" for mode in config.kv_sharing_modes]
+    return [config.intermediate_size * (1 + each) for each in double]
+
+
+def _last_before_shared(config: PretrainedConfig) -> list[str]:
+    """llama.cpp takes shared keys and values from the last two layers that have own, the first with a window."""
+    kinds, last = list(config.layer_types), config.num_hidden_layers - config.num_kv_shared_layers
+    if config.num_kv_shared_layers:
+        kinds[last - 2 : last] = ["sliding_attention", "full_attention"]
+    return kinds
+
+
+def _local_rope(config: PretrainedConfig) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": config.rope_parameters["sliding_attention"]["rope_theta"]}
+    return {**config.rope_parameters, "sliding_attention": local}
+
+
+def _causal_text(config: PretrainedConfig) -> str | None:
+    """Anything but "all": "vision" leaves text causal."""
+    return None if config.use_bidirectional_attention == "all" else config.use_bidirectional_attention
+
+
+def _adjusted_length(config: PretrainedConfig) -> int:
+    """Features of the hidden layer of a feed-forward network, as LFM2 finds them."""
+    length = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        length = int(2 * length / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            length = int(config.block_ffn_dim_multiplier * length)
+            length = -(-length // config.block_multiple_of) * config.block_multiple_of
+    return length
+
+
+def _heads_of_keys_by_layer(config: PretrainedConfig) -> list[int]:
+    """0 where a layer is a convolution: that is how llama.cpp knows."""
+    return [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
+
+
 RMS: Mapping[str, Any] = {"layer_norm_rms_eps": "rms_norm_eps"}
 SILU: Mapping[str, Any] = {"hidden_act": "silu"}
 CAUSAL: Mapping[str, Any] = {"use_bidirectional_attention": _causal}
@@ -221,6 +278,11 @@ GELU_TANH: Mapping[str, Any] = {"hidden_activation": "gelu_pytorch_tanh"}
 NO_WINDOW: Mapping[str, Any] = {"sliding_window": _window_beyond_context}
 NO_BIASES: Mapping[str, Any] = {"attention_bias": False}
 EXPERTS: Mapping[str, Any] = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+MIXTRAL: Mapping[str, str] = {"mlp.experts": "block_sparse_moe.experts", "mlp.gate": "block_sparse_moe.gate"}
+WITHOUT_ATTENTION: Mapping[str, Any] = {
+    **dict.fromkeys(("head_count", "feed_forward_length"), lambda config: 0),  # llama.cpp asks for them
+    **dict.fromkeys(("head_count_kv", "key_length", "value_length"), lambda config: None),
+}
 EVERY_LAYER: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 LLAMA = Architecture("llama", RMS, SILU, rope_types=("default", "llama3"), rows=NEIGHBOURS)
@@ -253,7 +315,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         values={**RMS, **EXPERTS},
         assumed={**SILU, **NO_WINDOW},
         rope_types=("default",),
-        renamed={"mlp.experts": "block_sparse_moe.experts", "mlp.gate": "block_sparse_moe.gate"},
+        renamed=MIXTRAL,
     ),
     "Qwen2ForCausalLM": Architecture("qwen2", RMS, {**SILU, "use_sliding_window": False}, free_head_dim=False),
     "Qwen2MoeForCausalLM": Architecture(
@@ -316,6 +378,37 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "rope_parameters": _local_and_global_rope,
         },
         rope_types=("default", "linear"),
+    ),
+    "Gemma4ForCausalLM": Architecture(
+        "gemma4",
+        {
+            **RMS,
+            "sliding_window": "sliding_window",
+            "sliding_window_pattern": lambda config: [kind == "sliding_attention" for kind in config.layer_types],
+            "final_logit_softcapping": "final_logit_softcapping",
+            "embedding_length_per_layer_input": lambda config: config.hidden_size_per_layer_input or 0,
+            "shared_kv_layers": "num_kv_shared_layers",
+            "feed_forward_length": _lengths_by_layer,
+            "head_count_kv": lambda config: [layer.num_key_value_heads for layer in _layers(config)],
+            **{
+                f"{name}{suffix}": partial(_head_dim_of, kind)
+                for name in ("key_length", "value_length", "rope_dimension_count")
+                for suffix, kind in (("", "full_attention"), ("_swa", "sliding_attention"))
+            },
+            "rope_freq_base_swa": lambda config: config.rope_parameters["sliding_attention"]["rope_theta"],
+        },
+        {
+            **GELU_TANH,
+            **NO_BIASES,
+            "use_bidirectional_attention": _causal_text,
+            "vocab_size_per_layer_input": lambda config: config.vocab_size,
+            "enable_moe_block": False,
+            "layer_types": _last_before_shared,
+            "rope_parameters": _local_rope,
+        },
+        rope_types=("proportional",),
+        partly_rotary=True,
+        renamed={"layer_scalar": "layer_scalar.weight"},
     ),
     "Phi3ForCausalLM": Architecture("phi3", RMS, {**SILU, **NO_WINDOW}, free_head_dim=False, partly_rotary=True),
     "PhiForCausalLM": Architecture(
@@ -383,6 +476,62 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {"activation": "gelu", "alibi": False, "bias": False, "parallel_attn": True},
         free_head_dim=False,
         rows={"query_key_value": partial(_parts_of_groups, _groups_of_falcon)},
+    ),
+    "MambaForCausalLM": Architecture(
+        "mamba",
+        {
+            "layer_norm_rms_eps": "layer_norm_epsilon",
+            "context_length": lambda config: 2**20,  # it has no end
+            "ssm_conv_kernel": "conv_kernel",
+            "ssm_inner_size": "intermediate_size",
+            "ssm_state_size": "state_size",
+            "ssm_time_step_rank": "time_step_rank",
+            **WITHOUT_ATTENTION,
+        },
+        {
+            **SILU,
+            "use_bias": False,
+            "use_conv_bias": True,
+            "intermediate_size": lambda config: 2 * config.hidden_size,
+        },
+        rope_types=(),
+        computed={"A_log": lambda logarithms: -logarithms.exp()},
+    ),
+    "Lfm2ForCausalLM": Architecture(
+        "lfm2",
+        {
+            "layer_norm_rms_eps": "norm_eps",
+            "feed_forward_length": _adjusted_length,
+            "head_count_kv": _heads_of_keys_by_layer,
+            "shortconv_l_cache": "conv_L_cache",
+        },
+        {"conv_bias": False},
+        free_head_dim=False,
+    ),
+    "MiniMaxM2ForCausalLM": Architecture(
+        "minimax-m2",
+        {
+            **RMS,
+            **EXPERTS,
+            "expert_feed_forward_length": "intermediate_size",
+            "expert_gating_func": lambda config: ExpertGatingFuncType.SIGMOID,
+        },
+        {**SILU, "tie_word_embeddings": False},
+        partly_rotary=True,
+        renamed={**MIXTRAL, "mlp.e_score_correction_bias": "mlp.e_score_correction.bias"},
+    ),
+    "GptOssForCausalLM": Architecture(
+        "gpt-oss",
+        {**RMS, **EXPERTS, "expert_feed_forward_length": "intermediate_size", "sliding_window": "sliding_window"},
+        {
+            **SILU,
+            "attention_bias": True,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "layer_types": partial(_every, 2),
+            "tie_word_embeddings": False,
+        },
+        renamed={"self_attn.sinks": "self_attn.sinks.weight"},
     ),
     "OlmoForCausalLM": Architecture(
         "olmo",

@@ -6,8 +6,9 @@ What holds for all architectures follows llama.cpp's converter (conversion/base.
 - A projection of all experts of a layer is one tensor. It has one of ggml's types: the smallest that holds the integers
   of all of them.
 - Matrices that are not quantized keep the model's dtype; norms, biases, embeddings of positions and what routes tokens
-  to experts are float32, as llama.cpp wants them.
-- Llama 3's scaling of rotary frequencies is a tensor, `rope_freqs.weight`: by how much each is divided.
+  to experts are float32, as llama.cpp wants them; so are convolutions.
+- What is special about rotary frequencies (Llama 3's scaling, the features that Gemma 4 does not turn) is a tensor,
+  `rope_freqs.weight`: by how much each is divided.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ DENSE_TYPES = {
     torch.float16: GGMLQuantizationType.F16,
     torch.bfloat16: GGMLQuantizationType.BF16,
 }
-IN_FLOAT32 = ("position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # ends of names in GGUF
+IN_FLOAT32 = (  # ends of names in GGUF
+    "position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight",
+    "ssm_conv1d.weight",
+)  # fmt: skip
 
 
 class Held(NamedTuple):
@@ -151,7 +155,7 @@ def tensors_of(
     """
     config, names = model.config, names_in(architecture.name, model.config.num_hidden_layers)
     tied = model.get_output_embeddings() if config.tie_word_embeddings else None
-    if architecture.rope_types and rotary(config)["rope_type"] == "llama3":
+    if architecture.rope_types and rotary(config)["rope_type"] in ("llama3", "proportional"):
         yield _dense_tensor("rope_freqs.weight", [_rope_factors(model)])
     for part in parts:
         rows = partial(architecture.in_order, config, part.name)
@@ -170,8 +174,10 @@ def tensors_of(
         for leaf, tensors in _parameters(part).items():
             if leaf == "weight" and tied in part.modules.values():
                 continue  # llama.cpp takes the embedding where there is no other
-            name = gguf_name(names, f"{known}.{leaf}")
-            if name.endswith(IN_FLOAT32):
+            name = gguf_name(names, architecture.known_as(f"{part.name}.{leaf}"))
+            if leaf in architecture.computed:
+                tensors = [architecture.computed[leaf](tensor.float()) for tensor in tensors]
+            elif name.endswith(IN_FLOAT32):
                 tensors = [tensor.float().squeeze(0) for tensor in tensors]
             elif tensors[0].dim() == 1:
                 added = architecture.norm_offset if leaf == "weight" and known.endswith("norm") else 0
@@ -188,7 +194,10 @@ def _parameters(part: Part) -> dict[str, list[Tensor]]:
 def _parameters_of(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(module, PackedLayer):
         return {} if module.bias is None else {"bias": module.bias}
-    found = {leaf: parameter.detach() for leaf, parameter in module.named_parameters(recurse=False)}
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    found = {
+        leaf: tensor.detach() for leaf, tensor in tensors.items() if leaf not in module._non_persistent_buffers_set
+    }
     return {leaf: matrix_of(kind_of(module), each) if each.dim() > 1 else each for leaf, each in found.items()}
 
 
@@ -220,7 +229,9 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 
 
 def _rope_factors(model: PreTrainedModel) -> Tensor:
-    """By how much Llama 3 divides the frequencies of the rotary embedding, float32 `[head_dim / 2]`."""
-    scaled = model.model.rotary_emb.inv_freq.float()
+    """By how much the frequencies of the rotary embedding are divided, float32 `[head_dim / 2]`: 1e30 where it is 0."""
+    of_kinds = "full_attention" in model.config.rope_parameters
+    embedding = model.model.rotary_emb
+    scaled = (embedding.full_attention_inv_freq if of_kinds else embedding.inv_freq).float()
     exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
-    return model.config.rope_parameters["rope_theta"] ** -exponents / scaled
+    return (rotary(model.config)["rope_theta"] ** -exponents / scaled).clamp(max=1e30)

@@ -16,12 +16,38 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-from gguf import ExpertGatingFuncType, RopeScalingType
+from gguf import ExpertGatingFuncType
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import ExportError
+from .hyperparameters import (
+    adjusted_length,
+    causal,
+    causal_text,
+    gelu,
+    groups_of_falcon,
+    head_dim,
+    head_dim_of,
+    heads_of_keys,
+    heads_of_keys_by_layer,
+    implied_head_dim,
+    last_before_shared,
+    layer_configs,
+    lengths_by_layer,
+    local_and_global_rope,
+    local_rope,
+    neighbours,
+    parts_of_groups,
+    query_scale,
+    rotary,
+    rotary_but_every_fourth,
+    rotated,
+    scaling_factor,
+    scaling_type,
+    window_beyond_context,
+    windows_but_every,
+)
 
 Rows = Callable[[PretrainedConfig, Tensor], Tensor]
 
@@ -75,17 +101,17 @@ class Architecture:
                 raise ExportError(
                     f"llama.cpp computes {self.name} with {attribute} {expected!r}, this model has {found!r}"
                 )
-        if not self.free_head_dim and (found := head_dim(config)) != (implied := _implied_head_dim(config)):
+        if not self.free_head_dim and (found := head_dim(config)) != (implied := implied_head_dim(config)):
             raise ExportError(f"llama.cpp computes {self.name} with {implied} features a head, this model has {found}")
         if self.rope_types and (rope := rotary(config))["rope_type"] not in self.rope_types:
             raise ExportError(
                 f"rotary embeddings of type {rope['rope_type']!r} are not written as GGUF for {self.name}, only"
                 f" {', '.join(self.rope_types)}"
             )
-        if self.rope_types and not self.partly_rotary and _rotated(config) != head_dim(config):
+        if self.rope_types and not self.partly_rotary and rotated(config) != head_dim(config):
             raise ExportError(
                 f"llama.cpp computes {self.name} with rotary embeddings for all features of a head, this model has them"
-                f" for {_rotated(config)} of {head_dim(config)}"
+                f" for {rotated(config)} of {head_dim(config)}"
             )
 
     def known_as(self, name: str) -> str:
@@ -100,38 +126,8 @@ class Architecture:
         return rows if reorder is None else reorder(config, rows)
 
 
-def head_dim(config: PretrainedConfig) -> int:
-    """Features of a head, as transformers finds them."""
-    return getattr(config, "head_dim", None) or _implied_head_dim(config)
-
-
-def rotary(config: PretrainedConfig) -> Mapping[str, Any]:
-    """Parameters of the rotary embeddings; where windows have others, those of layers without one."""
-    return config.rope_parameters.get("full_attention", config.rope_parameters)
-
-
-def _implied_head_dim(config: PretrainedConfig) -> int:
-    return config.hidden_size // config.num_attention_heads
-
-
 def _value(value: Any, config: PretrainedConfig) -> Any:
     return value(config) if callable(value) else getattr(config, value)
-
-
-def _heads_of_keys(config: PretrainedConfig) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _rotated(config: PretrainedConfig) -> int:
-    return int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0))
-
-
-def _scaling_type(config: PretrainedConfig) -> RopeScalingType | None:
-    return RopeScalingType.LINEAR if rotary(config)["rope_type"] == "linear" else None
-
-
-def _scaling_factor(config: PretrainedConfig) -> float | None:
-    return rotary(config)["factor"] if rotary(config)["rope_type"] == "linear" else None
 
 
 COMMON: Mapping[str, Any] = {
@@ -140,142 +136,31 @@ COMMON: Mapping[str, Any] = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "head_count": "num_attention_heads",
-    "head_count_kv": _heads_of_keys,
+    "head_count_kv": heads_of_keys,
     "key_length": head_dim,
     "value_length": head_dim,
     "vocab_size": "vocab_size",
 }
 ROTARY: Mapping[str, Any] = {
-    "rope_dimension_count": _rotated,
+    "rope_dimension_count": rotated,
     "rope_freq_base": lambda config: rotary(config)["rope_theta"],
-    "rope_scaling_type": _scaling_type,
-    "rope_scaling_factor": _scaling_factor,
+    "rope_scaling_type": scaling_type,
+    "rope_scaling_factor": scaling_factor,
 }
 
 
-def _neighbours(heads: str, config: PretrainedConfig, rows: Tensor) -> Tensor:
-    """Rows of each head, from its first and second half in turn: llama.cpp turns neighbouring features together,
-    transformers those of the two halves."""
-    return rows.unflatten(0, (getattr(config, heads), 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def _parts_of_groups(groups: Callable[[PretrainedConfig], int], config: PretrainedConfig, rows: Tensor) -> Tensor:
-    """Of each group of heads its queries, its key and its value → all queries, all keys, all values."""
-    heads = rows.unflatten(0, (groups(config), -1, head_dim(config)))
-    return torch.cat([part.flatten(0, 2) for part in heads.split((heads.shape[1] - 2, 1, 1), dim=1)])
-
-
-def _groups_of_falcon(config: PretrainedConfig) -> int:
-    """Groups of heads that share a key and a value; what the config says of them counts in its new architecture."""
-    if config.new_decoder_architecture:
-        return config.num_kv_heads
-    return 1 if config.multi_query else config.num_attention_heads
-
-
-HEADS: Mapping[str, Rows] = {"query_key_value": partial(_parts_of_groups, _heads_of_keys)}
+HEADS: Mapping[str, Rows] = {"query_key_value": partial(parts_of_groups, heads_of_keys)}
 NEIGHBOURS: Mapping[str, Rows] = {
-    "q_proj": partial(_neighbours, "num_attention_heads"),
-    "k_proj": partial(_neighbours, "num_key_value_heads"),
+    "q_proj": partial(neighbours, "num_attention_heads"),
+    "k_proj": partial(neighbours, "num_key_value_heads"),
 }
-
-
-def _gelu(config: PretrainedConfig) -> str:
-    """llama.cpp takes GELU from a table of float16, which is as far from either form as one is from the other."""
-    return config.hidden_act if config.hidden_act in ("gelu", "gelu_new", "gelu_pytorch_tanh") else "gelu"
-
-
-def _causal(config: PretrainedConfig) -> bool | None:
-    """None is as good as False."""
-    return False if config.use_bidirectional_attention else config.use_bidirectional_attention
-
-
-def _window_beyond_context(config: PretrainedConfig) -> int | None:
-    """A window that no text is long enough for may stay; llama.cpp computes without any."""
-    window = config.sliding_window
-    return window if window is not None and window >= config.max_position_embeddings else None
-
-
-def _every(step: int, config: PretrainedConfig) -> list[str]:
-    """Kinds of layers if every so many have no window."""
-    kinds = ("sliding_attention", "full_attention")
-    return [kinds[(layer + 1) % step == 0] for layer in range(config.num_hidden_layers)]
-
-
-def _without_every_fourth(config: PretrainedConfig) -> list[int]:
-    return [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
-
-
-def _query_scale(layers: int, config: PretrainedConfig) -> int:
-    """What Gemma divides the square of logits of attention by; llama.cpp knows the largest model by its layers."""
-    if config.num_hidden_layers == layers:
-        return config.hidden_size // config.num_attention_heads
-    return config.head_dim
-
-
-def _local_and_global_rope(config: PretrainedConfig) -> dict[str, Any]:
-    local = {"rope_type": "default", "rope_theta": 10000.0}
-    return {**config.rope_parameters, "sliding_attention": local}
-
-
-def _layers(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """The config of each layer, where they have different heads."""
-    return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
-
-
-def _head_dim_of(kind: str, config: PretrainedConfig) -> int:
-    """Features of a head in the layers of a kind, or in all where there is none of it."""
-    layers = _layers(config)
-    return next(
-        (layer.head_dim for layer, each in zip(layers, config.layer_types, strict=True) if each == kind),
-        layers[0].head_dim,
-    )
-
-
-def _lengths_by_layer(config: PretrainedConfig) -> list[int]:
-    """Features of the hidden layers of feed-forward networks, which may be double where keys are those of others."""
-    double = [config.use_double_wide_mlp and mode == "reuse" for mode in config.kv_sharing_modes]
-    return [config.intermediate_size * (1 + each) for each in double]
-
-
-def _last_before_shared(config: PretrainedConfig) -> list[str]:
-    """llama.cpp takes shared keys and values from the last two layers that have own, the first with a window."""
-    kinds, last = list(config.layer_types), config.num_hidden_layers - config.num_kv_shared_layers
-    if config.num_kv_shared_layers:
-        kinds[last - 2 : last] = ["sliding_attention", "full_attention"]
-    return kinds
-
-
-def _local_rope(config: PretrainedConfig) -> dict[str, Any]:
-    local = {"rope_type": "default", "rope_theta": config.rope_parameters["sliding_attention"]["rope_theta"]}
-    return {**config.rope_parameters, "sliding_attention": local}
-
-
-def _causal_text(config: PretrainedConfig) -> str | None:
-    """Anything but "all": "vision" leaves text causal."""
-    return None if config.use_bidirectional_attention == "all" else config.use_bidirectional_attention
-
-
-def _adjusted_length(config: PretrainedConfig) -> int:
-    """Features of the hidden layer of a feed-forward network, as LFM2 finds them."""
-    length = config.intermediate_size
-    if config.block_auto_adjust_ff_dim:
-        length = int(2 * length / 3)
-        if config.block_ffn_dim_multiplier is not None:
-            length = int(config.block_ffn_dim_multiplier * length)
-            length = -(-length // config.block_multiple_of) * config.block_multiple_of
-    return length
-
-
-def _heads_of_keys_by_layer(config: PretrainedConfig) -> list[int]:
-    """0 where a layer is a convolution: that is how llama.cpp knows."""
-    return [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
 
 
 RMS: Mapping[str, Any] = {"layer_norm_rms_eps": "rms_norm_eps"}
 SILU: Mapping[str, Any] = {"hidden_act": "silu"}
-CAUSAL: Mapping[str, Any] = {"use_bidirectional_attention": _causal}
+CAUSAL: Mapping[str, Any] = {"use_bidirectional_attention": causal}
 GELU_TANH: Mapping[str, Any] = {"hidden_activation": "gelu_pytorch_tanh"}
-NO_WINDOW: Mapping[str, Any] = {"sliding_window": _window_beyond_context}
+NO_WINDOW: Mapping[str, Any] = {"sliding_window": window_beyond_context}
 NO_BIASES: Mapping[str, Any] = {"attention_bias": False}
 EXPERTS: Mapping[str, Any] = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 MIXTRAL: Mapping[str, str] = {"mlp.experts": "block_sparse_moe.experts", "mlp.gate": "block_sparse_moe.gate"}
@@ -360,8 +245,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "attn_logit_softcapping": lambda config: config.attn_logit_softcapping or 50.0,
             "final_logit_softcapping": lambda config: config.final_logit_softcapping or 30.0,
             "tie_word_embeddings": True,
-            "layer_types": partial(_every, 2),
-            "query_pre_attn_scalar": partial(_query_scale, 46),
+            "layer_types": partial(windows_but_every, 2),
+            "query_pre_attn_scalar": partial(query_scale, 46),
         },
     ),
     "Gemma3ForCausalLM": replace(
@@ -373,9 +258,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             **NO_BIASES,
             "attn_logit_softcapping": None,
             **CAUSAL,
-            "layer_types": partial(_every, 6),
-            "query_pre_attn_scalar": partial(_query_scale, 62),
-            "rope_parameters": _local_and_global_rope,
+            "layer_types": partial(windows_but_every, 6),
+            "query_pre_attn_scalar": partial(query_scale, 62),
+            "rope_parameters": local_and_global_rope,
         },
         rope_types=("default", "linear"),
     ),
@@ -388,10 +273,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "final_logit_softcapping": "final_logit_softcapping",
             "embedding_length_per_layer_input": lambda config: config.hidden_size_per_layer_input or 0,
             "shared_kv_layers": "num_kv_shared_layers",
-            "feed_forward_length": _lengths_by_layer,
-            "head_count_kv": lambda config: [layer.num_key_value_heads for layer in _layers(config)],
+            "feed_forward_length": lengths_by_layer,
+            "head_count_kv": lambda config: [layer.num_key_value_heads for layer in layer_configs(config)],
             **{
-                f"{name}{suffix}": partial(_head_dim_of, kind)
+                f"{name}{suffix}": partial(head_dim_of, kind)
                 for name in ("key_length", "value_length", "rope_dimension_count")
                 for suffix, kind in (("", "full_attention"), ("_swa", "sliding_attention"))
             },
@@ -400,11 +285,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {
             **GELU_TANH,
             **NO_BIASES,
-            "use_bidirectional_attention": _causal_text,
+            "use_bidirectional_attention": causal_text,
             "vocab_size_per_layer_input": lambda config: config.vocab_size,
             "enable_moe_block": False,
-            "layer_types": _last_before_shared,
-            "rope_parameters": _local_rope,
+            "layer_types": last_before_shared,
+            "rope_parameters": local_rope,
         },
         rope_types=("proportional",),
         partly_rotary=True,
@@ -449,7 +334,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "GPTNeoXForCausalLM": Architecture(
         "gptneox",
         {"layer_norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
-        {"hidden_act": _gelu, "attention_bias": True, "tie_word_embeddings": False},
+        {"hidden_act": gelu, "attention_bias": True, "tie_word_embeddings": False},
         free_head_dim=False,
         partly_rotary=True,
         rows=HEADS,
@@ -471,11 +356,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {
             "layer_norm_eps": "layer_norm_epsilon",
             "feed_forward_length": "ffn_hidden_size",
-            "head_count_kv": _groups_of_falcon,
+            "head_count_kv": groups_of_falcon,
         },
         {"activation": "gelu", "alibi": False, "bias": False, "parallel_attn": True},
         free_head_dim=False,
-        rows={"query_key_value": partial(_parts_of_groups, _groups_of_falcon)},
+        rows={"query_key_value": partial(parts_of_groups, groups_of_falcon)},
     ),
     "MambaForCausalLM": Architecture(
         "mamba",
@@ -501,8 +386,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "lfm2",
         {
             "layer_norm_rms_eps": "norm_eps",
-            "feed_forward_length": _adjusted_length,
-            "head_count_kv": _heads_of_keys_by_layer,
+            "feed_forward_length": adjusted_length,
+            "head_count_kv": heads_of_keys_by_layer,
             "shortconv_l_cache": "conv_L_cache",
         },
         {"conv_bias": False},
@@ -528,7 +413,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "attention_bias": True,
             "swiglu_alpha": 1.702,
             "swiglu_limit": 7.0,
-            "layer_types": partial(_every, 2),
+            "layer_types": partial(windows_but_every, 2),
             "tie_word_embeddings": False,
         },
         renamed={"self_attn.sinks": "self_attn.sinks.weight"},
@@ -565,7 +450,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Cohere2ForCausalLM": Architecture(
         "cohere2",
         {"layer_norm_eps": "layer_norm_eps", "logit_scale": "logit_scale", "sliding_window": "sliding_window"},
-        {**SILU, **NO_BIASES, "tie_word_embeddings": True, "layer_types": partial(_every, 4)},
+        {**SILU, **NO_BIASES, "tie_word_embeddings": True, "layer_types": partial(windows_but_every, 4)},
         free_head_dim=False,
     ),
     "GraniteForCausalLM": GRANITE,
@@ -583,7 +468,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             **NO_BIASES,
             "mlp_bias": False,
             "use_sliding_window": False,
-            "no_rope_layers": _without_every_fourth,
+            "no_rope_layers": rotary_but_every_fourth,
         },
         rows=NEIGHBOURS,
     ),

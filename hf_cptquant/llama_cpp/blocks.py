@@ -52,7 +52,9 @@ def block_type(weight: QuantizedWeight) -> str:
     bits, group_size, in_features = weight.scheme.bits, weight.scheme.group_size, weight.integers.shape[1]
     if (in_features if group_size == PER_CHANNEL else group_size) % BLOCK:
         what = f"{in_features} input features" if group_size == PER_CHANNEL else f"groups of {group_size}"
-        raise ExportError(f"{what} do not fit into ggml's blocks of 32; quantize with group_size 32, 64 or 128")
+        fits = in_features % BLOCK == 0
+        way_out = "quantize with group_size 32, 64 or 128" if fits else "leave it out with modules_to_not_convert"
+        raise ExportError(f"{what} do not fit into ggml's blocks of 32; {way_out}")
     scale = float16_scale(weight)
     if weight.zero_point is None:
         return "Q4_0" if bits <= 4 else "Q5_0" if bits == 5 else "Q8_0"

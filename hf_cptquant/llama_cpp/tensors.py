@@ -29,8 +29,9 @@ from ..experts import LinearExperts, take_apart
 from ..grid import QuantizedWeight
 from ..modules import PackedLayer, kind_of, matrix_of
 from ..plan import LayerScheme
-from .architectures import Architecture, rotary
+from .architectures import Architecture
 from .blocks import block_type, encode, largest_difference, shared_type
+from .hyperparameters import rotary
 from .tensor_types import gguf_name, names_in
 
 DENSE_TYPES = {

@@ -1,0 +1,164 @@
+"""What llama.cpp is told or takes for granted, where that is no attribute of a config but follows from several.
+
+The table of architectures names these functions. Each takes the config as its last argument but rows: those that have
+rows give them in the order in which llama.cpp wants the outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from gguf import RopeScalingType
+from torch import Tensor
+from transformers import PretrainedConfig
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Features of a head, as transformers finds them."""
+    return getattr(config, "head_dim", None) or implied_head_dim(config)
+
+
+def rotary(config: PretrainedConfig) -> Mapping[str, Any]:
+    """Parameters of the rotary embeddings; where windows have others, those of layers without one."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
+
+
+def implied_head_dim(config: PretrainedConfig) -> int:
+    """Features of a head where all of them together are as wide as the hidden state."""
+    return config.hidden_size // config.num_attention_heads
+
+
+def heads_of_keys(config: PretrainedConfig) -> int:
+    """Heads of keys and values, which several heads of queries may share."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def rotated(config: PretrainedConfig) -> int:
+    """Features of a head with rotary embeddings."""
+    return int(head_dim(config) * rotary(config).get("partial_rotary_factor", 1.0))
+
+
+def scaling_type(config: PretrainedConfig) -> RopeScalingType | None:
+    """How rotary embeddings are stretched, if they are."""
+    return RopeScalingType.LINEAR if rotary(config)["rope_type"] == "linear" else None
+
+
+def scaling_factor(config: PretrainedConfig) -> float | None:
+    """By how much rotary embeddings are stretched, if they are."""
+    return rotary(config)["factor"] if rotary(config)["rope_type"] == "linear" else None
+
+
+def neighbours(heads: str, config: PretrainedConfig, rows: Tensor) -> Tensor:
+    """Rows of each head, from its first and second half in turn: llama.cpp turns neighbouring features together,
+    transformers those of the two halves."""
+    return rows.unflatten(0, (getattr(config, heads), 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def parts_of_groups(groups: Callable[[PretrainedConfig], int], config: PretrainedConfig, rows: Tensor) -> Tensor:
+    """Of each group of heads its queries, its key and its value → all queries, all keys, all values."""
+    heads = rows.unflatten(0, (groups(config), -1, head_dim(config)))
+    return torch.cat([part.flatten(0, 2) for part in heads.split((heads.shape[1] - 2, 1, 1), dim=1)])
+
+
+def groups_of_falcon(config: PretrainedConfig) -> int:
+    """Groups of heads that share a key and a value; what the config says of them counts in its new architecture."""
+    if config.new_decoder_architecture:
+        return config.num_kv_heads
+    return 1 if config.multi_query else config.num_attention_heads
+
+
+def gelu(config: PretrainedConfig) -> str:
+    """llama.cpp takes GELU from a table of float16, which is as far from either form as one is from the other."""
+    return config.hidden_act if config.hidden_act in ("gelu", "gelu_new", "gelu_pytorch_tanh") else "gelu"
+
+
+def causal(config: PretrainedConfig) -> bool | None:
+    """None is as good as False."""
+    return False if config.use_bidirectional_attention else config.use_bidirectional_attention
+
+
+def window_beyond_context(config: PretrainedConfig) -> int | None:
+    """A window that no text is long enough for may stay; llama.cpp computes without any."""
+    window = config.sliding_window
+    return window if window is not None and window >= config.max_position_embeddings else None
+
+
+def windows_but_every(step: int, config: PretrainedConfig) -> list[str]:
+    """Kinds of layers if every so many have no window."""
+    kinds = ("sliding_attention", "full_attention")
+    return [kinds[(layer + 1) % step == 0] for layer in range(config.num_hidden_layers)]
+
+
+def rotary_but_every_fourth(config: PretrainedConfig) -> list[int]:
+    """1 for layers with rotary embeddings, if every fourth has none."""
+    return [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
+
+
+def query_scale(layers: int, config: PretrainedConfig) -> int:
+    """What Gemma divides the square of logits of attention by; llama.cpp knows the largest model by its layers."""
+    if config.num_hidden_layers == layers:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
+
+
+def local_and_global_rope(config: PretrainedConfig) -> dict[str, Any]:
+    """Rotary embeddings where those of windows are always the same."""
+    local = {"rope_type": "default", "rope_theta": 10000.0}
+    return {**config.rope_parameters, "sliding_attention": local}
+
+
+def layer_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config of each layer, where they have different heads."""
+    return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
+
+
+def head_dim_of(kind: str, config: PretrainedConfig) -> int:
+    """Features of a head in the layers of a kind, or in all where there is none of it."""
+    layers = layer_configs(config)
+    return next(
+        (layer.head_dim for layer, each in zip(layers, config.layer_types, strict=True) if each == kind),
+        layers[0].head_dim,
+    )
+
+
+def lengths_by_layer(config: PretrainedConfig) -> list[int]:
+    """Features of the hidden layers of feed-forward networks, which may be double where keys are those of others."""
+    double = [config.use_double_wide_mlp and mode == "reuse" for mode in config.kv_sharing_modes]
+    return [config.intermediate_size * (1 + each) for each in double]
+
+
+def last_before_shared(config: PretrainedConfig) -> list[str]:
+    """llama.cpp takes shared keys and values from the last two layers that have own, the first with a window."""
+    kinds, last = list(config.layer_types), config.num_hidden_layers - config.num_kv_shared_layers
+    if config.num_kv_shared_layers:
+        kinds[last - 2 : last] = ["sliding_attention", "full_attention"]
+    return kinds
+
+
+def local_rope(config: PretrainedConfig) -> dict[str, Any]:
+    """Rotary embeddings where those of windows are not stretched."""
+    local = {"rope_type": "default", "rope_theta": config.rope_parameters["sliding_attention"]["rope_theta"]}
+    return {**config.rope_parameters, "sliding_attention": local}
+
+
+def causal_text(config: PretrainedConfig) -> str | None:
+    """Anything but "all": "vision" leaves text causal."""
+    return None if config.use_bidirectional_attention == "all" else config.use_bidirectional_attention
+
+
+def adjusted_length(config: PretrainedConfig) -> int:
+    """Features of the hidden layer of a feed-forward network, as LFM2 finds them."""
+    length = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        length = int(2 * length / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            length = int(config.block_ffn_dim_multiplier * length)
+            length = -(-length // config.block_multiple_of) * config.block_multiple_of
+    return length
+
+
+def heads_of_keys_by_layer(config: PretrainedConfig) -> list[int]:
+    """0 where a layer is a convolution: that is how llama.cpp knows."""
+    return [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]

@@ -55,7 +55,8 @@ MODELS: dict[str, tuple[str, dict]] = {
         "attention_k_eq_v": True, "sliding_window": 16, "final_logit_softcapping": 3.0, "tie_word_embeddings": True,
         "num_hidden_layers": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32,
-        "vocab_size_per_layer_input": VOCABULARY, "rope_parameters": {
+        "vocab_size_per_layer_input": VOCABULARY, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 96, "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 2000.0},
             "full_attention": {"rope_type": "proportional", "rope_theta": 50000.0, "partial_rotary_factor": 0.25}}}),
     "Phi3ForCausalLM": ("Phi3Config", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.75}}),

@@ -67,7 +67,8 @@ class Architecture:
         rope_types: of the rotary embeddings that llama.cpp can be told; none if there are no such embeddings.
         partly_rotary: whether there may be features of a head without rotary embeddings.
         rows: last part of a module's name → how its rows are reordered.
-        renamed: part of the name of a module or parameter → what the library `gguf` calls it.
+        renamed: part of the name of a module or parameter → what the library `gguf` calls it; projections of experts
+            with one name are one tensor.
         norm_offset: what transformers adds to the weights of norms, and llama.cpp does not.
         computed: last part of a parameter's name → what llama.cpp wants of it, in float32.
     """
@@ -273,6 +274,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "final_logit_softcapping": "final_logit_softcapping",
             "embedding_length_per_layer_input": lambda config: config.hidden_size_per_layer_input or 0,
             "shared_kv_layers": "num_kv_shared_layers",
+            "expert_count": "num_experts",
+            "expert_used_count": "top_k_experts",
+            "expert_feed_forward_length": "moe_intermediate_size",
             "feed_forward_length": lengths_by_layer,
             "head_count_kv": lambda config: [layer.num_key_value_heads for layer in layer_configs(config)],
             **{
@@ -287,13 +291,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             **NO_BIASES,
             "use_bidirectional_attention": causal_text,
             "vocab_size_per_layer_input": lambda config: config.vocab_size,
-            "enable_moe_block": False,
             "layer_types": last_before_shared,
             "rope_parameters": local_rope,
         },
         rope_types=("proportional",),
         partly_rotary=True,
-        renamed={"layer_scalar": "layer_scalar.weight"},
+        renamed={
+            "layer_scalar": "layer_scalar.weight",
+            "router.scale": "router.proj.scale",
+            "router.per_expert_scale": "experts.down_proj.scale",
+            **dict.fromkeys(("experts.gate_proj", "experts.up_proj"), "experts.gate_up_proj"),
+        },
     ),
     "Phi3ForCausalLM": Architecture("phi3", RMS, {**SILU, **NO_WINDOW}, free_head_dim=False, partly_rotary=True),
     "PhiForCausalLM": Architecture(

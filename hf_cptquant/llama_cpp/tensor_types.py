@@ -132,7 +132,7 @@ def gguf_name(names: TensorNameMap, parameter: str) -> str:
         ExportError: the library has none.
     """
     for known in (parameter, parameter.partition(".")[2]):
-        name = names.get_name(known, try_suffixes=(".weight", ".bias"))
+        name = names.get_name(known, try_suffixes=(".weight", ".bias", ".scale"))
         if name is not None:
             return name
     raise ExportError(f"the package gguf has no name for {parameter} in this architecture")

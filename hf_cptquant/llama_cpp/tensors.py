@@ -3,8 +3,8 @@
 What holds for all architectures follows llama.cpp's converter (conversion/base.py):
 
 - Rows are independent in our grid, so where llama.cpp has them in another order, integers and scales just move along.
-- A projection of all experts of a layer is one tensor. It has one of ggml's types: the smallest that holds the integers
-  of all of them.
+- A projection of all experts of a layer is one tensor, for some architectures two of them. It has one of ggml's types:
+  the smallest that holds the integers of all of them.
 - Matrices that are not quantized keep the model's dtype; norms, biases, embeddings of positions and what routes tokens
   to experts are float32, as llama.cpp wants them; so are convolutions.
 - What is special about rotary frequencies (Llama 3's scaling, the features that Gemma 4 does not turn) is a tensor,
@@ -54,17 +54,19 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Modules whose weights are one tensor in GGUF: one, or a projection of all experts of a layer.
+    """Modules whose weights are one tensor in GGUF: one, or a projection or several of all experts of a layer.
 
     Attributes:
-        name: of the module, or of the projection without the number of an expert.
-        modules: name → module.
+        name: of the module, or of the first projection without the number of an expert.
+        modules: name → module, expert by expert.
         stacked: whether these are experts.
+        projections: how many of each expert, whose rows follow each other.
     """
 
     name: str
     modules: Mapping[str, nn.Module]
     stacked: bool = False
+    projections: int = 1
 
     @property
     def packed(self) -> dict[str, PackedLayer]:
@@ -99,17 +101,23 @@ class GGUFTensor:
     data: Callable[[], np.ndarray]
 
 
-def parts_of(model: PreTrainedModel) -> tuple[Part, ...]:
-    """The modules of a model, those of experts put together. Fused experts are taken apart."""
+def parts_of(model: PreTrainedModel, architecture: Architecture) -> tuple[Part, ...]:
+    """The modules of a model, those of experts put together, also projections that GGUF has under one name. Fused
+    experts are taken apart."""
     take_apart(model)
     parts: list[Part] = []
     experts = "\0"  # the name of the last module of experts, whose own modules follow it
     for name, module in model.named_modules():
         if isinstance(module, LinearExperts):
             experts = f"{name}."
+            by_name: dict[str, list[str]] = {}
             for leaf in module[0]:
-                layers = {f"{name}.{index}.{leaf}": expert[leaf] for index, expert in enumerate(module)}
-                parts.append(Part(f"{name}.{leaf}", layers, stacked=True))
+                by_name.setdefault(architecture.known_as(f"{name}.{leaf}"), []).append(leaf)
+            for leaves in by_name.values():
+                layers = {
+                    f"{name}.{index}.{leaf}": expert[leaf] for index, expert in enumerate(module) for leaf in leaves
+                }
+                parts.append(Part(f"{name}.{leaves[0]}", layers, stacked=True, projections=len(leaves)))
         elif not name.startswith(experts):
             parts.append(Part(name, {name: module}))
     return tuple(parts)
@@ -157,7 +165,8 @@ def tensors_of(
     config, names = model.config, names_in(architecture.name, model.config.num_hidden_layers)
     tied = model.get_output_embeddings() if config.tie_word_embeddings else None
     if architecture.rope_types and rotary(config)["rope_type"] in ("llama3", "proportional"):
-        yield _dense_tensor("rope_freqs.weight", [_rope_factors(model)])
+        factors = _rope_factors(model)
+        yield GGUFTensor("rope_freqs.weight", GGMLQuantizationType.F32, tuple(factors.shape), partial(_bytes, factors))
     for part in parts:
         rows = partial(architecture.in_order, config, part.name)
         known = architecture.known_as(part.name)
@@ -165,11 +174,10 @@ def tensors_of(
         if packed:
             kind = held[next(iter(packed))].kind
             first = next(iter(packed.values()))
-            shape = (first.out_features, first.in_features)
             yield GGUFTensor(
                 gguf_name(names, f"{known}.weight"),
                 GGMLQuantizationType[kind],
-                (len(packed), *shape) if part.stacked else shape,
+                _shape(part, (first.out_features, first.in_features)),
                 partial(_encoded, part, rows, kind),
             )
         for leaf, tensors in _parameters(part).items():
@@ -183,7 +191,19 @@ def tensors_of(
             elif tensors[0].dim() == 1:
                 added = architecture.norm_offset if leaf == "weight" and known.endswith("norm") else 0
                 tensors = [tensor.float() + added for tensor in tensors]
-            yield _dense_tensor(name, tensors, rows)
+            yield GGUFTensor(
+                name,
+                DENSE_TYPES[tensors[0].dtype],
+                _shape(part, tuple(tensors[0].shape)),
+                partial(_dense, tensors, rows),
+            )
+
+
+def _shape(part: Part, of_module: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the tensor of modules that have tensors of a shape each."""
+    if not part.stacked:
+        return of_module
+    return (len(part.modules) // part.projections, part.projections * of_module[0], *of_module[1:])
 
 
 def _parameters(part: Part) -> dict[str, list[Tensor]]:
@@ -202,16 +222,8 @@ def _parameters_of(module: nn.Module) -> dict[str, Tensor]:
     return {leaf: matrix_of(kind_of(module), each) if each.dim() > 1 else each for leaf, each in found.items()}
 
 
-def _dense_tensor(
-    name: str, tensors: list[Tensor], rows: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> GGUFTensor:
-    first = tuple(tensors[0].shape)
-    return GGUFTensor(
-        name,
-        DENSE_TYPES[tensors[0].dtype],
-        (len(tensors), *first) if len(tensors) > 1 else first,
-        lambda: _bytes(rows(torch.stack(tensors) if len(tensors) > 1 else tensors[0])),
-    )
+def _dense(tensors: list[Tensor], rows: Callable[[Tensor], Tensor]) -> np.ndarray:
+    return _bytes(rows(torch.stack(tensors) if len(tensors) > 1 else tensors[0]))
 
 
 def _encoded(part: Part, rows: Callable[[Tensor], Tensor], kind: str) -> np.ndarray:

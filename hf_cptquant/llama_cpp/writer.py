@@ -79,7 +79,7 @@ def export_gguf(folder: str | Path, path: str | Path) -> GGUFReport:
         raise ExportError(f"{error}; {WAY_OUT}") from error
     vocabulary = _load_vocabulary(folder, config.vocab_size)
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
-    parts = parts_of(model)
+    parts = parts_of(model, architecture)
     held, differences = held_as(parts)
     if differences:
         worst = max(differences, key=lambda name: differences[name])

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import DENSE_GGUF
 from hf_cptquant.errors import ExportError
-from hf_cptquant.llama_cpp import export_gguf
+from hf_cptquant.llama_cpp import export_gguf, tensor_types
 from hf_cptquant.llama_cpp.architectures import ARCHITECTURES, architecture_of
-from hf_cptquant.model_view import view_model
+from hf_cptquant.model_view import read_config, view_model
+from hf_cptquant.plan import BitPlan
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 # Of those that transformers reads from GGUF, one for each way in which architectures differ: biases, experts, shared
@@ -112,6 +113,12 @@ def test_gemma_4_has_layers_that_differ(quantized_folder, tmp_path):
         queries = ours[f"{before}.self_attn.q_proj.weight"].numpy()
         assert np.array_equal(theirs[f"{block}.attn_q.weight"], queries)
         assert len(queries) == 4 * (64 if layer in (2, 5) else 32)
+        for leaf, expected in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
+            experts = ours[f"{before}.experts.{expected}"].numpy()
+            assert np.array_equal(theirs[f"{block}.ffn_{leaf}_exps.weight"], experts)
+        for name, expected in (("ffn_gate_inp", "scale"), ("ffn_down_exps", "per_expert_scale")):
+            assert np.array_equal(theirs[f"{block}.{name}.scale"], ours[f"{before}.router.{expected}"].numpy())
+    assert tensor_types(BitPlan.load(folder), read_config(str(folder))).keys() < theirs.keys()
     assert {name for name in theirs if "attn_k.w" in name} == {f"blk.{layer}.attn_k.weight" for layer in range(3)}
     assert {name for name in theirs if "attn_v.w" in name} == {f"blk.{layer}.attn_v.weight" for layer in range(2)}
     embedding = ours["model.embed_tokens_per_layer.weight"].numpy()
@@ -123,7 +130,8 @@ def test_gemma_4_has_layers_that_differ(quantized_folder, tmp_path):
         "rope.dimension_count_swa": 32, "rope.freq_base": 50000.0, "rope.freq_base_swa": 2000.0,
         "attention.head_count_kv": [2, 2, 1] * 2, "feed_forward_length": [192] * 3 + [384] * 3,
         "attention.sliding_window_pattern": [True, True, False] * 2, "attention.shared_kv_layers": 3,
-        "embedding_length_per_layer_input": 32,
+        "embedding_length_per_layer_input": 32, "expert_count": 4, "expert_used_count": 2,
+        "expert_feed_forward_length": 96,
     }  # fmt: skip
     assert {name: fields[f"gemma4.{name}"].contents() for name in expected} == expected
 
@@ -227,7 +235,6 @@ HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
         ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "attn_logit_softcapping 50.0, this model has None"),
         ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar 64, this model has 100"),
         ("Gemma3ForCausalLM", {"layer_types": ["full_attention"] * 7}, "gemma3 with layer_types"),
-        ("Gemma4ForCausalLM", {"enable_moe_block": True}, "gemma4 with enable_moe_block False, this model has True"),
         ("Gemma4ForCausalLM", {"num_kv_shared_layers": 2}, "gemma4 with layer_types .*this model has"),
         ("Gemma4ForCausalLM", {"vocab_size_per_layer_input": 96}, "vocab_size_per_layer_input 112, this model has 96"),
         ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx False"),

@@ -198,8 +198,9 @@ def unigram_tokenizer(texts: list[str], size: int) -> T5Tokenizer:
         vocab_size=size - 12, special_tokens=special, unk_token="<unk>", show_progress=False
     )
     trained.train_from_iterator(texts, trainer)
-    pieces = dict(json.loads(trained.to_str())["model"]["vocab"]) | {SPACE: -4.0}
-    tokenizer = T5Tokenizer(list(pieces.items()), extra_ids=10, _spm_precompiled_charsmap=CHARACTERS)
+    scores = dict(json.loads(trained.to_str())["model"]["vocab"]) | {SPACE: -4.0}
+    pieces = [(piece, torch.tensor(score).item()) for piece, score in scores.items()]  # float32, as in SentencePiece
+    tokenizer = T5Tokenizer(pieces, extra_ids=10, _spm_precompiled_charsmap=CHARACTERS)
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
     return tokenizer
 

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -120,6 +121,11 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
     values: dict[str, Any]
     if characters is not None:
         scores = [score for _, score in backend["model"]["vocab"]]
+        if (np.float32(scores) != np.float64(scores)).any():
+            logger.warning(
+                "This tokenizer has scores that float32, as in SentencePiece and GGUF, does not hold exactly; of two"
+                " ways to cut a text that are as probable llama.cpp may take the other."
+            )
         values = {"tokenizer_model": "t5", "tokenizer_pre": "default"}
         values["token_scores"] = scores[:size] + [LOWEST] * (size - len(scores))
         values |= {"add_space_prefix": True, "remove_extra_whitespaces": True, "precompiled_charsmap": characters}

@@ -164,6 +164,13 @@ def test_unigram_has_scores_and_a_map_of_characters(characters):
     assert (found.adds_bos, found.adds_eos) == (False, True)
 
 
+def test_scores_that_float32_does_not_hold_are_told(characters, logged):
+    read_vocabulary(unigram(characters=characters), 10)
+    assert "float32" not in logged.text
+    read_vocabulary(unigram([("▁", -4.0), ("▁a", -2.1)], characters), 10)
+    assert "scores that float32, as in SentencePiece and GGUF, does not hold exactly" in logged.text
+
+
 def test_other_unigram_is_refused(characters):
     with pytest.raises(ExportError, match="not as in T5: it is not a map of characters alone"):
         read_vocabulary(unigram(), 10)

@@ -121,7 +121,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
     values: dict[str, Any]
     if characters is not None:
         scores = [score for _, score in backend["model"]["vocab"]]
-        if (np.float32(scores) != np.float64(scores)).any():
+        if (np.array(scores, np.float32) != np.array(scores)).any():
             logger.warning(
                 "This tokenizer has scores that float32, as in SentencePiece and GGUF, does not hold exactly; of two"
                 " ways to cut a text that are as probable llama.cpp may take the other."

@@ -6,6 +6,9 @@ that a class has. The tests and `llama_cpp.py` share them.
 
 from __future__ import annotations
 
+import base64
+import json
+import zlib
 from functools import partial
 
 import torch
@@ -21,7 +24,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 
 VOCABULARY = 112
@@ -31,6 +34,10 @@ SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "
          "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "intermediate_size": 64}
 ROPE = {"rope_type": "default", "rope_theta": 5000.0}
+ENCODER_DECODER = {"d_model": 128, "d_ff": 192, "d_kv": 64, "num_heads": 3, "num_layers": 3, "num_decoder_layers": 2,
+                   "relative_attention_num_buckets": 20, "decoder_start_token_id": 3,
+                   **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                    "num_key_value_heads", "tie_word_embeddings", "rope_parameters"))}  # fmt: skip
 QUARTER = {**ROPE, "partial_rotary_factor": 0.25}
 
 # Class → class of its config, and what differs from `SHAPE`; None takes a setting away.
@@ -93,6 +100,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     "SeedOssForCausalLM": ("SeedOssConfig", {"head_dim": 64}),
     "ArceeForCausalLM": ("ArceeConfig", {"head_dim": 64}),
     "Ernie4_5ForCausalLM": ("Ernie4_5Config", {"head_dim": 64, "tie_word_embeddings": True}),
+    "T5ForConditionalGeneration": ("T5Config", {**ENCODER_DECODER, "feed_forward_proj": "relu"}),
+    "UMT5ForConditionalGeneration": ("UMT5Config", {**ENCODER_DECODER, "feed_forward_proj": "gated-gelu"}),
 }  # fmt: skip
 
 
@@ -110,8 +119,10 @@ def model_of(kind: str, **changes: object) -> PreTrainedModel:
     """A random model of a class in float32, the same at every call, in which norms and biases matter, too."""
     torch.manual_seed(0)
     model = getattr(transformers, kind)(config_of(kind, **changes))
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
+    for name, parameter in model.named_parameters():
+        if name.endswith("Attention.q.weight"):  # T5's attention divides by no root of the size of heads
+            torch.nn.init.normal_(parameter, std=0.15 * model.config.d_kv**-0.5)
+        elif parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
         else:
             parameter.data += torch.randn_like(parameter) * 0.2
@@ -135,10 +146,20 @@ def tokenizer_of() -> PreTrainedTokenizerFast:
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 SPACE = "▁"
 METASPACE = "llama, space before some texts"
+# White space → " ", U+000B → nothing, "ﬁ" → "fi", as SentencePiece compiles it; compressed.
+CHARACTERS = zlib.decompress(base64.b64decode(
+    "eNol00VsVVEURuH1ChOgJDDHgkuAYMHdvbi7u7u1QGkpDsWlOBSKu7sGd5cWAiS4O6wHgy/nHhns8+9zSQ5kghTpIWVaSKXQFJA6NQQg3N3wyO"
+    "KwIDSE8AIQV8SFsBAiOjpPE0LCwBCim8HEVhBTDyLOQ7rqkL42ZCgPGSt7fpjro2BsPxg3CMZ3g8heMKEdRHWCZB6xBLIos7Ipq3Iou3Ipp/Io"
+    "t/Jq6QbI75hPa29D/H0o5HdBWSKFVVSbToDlU0wlVUKlVUplVUaWSTlVVAVZMpVUVVXkdaimmqohr0Yt1VUdeW3C1ED11UgN1USNZTw0VQs1l1"
+    "HRUm3UWsZAW3VQexkJHdVFnWVcdFUPdZfR0VN91FvGSl8NUH8ZMQM1RINl/AzVCA2XrWCkxmi0Ivjf6HEaq0iNV5QmaKKiNUkxmqLJmqapmqHp"
+    "mqWZmq1YzdUczdc8LdQCLdYixWmJlgX7qRVarlVaqTVarfhgj7Ve62TrSQj2Vhu1RZu1TVu1Q9u1Szu1R7u1T3t1QPt1SAd1RId1TEflk+G4Tu"
+    "mkzuh0cC9dgLOOPnHO6aIu6LIu6aqu6Lqu6aZuyOfJLd3VHflUuaeHeqDHeqQkJeqpnuiZ3qQJ8CJ45nmAxHkBkmIDvHL+Mrin13qnt/qg9/qk"
+    "j/qiz/qmr/qh7/qln/qj3/z7/zt34y/dtZs0"
+))  # fmt: skip
 
 
 def trained_tokenizers(texts: list[str], size: int) -> dict[str, PreTrainedTokenizerFast]:
-    """Name of a rule → a tokenizer by it, trained on some texts, with added tokens and one before every text.
+    """Name of a rule → a tokenizer by it, trained on some texts, with added tokens and one before or after every text.
 
     Args:
         texts: to train on.
@@ -163,7 +184,25 @@ def trained_tokenizers(texts: list[str], size: int) -> dict[str, PreTrainedToken
     )
     metaspace = pre_tokenizers.Metaspace(SPACE, "first", split=False)
     found[METASPACE] = _sentencepiece(None, metaspace, texts, size)
+    found["t5"] = unigram_tokenizer(texts, size)
     return found
+
+
+def unigram_tokenizer(texts: list[str], size: int) -> T5Tokenizer:
+    """A tokenizer as that of T5, trained on some texts, with added tokens and one after every text."""
+    trained = Tokenizer(models.Unigram())
+    trained.normalizer = normalizers.Precompiled(CHARACTERS)
+    trained.pre_tokenizer = T5Tokenizer().backend_tokenizer.pre_tokenizer
+    special = ["<pad>", "</s>", "<unk>", SPACE]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size - 12, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    trained.train_from_iterator(texts, trainer)
+    scores = dict(json.loads(trained.to_str())["model"]["vocab"]) | {SPACE: -4.0}
+    pieces = [(piece, torch.tensor(score).item()) for piece, score in scores.items()]  # float32, as in SentencePiece
+    tokenizer = T5Tokenizer(pieces, extra_ids=10, _spm_precompiled_charsmap=CHARACTERS)
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    return tokenizer
 
 
 def _byte_level(

@@ -14,6 +14,7 @@ Nothing is done where that build is absent.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -42,6 +43,27 @@ TEXTS = (
     "  indented\n\n\tdef f(x):\n        return x**2  # naïve café — 東京 🙂",
     "<|im_start|>user\nHi<|im_end|>\n",
 )
+
+
+class Opaque(ctypes.Structure):
+    """A structure of llama.cpp's that goes back as it came; room for more than it has does no harm."""
+
+    _fields_ = (("bytes", ctypes.c_int64 * 32),)
+
+
+class ContextSettings(ctypes.Structure):
+    """The beginning of llama.cpp's `llama_context_params`, as far as it is of interest here, and room for the rest."""
+
+    _fields_ = (
+        ("context", ctypes.c_uint32),
+        ("_sizes", ctypes.c_uint32 * 12),
+        ("flash_attention", ctypes.c_int32),
+        ("_rope", ctypes.c_uint32 * 8),
+        ("_callback", ctypes.c_void_p * 2),
+        ("keys", ctypes.c_int32),
+        ("values", ctypes.c_int32),
+        ("_rest", ctypes.c_int64 * 32),
+    )
 
 
 class LlamaCpp:
@@ -89,6 +111,48 @@ class LlamaCpp:
         return tokens, logarithms
 
 
+class EncoderDecoder:
+    """A GGUF file of an encoder–decoder in llama.cpp's library, since its server has only decoders.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import xllamacpp.xllamacpp
+
+        self.library = library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+        library.llama_model_default_params.restype = library.llama_batch_get_one.restype = Opaque
+        library.llama_context_default_params.restype = ContextSettings
+        library.llama_model_load_from_file.restype = library.llama_init_from_model.restype = ctypes.c_void_p
+        library.llama_get_logits_ith.restype = ctypes.POINTER(ctypes.c_float)
+        self.model = ctypes.c_void_p(
+            library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+        )
+        assert self.model, path
+        self.start = library.llama_model_decoder_start_token(self.model)
+
+    def go_on(self, tokens: list[int], count: int, vocabulary: int) -> tuple[list[int], Tensor]:
+        """As that of `LlamaCpp`: the encoder reads the tokens, the decoder goes on after its first."""
+        settings = self.library.llama_context_default_params()
+        assert (settings.context, settings.flash_attention, settings.keys, settings.values) == (512, -1, 1, 1)
+        settings.flash_attention = settings.keys = settings.values = 0  # none; float32
+        context = ctypes.c_void_p(self.library.llama_init_from_model(self.model, settings))
+        self._run(self.library.llama_encode, context, tokens)
+        following, rows = [self.start], []
+        for _ in range(count):
+            self._run(self.library.llama_decode, context, following[-1:])
+            rows.append(torch.tensor(self.library.llama_get_logits_ith(context, -1)[:vocabulary]))
+            following.append(int(rows[-1].argmax()))
+        self.library.llama_free(context)
+        return following[1:], torch.stack(rows).log_softmax(-1)
+
+    def _run(self, function: Any, context: ctypes.c_void_p, tokens: list[int]) -> None:
+        array = (ctypes.c_int32 * len(tokens))(*tokens)
+        batch = self.library.llama_batch_get_one(array, ctypes.c_int32(len(tokens)))
+        assert function(context, batch) == 0, function.__name__
+
+
 def rewritten(source: Path, target: Path, vocabulary: Vocabulary | None = None) -> None:
     """The same GGUF file with every tensor in float32, or if a vocabulary is given with that instead of its own."""
     reader = gguf.GGUFReader(source)
@@ -111,13 +175,23 @@ def rewritten(source: Path, target: Path, vocabulary: Vocabulary | None = None) 
     writer.close()
 
 
-def compare(model: PreTrainedModel, other: LlamaCpp, prompts: Sequence[list[int]], count: int) -> dict[str, Any]:
+@torch.no_grad()
+def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Tensor:
+    """What the model gives at each of the tokens that follow a prompt."""
+    if model.config.is_encoder_decoder:
+        read = torch.tensor([[model.config.decoder_start_token_id, *tokens[:-1]]])
+        return model(torch.tensor([prompt]), decoder_input_ids=read).logits[0]
+    return model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+
+
+def compare(
+    model: PreTrainedModel, other: LlamaCpp | EncoderDecoder, prompts: Sequence[list[int]], count: int
+) -> dict[str, Any]:
     """How far llama.cpp's probabilities are from the model's."""
     ours, theirs, agreed = [], [], []
     for prompt in prompts:
         tokens, logarithms = other.go_on(prompt, count, model.config.vocab_size)
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        logits = _logits(model, prompt, tokens)
         ours.append(logits.double().log_softmax(-1))
         theirs.append(logarithms)
         agreed.append(logits.argmax(-1) == logarithms.argmax(-1))

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from environment import environment
 from gguf_models import CONTEXT, METASPACE, MODELS, model_of, tokenizer_of, trained_tokenizers
-from llama_cpp import BUILD, LlamaCpp, compare, rewritten
+from llama_cpp import BUILD, EncoderDecoder, LlamaCpp, compare, rewritten
 from transformers import AutoModelForCausalLM
 
 from hf_cptquant import CPTQuantConfig
@@ -61,7 +62,7 @@ def exported(kind: str, work: Path) -> tuple[Path, Path, Counter[str]]:
     """A quantized model of a class: its folder, its GGUF file, and how many modules are held as which type."""
     original, folder, file = work / "original", work / "quantized", work / "model.gguf"
     model_of(kind).to(torch.bfloat16).save_pretrained(original)
-    AutoModelForCausalLM.from_pretrained(original, quantization_config=settings()).save_pretrained(folder)
+    getattr(transformers, kind).from_pretrained(original, quantization_config=settings()).save_pretrained(folder)
     tokenizer_of().save_pretrained(folder)
     report = export_gguf(folder, file)
     assert not report.largest_difference, kind
@@ -77,10 +78,11 @@ def measured(kind: str) -> dict[str, Any]:
         folder, file, types = exported(kind, Path(work))
         control = Path(work, "float32.gguf")
         rewritten(file, control)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32)
         random = torch.Generator().manual_seed(3)
         prompts = [torch.randint(1, 105, (PROMPT_LENGTH,), generator=random).tolist() for _ in range(PROMPTS)]
-        found = compare(model, LlamaCpp(control, CONTEXT), prompts, TOKENS)
+        other = EncoderDecoder(control) if model.config.is_encoder_decoder else LlamaCpp(control, CONTEXT)
+        found = compare(model, other, prompts, TOKENS)
     assert found["largest_difference"] < LARGEST_DIFFERENCE, (kind, found)
     assert found["kl_divergence"] < LARGEST_KL, (kind, found)
     return {**found, "modules": dict(sorted(types.items()))}

@@ -38,11 +38,14 @@ from .hyperparameters import (
     local_and_global_rope,
     local_rope,
     neighbours,
+    no_more_than_of_the_encoder,
     parts_of_groups,
     query_scale,
+    relu_or_gated_gelu,
     rotary,
     rotary_but_every_fourth,
     rotated,
+    scale_before_head,
     scaling_factor,
     scaling_type,
     window_beyond_context,
@@ -71,6 +74,7 @@ class Architecture:
             with one name are one tensor.
         norm_offset: what transformers adds to the weights of norms, and llama.cpp does not.
         computed: last part of a parameter's name → what llama.cpp wants of it, in float32.
+        factors: norm → by what its weight is multiplied, since llama.cpp does not multiply what comes out of it.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Architecture:
     renamed: Mapping[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0
     computed: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    factors: Mapping[str, Callable[[PretrainedConfig], float]] = field(default_factory=dict)
 
     def hyperparameters(self, config: PretrainedConfig) -> dict[str, Any]:
         """Method of `GGUFWriter` without `add_` → value."""
@@ -120,6 +125,10 @@ class Architecture:
         for ours, theirs in self.renamed.items():
             name = name.replace(ours, theirs)
         return name
+
+    def factor(self, config: PretrainedConfig, module: str) -> float:
+        """By what the weight of a norm of that name is multiplied."""
+        return self.factors[module](config) if module in self.factors else 1.0
 
     def in_order(self, config: PretrainedConfig, module: str, rows: Tensor) -> Tensor:
         """The rows of a weight, of its scales or of a bias, as llama.cpp wants them in a module of that name."""
@@ -190,6 +199,24 @@ GRANITE = Architecture(
     },
     {**SILU, **NO_BIASES},
     rows=NEIGHBOURS,
+)
+T5 = Architecture(
+    "t5",
+    {
+        "context_length": lambda config: getattr(config, "n_positions", 512),
+        "feed_forward_length": "d_ff",
+        "decoder_block_count": "num_decoder_layers",
+        "decoder_start_token_id": lambda config: getattr(config, "decoder_start_token_id", None),
+        "relative_attn_buckets_count": "relative_attention_num_buckets",
+        "layer_norm_rms_eps": "layer_norm_epsilon",
+    },
+    {
+        "feed_forward_proj": relu_or_gated_gelu,
+        "relative_attention_max_distance": 128,
+        "num_decoder_layers": no_more_than_of_the_encoder,
+    },
+    rope_types=(),
+    factors={"decoder.final_layer_norm": scale_before_head},
 )
 
 # The class that a config names → what llama.cpp makes of it.
@@ -493,6 +520,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "arcee", RMS, {"hidden_act": "relu2", **NO_BIASES, "mlp_bias": False}, rows=NEIGHBOURS
     ),
     "Ernie4_5ForCausalLM": Architecture("ernie4_5", RMS, {**SILU, "use_bias": False}),
+    "T5ForConditionalGeneration": T5,
+    "UMT5ForConditionalGeneration": T5,
 }
 
 

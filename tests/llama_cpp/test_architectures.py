@@ -33,27 +33,22 @@ READ_BY_TRANSFORMERS = (
 
 
 @pytest.fixture
-def models(monkeypatch):
-    """The tiny models that the benchmark has llama.cpp compute."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gguf_models
-
-    return gguf_models
-
-
-@pytest.fixture
 def quantized_folder(models, tmp_path):
     """A class → a folder with its tiny model quantized, with bits in turn for one unit after the other."""
 
-    def build(kind: str, bits=(4, 8, 16, 5), symmetric: bool = True, granularity: str = "group", **changes) -> Path:
+    def build(
+        kind: str, bits=(4, 8, 16, 5), symmetric: bool = True, granularity: str = "group", own_head=False, **changes
+    ) -> Path:
         original, folder = tmp_path / "original", tmp_path / "quantized"
         model = models.model_of(kind, **changes).to(torch.bfloat16)
+        if own_head:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0).clone())
         model.save_pretrained(original)
         plan = view_model(model).plan(granularity)
         units = dict.fromkeys(module.unit for module in plan.modules)
         plan = plan.with_bits({unit: bits[index % len(bits)] for index, unit in enumerate(units)}, 32, symmetric)
         config = CPTQuantConfig(plan=plan, quality="fast")
-        AutoModelForCausalLM.from_pretrained(original, quantization_config=config).save_pretrained(folder)
+        getattr(transformers, kind).from_pretrained(original, quantization_config=config).save_pretrained(folder)
         models.tokenizer_of().save_pretrained(folder)
         return folder
 
@@ -72,11 +67,12 @@ def test_the_readme_names_them_all():
     text = (BENCHMARKS.parent / "README.md").read_text()
     listed = re.search(r"written for these classes \(`…ForCausalLM`\):(.*?)\. Each was", text, re.S)[1]
     names = re.findall(r"\w+", listed.replace(" (text)", "").replace(" and", ","))
-    assert {name if name.startswith("GPT2") else f"{name}ForCausalLM" for name in names} == set(ARCHITECTURES)
+    assert {name if name in ARCHITECTURES else f"{name}ForCausalLM" for name in names} == set(ARCHITECTURES)
 
 
 def float32(folder: Path) -> transformers.PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).dequantize()
+    model_class = getattr(transformers, read_config(str(folder)).architectures[0])
+    return model_class.from_pretrained(folder, dtype=torch.float32).dequantize()
 
 
 def read(file: Path) -> dict[str, np.ndarray]:
@@ -155,6 +151,62 @@ def test_gpt_oss_has_sinks_and_biases_of_experts(quantized_folder, tmp_path):
             assert np.array_equal(theirs[f"{block}.ffn_{leaf}_exps.bias"], biases[:, first::2])
         assert np.array_equal(theirs[f"{block}.ffn_down_exps.weight"], down)
         assert np.array_equal(theirs[f"{block}.ffn_down_exps.bias"], down_bias)
+
+
+OF_ATTENTION = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_o"}
+OF_STACKS = {
+    "encoder": ({"layer.0.SelfAttention": ""}, ("attn_norm", "ffn_norm")),
+    "decoder": (
+        {"layer.0.SelfAttention": "", "layer.1.EncDecAttention": "cross_"},
+        ("attn_norm", "cross_attn_norm", "ffn_norm"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "own_head", "scaled"),
+    [
+        ("T5ForConditionalGeneration", False, True),
+        ("UMT5ForConditionalGeneration", True, False),
+    ],
+)
+def test_t5_has_two_stacks(kind, own_head, scaled, quantized_folder, tmp_path):
+    folder = quantized_folder(kind, own_head=own_head, tie_word_embeddings=scaled)
+    export_gguf(folder, tmp_path / "tiny.gguf")
+    theirs, ours = read(tmp_path / "tiny.gguf"), float32(folder).state_dict()
+    types = tensor_types(BitPlan.load(folder), read_config(str(folder)))
+    assert types.keys() < theirs.keys()
+    expected = {"token_embd.weight": "shared", "enc.output_norm.weight": "encoder.final_layer_norm"}
+    for stack, (attentions, norms) in OF_STACKS.items():
+        for layer in range({"encoder": 3, "decoder": 2}[stack]):
+            before, block = f"{stack}.block.{layer}", f"{stack[:3]}.blk.{layer}"
+            for attention, prefix in attentions.items():
+                for leaf, name in OF_ATTENTION.items():
+                    expected[f"{block}.{prefix}{name}.weight"] = f"{before}.{attention}.{leaf}"
+            if kind.startswith("UMT5") or layer == 0:
+                expected[f"{block}.attn_rel_b.weight"] = f"{before}.layer.0.SelfAttention.relative_attention_bias"
+            feed_forward = f"{before}.layer.{len(norms) - 1}.DenseReluDense"
+            ups = {"ffn_gate": "wi_0", "ffn_up": "wi_1"} if kind.startswith("UMT5") else {"ffn_up": "wi"}
+            for name, leaf in {**ups, "ffn_down": "wo"}.items():
+                expected[f"{block}.{name}.weight"] = f"{feed_forward}.{leaf}"
+            for index, norm in enumerate(norms):
+                expected[f"{block}.{norm}.weight"] = f"{before}.layer.{index}.layer_norm"
+    if own_head:
+        assert not torch.equal(ours["lm_head.weight"], ours["shared.weight"])
+        expected["output.weight"] = "lm_head"
+    before_head = theirs.pop("dec.output_norm.weight")
+    assert theirs.keys() == expected.keys()
+    for name, module in expected.items():
+        assert np.array_equal(theirs[name], ours[f"{module}.weight"].numpy()), name
+    factor = 128**-0.5 if scaled else 1  # of the original T5's hidden state, which llama.cpp does not multiply
+    assert before_head == pytest.approx(ours["decoder.final_layer_norm.weight"].numpy() * factor, rel=1e-6)
+    fields = gguf.GGUFReader(tmp_path / "tiny.gguf").fields
+    values = {
+        "block_count": 3, "decoder_block_count": 2, "decoder_start_token_id": 3, "embedding_length": 128,
+        "feed_forward_length": 192, "attention.head_count": 3, "attention.key_length": 64, "attention.value_length": 64,
+        "attention.relative_buckets_count": 20,
+    }  # fmt: skip
+    assert {name: fields[f"t5.{name}"].contents() for name in values} == values
 
 
 @pytest.mark.parametrize(
@@ -255,6 +307,22 @@ HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1] * 5}, r"no_rope_layers \[1, 1, 1, 0, 1\]"),
         ("StableLmForCausalLM", {"tie_word_embeddings": True}, "tie_word_embeddings False, this model has True"),
         ("OlmoeForCausalLM", {"num_key_value_heads": 2}, "num_key_value_heads 4, this model has 2"),
+        (
+            "T5ForConditionalGeneration",
+            {"feed_forward_proj": "gated-silu"},
+            "'gated-gelu', this model has 'gated-silu'",
+        ),
+        (
+            "T5ForConditionalGeneration",
+            {"feed_forward_proj": "gelu"},
+            "feed_forward_proj 'relu', this model has 'gelu'",
+        ),
+        ("T5ForConditionalGeneration", {"num_decoder_layers": 4}, "num_decoder_layers 3, this model has 4"),
+        (
+            "UMT5ForConditionalGeneration",
+            {"relative_attention_max_distance": 64},
+            "max_distance 128, this model has 64",
+        ),
     ],
 )
 def test_what_llama_cpp_takes_for_granted_has_to_hold(kind, changes, complaint, models):

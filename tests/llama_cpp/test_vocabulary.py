@@ -3,7 +3,7 @@
 import gguf
 import pytest
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
+from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, T5Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 
 from hf_cptquant.errors import ExportError
@@ -133,6 +133,63 @@ def test_other_ways_to_cut_before_merges_of_sentencepiece_are_refused():
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     with pytest.raises(ExportError, match="is not one whose rule"):
         read_vocabulary(tokenizer, 269)
+
+
+@pytest.fixture
+def characters(models) -> bytes:
+    """A map that makes spaces of white space, as SentencePiece compiles it."""
+    return models.CHARACTERS
+
+
+def unigram(pieces=(("▁", -4.0), ("▁a", -2.5), ("b", -3.0)), characters=None) -> T5Tokenizer:
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer([*special, *pieces], extra_ids=2, _spm_precompiled_charsmap=characters)
+
+
+def test_unigram_has_scores_and_a_map_of_characters(characters):
+    found = read_vocabulary(unigram(characters=characters), 10)
+    assert found.tokens == (
+        "<pad>", "</s>", "<unk>", "▁", "▁a", "b", "<extra_id_0>", "<extra_id_1>", "[PAD8]", "[PAD9]"
+    )  # fmt: skip
+    control, normal = (gguf.TokenType.CONTROL, gguf.TokenType.NORMAL)
+    assert found.types == (*(control,) * 3, *(normal,) * 3, *(control,) * 2, *(gguf.TokenType.UNUSED,) * 2)
+    scores = found.values.pop("token_scores")
+    assert scores[3:6] == [-4.0, -2.5, -3.0]
+    assert max(scores[6:]) < -1000
+    assert found.values == {
+        "tokenizer_model": "t5", "tokenizer_pre": "default", "add_space_prefix": True,
+        "remove_extra_whitespaces": True, "precompiled_charsmap": characters,
+    }  # fmt: skip
+    assert found.special == {"eos": 1, "unk": 2, "pad": 0}
+    assert (found.adds_bos, found.adds_eos) == (False, True)
+
+
+def test_scores_that_float32_does_not_hold_are_told(characters, logged):
+    read_vocabulary(unigram(characters=characters), 10)
+    assert "float32" not in logged.text
+    read_vocabulary(unigram([("▁", -4.0), ("▁a", -2.1)], characters), 10)
+    assert "scores that float32, as in SentencePiece and GGUF, does not hold exactly" in logged.text
+
+
+def test_other_unigram_is_refused(characters):
+    with pytest.raises(ExportError, match="not as in T5: it is not a map of characters alone"):
+        read_vocabulary(unigram(), 10)
+    whole = unigram(characters=characters)
+    whole.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", split=False)
+    with pytest.raises(ExportError, match="after which text is cut at white space"):
+        read_vocabulary(whole, 10)
+    with pytest.raises(ExportError, match="more than one word, such as 'a▁b', which llama"):
+        read_vocabulary(unigram([("▁", -4.0), ("a▁b", -2.0)], characters), 10)
+    with pytest.raises(ExportError, match="has no token '▁'"):
+        read_vocabulary(unigram([("▁a", -2.0)], characters), 10)
+
+
+def test_white_space_that_the_map_keeps_is_refused(characters):
+    end = len(characters) - len(b"\0 \0fi\0")
+    assert characters[end:] == b"\0 \0fi\0"
+    kept = characters[:end] + b"\0_\0fi\0"  # another character in place of the space
+    with pytest.raises(ExportError, match=r"it keeps U\+0009, U\+000A, .*U\+3000, where llama.cpp does not cut"):
+        read_vocabulary(unigram(characters=kept), 10)
 
 
 def test_another_kind_of_tokenizer_is_refused(minilm):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import write_bundled_model
+from hf_cptquant.memory import peak_bytes
 from hf_cptquant.model_view import view_model
 from hf_cptquant.pipeline import prepare, quantize_model
 
@@ -113,7 +113,7 @@ def quantize(row: str, folder: Path, output: Path) -> dict[str, object]:
     recipe = CPTQuantConfig(sequence_length=LENGTH, num_samples=SAMPLES, **settings).recipe()
     record = quantize_model(model, recipe, prepare(model, recipe))
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_bytes()["cpu"] / 2**20
     packed = {f"{module.name}.weight": model.get_submodule(module.name).weight for module in record.plan.packed}
     torch.save({**dict(model.named_parameters()), **packed}, output)  # recovery trains norms, too
     return {"seconds": seconds, "peak_mb": peak, "bits": {m.name: m.scheme.bits for m in record.plan.modules}}

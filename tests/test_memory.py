@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_cptquant import BitPlan
+from hf_cptquant.memory import peak_bytes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
@@ -101,3 +103,10 @@ def test_rounding_to_nearest_takes_less_than_the_model_and_two_blocks(quantized,
     assert found["footprint"] == pytest.approx(plan.nbytes, rel=0.02)
     block = max(sum(module.original_bytes for module in members.values()) for members in plan.by_block().values())
     assert found["peak"] <= plan.original_bytes + 2 * block
+
+
+def test_the_peak_is_that_of_this_process_and_not_of_the_one_that_started_it():
+    large = torch.ones(2**28)  # 1 GiB
+    script = "from hf_cptquant.memory import peak_bytes; print(peak_bytes()['cpu'])"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert 2**24 < int(done.stdout) < large.nbytes <= peak_bytes()["cpu"]

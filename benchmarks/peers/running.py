@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import resource
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +38,8 @@ def run(library: str, quantize: Callable[[], Rounded], output: Path) -> None:
     start = time.perf_counter()
     weights, bits = quantize()
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not `ru_maxrss`, which begins with the peak of the process that started this one
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     torch.save(dict(weights), output)
     version = importlib.metadata.version(library)
     print(json.dumps({"seconds": seconds, "peak_mb": peak, "bits": dict(bits), "version": version}))

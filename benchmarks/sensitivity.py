@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from transformers.utils import logging
 from hf_cptquant import CPTQuantConfig, measure_sensitivity
 from hf_cptquant.demo import write_bundled_model
 from hf_cptquant.grid import dequantize
+from hf_cptquant.memory import peak_bytes
 from hf_cptquant.model_view import view_model
 from hf_cptquant.plan import BitPlan, ModulePlan, scheme_for
 from hf_cptquant.rounding.nearest import round_nearest
@@ -180,12 +180,12 @@ def run_part(name: str, folder: str) -> None:
     logging.disable_progress_bar()
     model, tokens = load(folder, "float32" if name == ORACLE else "bfloat16")
     model(input_ids=tokens[:1, :16])  # the first call sets kernels up
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()["cpu"]
     start = time.perf_counter()
     found = PARTS[name](model, tokens)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({**found, "seconds": seconds, "peak_mb": peak / 1024, "loaded_mb": before / 1024}))
+    peak = peak_bytes()["cpu"]
+    print(json.dumps({**found, "seconds": seconds, "peak_mb": peak / 2**20, "loaded_mb": before / 2**20}))
 
 
 def summarize(parts: dict[str, dict[str, object]]) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Memory of the process, on a real model: what a plan says, while loading, after a forward pass, a save and a cast."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,8 @@ def test_the_peak_is_that_of_this_process_and_not_of_the_one_that_started_it():
     script = "from hf_cptquant.memory import peak_bytes; print(peak_bytes()['cpu'])"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     assert 2**24 < int(done.stdout) < large.nbytes <= peak_bytes()["cpu"]
+
+
+def test_where_the_system_does_not_tell_the_peak_it_is_that_of_both(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "VmRSS:\t1024 kB\n")
+    assert peak_bytes()["cpu"] == 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -102,7 +102,8 @@ class Architecture:
             ExportError: llama.cpp would compute something else than a model with this config.
         """
         for attribute, value in self.assumed.items():
-            expected, found = value(config) if callable(value) else value, getattr(config, attribute)
+            expected = value(config) if callable(value) else value
+            found = getattr(config, attribute, expected)  # an older transformers may have fixed it, too
             if found != expected:
                 raise ExportError(
                     f"llama.cpp computes {self.name} with {attribute} {expected!r}, this model has {found!r}"

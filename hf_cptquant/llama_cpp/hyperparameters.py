@@ -125,7 +125,8 @@ def head_dim_of(kind: str, config: PretrainedConfig) -> int:
 
 def lengths_by_layer(config: PretrainedConfig) -> list[int]:
     """Features of the hidden layers of feed-forward networks, which may be double where keys are those of others."""
-    double = [config.use_double_wide_mlp and mode == "reuse" for mode in config.kv_sharing_modes]
+    own = config.num_hidden_layers - config.num_kv_shared_layers
+    double = [config.use_double_wide_mlp and layer >= own for layer in range(config.num_hidden_layers)]
     return [config.intermediate_size * (1 + each) for each in double]
 
 

@@ -202,9 +202,10 @@ def tensors_of(
 def _tied(model: PreTrainedModel) -> set[str]:
     """Names of the modules that have the parameter of the embedding; T5's config says so also of a head that has its
     own. Those that share the weight of a packed embedding have no parameter."""
-    weight = model.get_input_embeddings()._parameters.get("weight")
-    named = [name for name, module in model.named_modules() if module._parameters.get("weight") is weight is not None]
-    return set(named[1:])  # the embedding comes first
+    embedding = model.get_input_embeddings()
+    weight = embedding._parameters.get("weight")
+    others = ((name, module) for name, module in model.named_modules() if module is not embedding)
+    return {name for name, module in others if module._parameters.get("weight") is weight is not None}
 
 
 def _shape(part: Part, of_module: tuple[int, ...]) -> tuple[int, ...]:

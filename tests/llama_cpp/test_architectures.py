@@ -63,6 +63,12 @@ def test_the_benchmark_has_them_all(models):
         assert measured["same_most_probable_token"] == 1, kind
 
 
+def test_what_is_taken_for_granted_is_a_setting(models):
+    for kind, architecture in ARCHITECTURES.items():
+        config = models.config_of(kind)
+        assert [name for name in architecture.assumed if not hasattr(config, name)] == [], kind
+
+
 def test_the_readme_names_them_all():
     text = (BENCHMARKS.parent / "README.md").read_text()
     listed = re.search(r"written for these classes \(`…ForCausalLM`\):(.*?)\. Each was", text, re.S)[1]

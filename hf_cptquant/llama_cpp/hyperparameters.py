@@ -176,5 +176,7 @@ def no_more_than_of_the_encoder(config: PretrainedConfig) -> int:
 
 
 def scale_before_head(config: PretrainedConfig) -> float:
-    """By what the original T5 multiplies what its head reads, and llama.cpp does not."""
-    return config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+    """By what the original T5 multiplies what its head reads, and llama.cpp does not. Where transformers has no setting
+    for it (UMT5 before 5.24), a tied embedding says so, which is all that its config knows there."""
+    scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+    return config.d_model**-0.5 if scaled else 1.0

@@ -10,7 +10,9 @@ cuts at spaces alone, so the map has to make spaces of all that transformers cut
 
 All are written after comparing what llama.cpp makes of texts. Any other tokenizer is refused, since a model that sees
 other tokens than it was trained on answers badly without saying why. (llama.cpp has rules by the names of "tekken" and
-"gpt-4o", too, but simplifies them: letters of Unicode beyond ASCII have no case there, and marks are no letters.)
+"gpt-4o", too, but simplifies them: letters of Unicode beyond ASCII have no case there, and marks are no letters, so it
+cuts words of Hindi or Kannada where GPT-OSS does not.) Of Falcon's rule it leaves out that digits are cut from what is
+beside them, which makes no difference where no token has both.
 """
 
 from __future__ import annotations
@@ -34,6 +36,16 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
+QWEN35_SPLIT = (
+    rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*{SPACES}"
+)
+BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+LETTERS = r"\p{Lm}\p{Lo}\p{M}"  # without case, and marks
+GPT4O_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{LETTERS}]*[\p{{Ll}}{LETTERS}]+{CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{LETTERS}]+[\p{{Ll}}{LETTERS}]*{CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{SPACES}"
+)
 QWEN2_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
 SPACE = "▁"
 ESCAPED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -47,6 +59,7 @@ CUT_AT_SPACES = [
 # What transformers cuts at; but U+0085, which SentencePiece's own maps keep, too.
 WHITE_SPACE = [*" \t\n\v\f\r\xa0\u1680", *map(chr, range(0x2000, 0x200B)), *"\u2028\u2029\u202f\u205f\u3000"]
 LOWEST = -1e6  # score of tokens that no text becomes, below all others
+GPT4O = (("Split", GPT4O_SPLIT), ("ByteLevel", False))
 # Steps of the `pre_tokenizer` in tokenizer.json, and whether merges are skipped for words that are tokens → the name of
 # the rule in llama.cpp (llama-vocab.cpp).
 RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
@@ -55,6 +68,12 @@ RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
     ((("Split", LLAMA3_SPLIT), ("ByteLevel", False)), True): "llama-bpe",
     ((("Split", LLAMA3_SPLIT), ("ByteLevel", False)), False): "dbrx",
     ((("Split", QWEN2_SPLIT), ("ByteLevel", False)), False): "qwen2",
+    ((("Split", QWEN35_SPLIT), ("ByteLevel", False)), False): "qwen35",
+    ((("Split", BLOOM_SPLIT), ("ByteLevel", False)), False): "bloom",
+    (
+        (("Punctuation", "Contiguous"), ("ByteLevel", True), ("Digits", False), ("Split", "[0-9][0-9][0-9]")),
+        False,
+    ): "falcon",
 }
 
 
@@ -130,6 +149,8 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
         values["token_scores"] = scores[:size] + [LOWEST] * (size - len(scores))
         values |= {"add_space_prefix": True, "remove_extra_whitespaces": True, "precompiled_charsmap": characters}
     elif prefix is None:
+        if rule == "falcon":
+            _check_digits(tokens, types)
         values = {"tokenizer_model": "gpt2", "tokenizer_pre": rule, "token_merges": [" ".join(pair) for pair in merges]}
     else:
         scores = _scores(tokens, types, merges)
@@ -240,6 +261,11 @@ def _rule(backend: Mapping[str, Any]) -> str:
     plain = normalizer in (None, "NFC") and not (model.get("byte_fallback") or model.get("continuing_subword_prefix"))
     prefixed = any(step.get("add_prefix_space") for step in steps)
     key = (found, bool(model.get("ignore_merges")))
+    if found == GPT4O:
+        raise ExportError(
+            "the tokenizer cuts text into words as that of GPT-4o does (GPT-OSS, MiniMax-M2), and llama.cpp otherwise:"
+            " it cuts at combining marks, as words of Hindi have them, and tells upper from lower case in ASCII alone"
+        )
     if model.get("type") != "BPE" or not plain or prefixed or key not in RULES:
         kinds = " and ".join(str(kind) for kind, _ in found if kind) or "no rule"
         raise ExportError(
@@ -251,12 +277,26 @@ def _rule(backend: Mapping[str, Any]) -> str:
     return RULES[key]
 
 
+def _check_digits(tokens: Sequence[str], types: Sequence[TokenType]) -> None:
+    """By Falcon's rule digits, and bytes that byte-level BPE writes as such ("²"), are cut from others; not in llama.cpp.
+
+    Raises:
+        ExportError: a token has both, so llama.cpp may take it where transformers does not.
+    """
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == TokenType.NORMAL and 0 < sum(map(str.isnumeric, token)) < len(token):
+            raise ExportError(
+                f"the tokenizer cuts digits from what is beside them, as Falcon's does, and has a token with both,"
+                f" {token!r}, which llama.cpp would take, since it does not cut there"
+            )
+
+
 def _essence(step: Mapping[str, Any]) -> Any:
     """What decides how a step cuts."""
     if step.get("type") == "Split":
         ways = step.get("behavior"), step.get("invert")
         return step["pattern"].get("Regex") if ways == ("Isolated", False) else ways
-    return step.get("use_regex", step.get("individual_digits"))
+    return step.get("use_regex", step.get("individual_digits", step.get("behavior")))
 
 
 def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:

@@ -278,7 +278,8 @@ def _rule(backend: Mapping[str, Any]) -> str:
 
 
 def _check_digits(tokens: Sequence[str], types: Sequence[TokenType]) -> None:
-    """By Falcon's rule digits, and bytes that byte-level BPE writes as such ("²"), are cut from others; not in llama.cpp.
+    """By Falcon's rule digits are cut from what is beside them, and so are bytes that byte-level BPE writes as digits
+    ("²"); not in llama.cpp.
 
     Raises:
         ExportError: a token has both, so llama.cpp may take it where transformers does not.

@@ -181,14 +181,10 @@ CHARACTERS = zlib.decompress(base64.b64decode(
 def byte_level_rules() -> dict[str, pre_tokenizers.PreTokenizer]:
     """Name of a rule of byte-level BPE → how it cuts text, as in `tokenizer.json` of the models that have it."""
     bytes_of = partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
-    three_digits = pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")
     patterns = {"qwen2": QWEN2, "qwen35": QWEN35, "dbrx": LLAMA3, "llama-bpe": LLAMA3, "bloom": BLOOM}
     return {
         "gpt-2": bytes_of(),
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of()]),
-        "falcon": pre_tokenizers.Sequence(
-            [pre_tokenizers.Punctuation("contiguous"), bytes_of(), pre_tokenizers.Digits(), three_digits]
-        ),
         **{
             name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_of(use_regex=False)])
             for name, pattern in patterns.items()
@@ -199,22 +195,18 @@ def byte_level_rules() -> dict[str, pre_tokenizers.PreTokenizer]:
 def joining_tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     """Name of a rule of byte-level BPE → a tokenizer by it that joins any two neighbouring characters which are not cut
     apart: the last byte of one and the first of the other are a token. So its tokens show all cuts.
-
-    (By Falcon's rule digits are also cut from bytes beside them, which llama.cpp does not do. It makes no difference
-    if no token has both, as here.)
     """
     letters = bytes_to_unicode()
     ascii_bytes, last_bytes, first_bytes = range(0x80), range(0x80, 0xC0), range(0xC2, 0xF5)
-    pairs = [
+    merges = [
         (letters[last], letters[first])
         for last in (*ascii_bytes, *last_bytes)
         for first in (*ascii_bytes, *first_bytes)
     ]
+    tokens = [*letters.values(), *(last + first for last, first in merges)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     found = {}
     for name, rule in byte_level_rules().items():
-        merges = [pair for pair in pairs if name != "falcon" or pair[0].isnumeric() == pair[1].isnumeric()]
-        tokens = [*letters.values(), *(last + first for last, first in merges)]
-        vocabulary = {token: index for index, token in enumerate(tokens)}
         backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
         backend.pre_tokenizer, backend.decoder = rule, decoders.ByteLevel()
         found[name] = _finished(backend)

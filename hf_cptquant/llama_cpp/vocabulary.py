@@ -9,10 +9,9 @@ Unigram as in T5 it has each token's score as it is, and the map of characters t
 cuts at spaces alone, so the map has to make spaces of all that transformers cuts at.
 
 All are written after comparing what llama.cpp makes of texts. Any other tokenizer is refused, since a model that sees
-other tokens than it was trained on answers badly without saying why. (llama.cpp has rules by the names of "tekken" and
-"gpt-4o", too, but simplifies them: letters of Unicode beyond ASCII have no case there, and marks are no letters, so it
-cuts words of Hindi or Kannada where GPT-OSS does not.) Of Falcon's rule it leaves out that digits are cut from what is
-beside them, which makes no difference where no token has both.
+other tokens than it was trained on answers badly without saying why. (llama.cpp has rules by the names of "tekken",
+"gpt-4o" and "falcon", too. The first two are simpler there: letters of Unicode beyond ASCII have no case, and marks are
+no letters, so words of Hindi or Kannada are cut where GPT-OSS does not cut them. By the third more is punctuation.)
 """
 
 from __future__ import annotations
@@ -59,7 +58,18 @@ CUT_AT_SPACES = [
 # What transformers cuts at; but U+0085, which SentencePiece's own maps keep, too.
 WHITE_SPACE = [*" \t\n\v\f\r\xa0\u1680", *map(chr, range(0x2000, 0x200B)), *"\u2028\u2029\u202f\u205f\u3000"]
 LOWEST = -1e6  # score of tokens that no text becomes, below all others
-GPT4O = (("Split", GPT4O_SPLIT), ("ByteLevel", False))
+# Steps → how llama.cpp's rule for them differs.
+DIFFERENT: dict[tuple[tuple[str, Any], ...], str] = {
+    (("Split", GPT4O_SPLIT), ("ByteLevel", False)): (
+        "as that of GPT-4o does (GPT-OSS, MiniMax-M2), and llama.cpp otherwise: it cuts at combining marks, as words of"
+        " Hindi have them, and tells upper from lower case in ASCII alone"
+    ),
+    (("Punctuation", "Contiguous"), ("ByteLevel", True), ("Digits", False), ("Split", "[0-9][0-9][0-9]")): (
+        "as that of Falcon does, and llama.cpp otherwise: it also cuts at the punctuation that came with Unicode 8 and"
+        " later (U+2E43 and 103 others), which is none to the library tokenizers, and does not cut digits from what is"
+        " beside them"
+    ),
+}
 # Steps of the `pre_tokenizer` in tokenizer.json, and whether merges are skipped for words that are tokens → the name of
 # the rule in llama.cpp (llama-vocab.cpp).
 RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
@@ -70,10 +80,6 @@ RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
     ((("Split", QWEN2_SPLIT), ("ByteLevel", False)), False): "qwen2",
     ((("Split", QWEN35_SPLIT), ("ByteLevel", False)), False): "qwen35",
     ((("Split", BLOOM_SPLIT), ("ByteLevel", False)), False): "bloom",
-    (
-        (("Punctuation", "Contiguous"), ("ByteLevel", True), ("Digits", False), ("Split", "[0-9][0-9][0-9]")),
-        False,
-    ): "falcon",
 }
 
 
@@ -149,8 +155,6 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
         values["token_scores"] = scores[:size] + [LOWEST] * (size - len(scores))
         values |= {"add_space_prefix": True, "remove_extra_whitespaces": True, "precompiled_charsmap": characters}
     elif prefix is None:
-        if rule == "falcon":
-            _check_digits(tokens, types)
         values = {"tokenizer_model": "gpt2", "tokenizer_pre": rule, "token_merges": [" ".join(pair) for pair in merges]}
     else:
         scores = _scores(tokens, types, merges)
@@ -261,11 +265,8 @@ def _rule(backend: Mapping[str, Any]) -> str:
     plain = normalizer in (None, "NFC") and not (model.get("byte_fallback") or model.get("continuing_subword_prefix"))
     prefixed = any(step.get("add_prefix_space") for step in steps)
     key = (found, bool(model.get("ignore_merges")))
-    if found == GPT4O:
-        raise ExportError(
-            "the tokenizer cuts text into words as that of GPT-4o does (GPT-OSS, MiniMax-M2), and llama.cpp otherwise:"
-            " it cuts at combining marks, as words of Hindi have them, and tells upper from lower case in ASCII alone"
-        )
+    if found in DIFFERENT:
+        raise ExportError(f"the tokenizer cuts text into words {DIFFERENT[found]}")
     if model.get("type") != "BPE" or not plain or prefixed or key not in RULES:
         kinds = " and ".join(str(kind) for kind, _ in found if kind) or "no rule"
         raise ExportError(
@@ -275,21 +276,6 @@ def _rule(backend: Mapping[str, Any]) -> str:
     if normalizer is not None:
         logger.warning("This tokenizer brings text to Unicode's normal form C first, which llama.cpp does not do.")
     return RULES[key]
-
-
-def _check_digits(tokens: Sequence[str], types: Sequence[TokenType]) -> None:
-    """By Falcon's rule digits are cut from what is beside them, and so are bytes that byte-level BPE writes as digits
-    ("²"); not in llama.cpp.
-
-    Raises:
-        ExportError: a token has both, so llama.cpp may take it where transformers does not.
-    """
-    for token, kind in zip(tokens, types, strict=True):
-        if kind == TokenType.NORMAL and 0 < sum(map(str.isnumeric, token)) < len(token):
-            raise ExportError(
-                f"the tokenizer cuts digits from what is beside them, as Falcon's does, and has a token with both,"
-                f" {token!r}, which llama.cpp would take, since it does not cut there"
-            )
 
 
 def _essence(step: Mapping[str, Any]) -> Any:

@@ -25,7 +25,9 @@ from tokenizers import (
     trainers,
 )
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, T5Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN35
 
 VOCABULARY = 112
 CONTEXT = 96
@@ -40,6 +42,18 @@ ENCODER_DECODER = {"d_model": 128, "d_ff": 192, "d_kv": 64, "num_heads": 3, "num
                                     "num_key_value_heads", "tie_word_embeddings", "rope_parameters"))}  # fmt: skip
 QUARTER = {**ROPE, "partial_rotary_factor": 0.25}
 
+LINEAR_ATTENTION = {
+    "head_dim": 64,
+    "num_hidden_layers": 4,
+    "rope_parameters": QUARTER,
+    "linear_conv_kernel_dim": 3,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+}
+
 # Class → class of its config, and what differs from `SHAPE`; None takes a setting away.
 MODELS: dict[str, tuple[str, dict]] = {
     "LlamaForCausalLM": ("LlamaConfig", {"head_dim": 64, "attention_bias": True, "mlp_bias": True}),
@@ -51,6 +65,11 @@ MODELS: dict[str, tuple[str, dict]] = {
     "Qwen3ForCausalLM": ("Qwen3Config", {"head_dim": 128}),
     "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", {**EXPERTS, "num_local_experts": 4, "moe_intermediate_size": 64,
         "head_dim": 64, "norm_topk_prob": True}),
+    "Qwen3NextForCausalLM": ("Qwen3NextConfig", {**EXPERTS, **LINEAR_ATTENTION, "num_experts": 4,
+        "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96, "intermediate_size": 192}),
+    "Qwen3_5ForCausalLM": ("Qwen3_5TextConfig", {**LINEAR_ATTENTION, "tie_word_embeddings": True}),
+    "Qwen3_5MoeForCausalLM": ("Qwen3_5MoeTextConfig", {**EXPERTS, **LINEAR_ATTENTION, "num_experts": 4,
+        "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96, "intermediate_size": None}),
     "GemmaForCausalLM": ("GemmaConfig", {"head_dim": 64, "tie_word_embeddings": True}),
     "Gemma2ForCausalLM": ("Gemma2Config", {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16,
         "tie_word_embeddings": True, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
@@ -143,6 +162,7 @@ def tokenizer_of() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<s>")
 
 
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 SPACE = "▁"
 METASPACE = "llama, space before some texts"
@@ -158,6 +178,41 @@ CHARACTERS = zlib.decompress(base64.b64decode(
 ))  # fmt: skip
 
 
+def byte_level_rules() -> dict[str, pre_tokenizers.PreTokenizer]:
+    """Name of a rule of byte-level BPE → how it cuts text, as in `tokenizer.json` of the models that have it."""
+    bytes_of = partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
+    patterns = {"qwen2": QWEN2, "qwen35": QWEN35, "dbrx": LLAMA3, "llama-bpe": LLAMA3, "bloom": BLOOM}
+    return {
+        "gpt-2": bytes_of(),
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of()]),
+        **{
+            name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_of(use_regex=False)])
+            for name, pattern in patterns.items()
+        },
+    }
+
+
+def joining_tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    """Name of a rule of byte-level BPE → a tokenizer by it that joins any two neighbouring characters which are not cut
+    apart: the last byte of one and the first of the other are a token. So its tokens show all cuts.
+    """
+    letters = bytes_to_unicode()
+    ascii_bytes, last_bytes, first_bytes = range(0x80), range(0x80, 0xC0), range(0xC2, 0xF5)
+    merges = [
+        (letters[last], letters[first])
+        for last in (*ascii_bytes, *last_bytes)
+        for first in (*ascii_bytes, *first_bytes)
+    ]
+    tokens = [*letters.values(), *(last + first for last, first in merges)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    found = {}
+    for name, rule in byte_level_rules().items():
+        backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
+        backend.pre_tokenizer, backend.decoder = rule, decoders.ByteLevel()
+        found[name] = _finished(backend)
+    return found
+
+
 def trained_tokenizers(texts: list[str], size: int) -> dict[str, PreTrainedTokenizerFast]:
     """Name of a rule → a tokenizer by it, trained on some texts, with added tokens and one before or after every text.
 
@@ -165,16 +220,7 @@ def trained_tokenizers(texts: list[str], size: int) -> dict[str, PreTrainedToken
         texts: to train on.
         size: how many tokens each has.
     """
-    bytes_of = partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
-    rules = {
-        "gpt-2": bytes_of(),
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of()]),
-        **{
-            name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_of(use_regex=False)])
-            for name, pattern in (("qwen2", QWEN2), ("dbrx", LLAMA3), ("llama-bpe", LLAMA3))
-        },
-    }
-    found = {name: _byte_level(rule, texts, size, name == "llama-bpe") for name, rule in rules.items()}
+    found = {name: _byte_level(rule, texts, size, name == "llama-bpe") for name, rule in byte_level_rules().items()}
     escape = normalizers.Replace(" ", SPACE)
     found["llama, space before"] = _sentencepiece(
         normalizers.Sequence([normalizers.Prepend(SPACE), escape]), None, texts, size

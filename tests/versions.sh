@@ -15,7 +15,7 @@ declare -A sets=(
     [newest]=""
 )
 unset UV_COMPILE_BYTECODE  # the files are links
-core=${CORE:-packing grid modules experts model_view checkpoint plain_reload backend citizen}
+core=${CORE:-packing grid modules experts model_view checkpoint plain_reload backend citizen llama_cpp/architectures}
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -27,5 +27,5 @@ for name in "$@"; do
     uv pip install --quiet --link-mode symlink --python "$python" --overrides "$folder/$name.txt" \
         --editable . --group dev --group demo
     echo "$name: $(uv pip freeze --quiet --python "$python" | grep -E '^(transformers|torch|compressed-tensors)==' | xargs)"
-    "$python" -m pytest -p no:cacheprovider --quiet $(printf "tests/test_%s.py " $core)
+    "$python" -m pytest -p no:cacheprovider --quiet $(sed -E 's#(\S*/)?(\S+)#tests/\1test_\2.py#g' <<<"$core")
 done

@@ -25,6 +25,7 @@ from .hyperparameters import (
     adjusted_length,
     causal,
     causal_text,
+    full_attention_interval,
     gelu,
     groups_of_falcon,
     head_dim,
@@ -35,11 +36,15 @@ from .hyperparameters import (
     last_before_shared,
     layer_configs,
     lengths_by_layer,
+    linear_but_every,
+    linear_head_dim,
+    linear_inner_size,
     local_and_global_rope,
     local_rope,
     neighbours,
     no_more_than_of_the_encoder,
     parts_of_groups,
+    queries_keys_tiled_values,
     query_scale,
     relu_or_gated_gelu,
     rotary,
@@ -48,6 +53,8 @@ from .hyperparameters import (
     scale_before_head,
     scaling_factor,
     scaling_type,
+    three_axes,
+    tiled,
     window_beyond_context,
     windows_but_every,
 )
@@ -70,9 +77,11 @@ class Architecture:
         rope_types: of the rotary embeddings that llama.cpp can be told; none if there are no such embeddings.
         partly_rotary: whether there may be features of a head without rotary embeddings.
         rows: last part of a module's name → how its rows are reordered.
+        inputs: last part of a module's name → how what it multiplies is reordered, so that blocks of 32 stay together.
         renamed: part of the name of a module or parameter → what the library `gguf` calls it; projections of experts
             with one name are one tensor.
         norm_offset: what transformers adds to the weights of norms, and llama.cpp does not.
+        plain_norms: parts of the names of norms whose weights transformers adds nothing to.
         computed: last part of a parameter's name → what llama.cpp wants of it, in float32.
         factors: norm → by what its weight is multiplied, since llama.cpp does not multiply what comes out of it.
     """
@@ -84,8 +93,10 @@ class Architecture:
     rope_types: tuple[str, ...] = ("default",)
     partly_rotary: bool = False
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    inputs: Mapping[str, Rows] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0
+    plain_norms: tuple[str, ...] = ()
     computed: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     factors: Mapping[str, Callable[[PretrainedConfig], float]] = field(default_factory=dict)
 
@@ -127,6 +138,11 @@ class Architecture:
             name = name.replace(ours, theirs)
         return name
 
+    def offset(self, module: str) -> float:
+        """What is added to the weight of a module of that name."""
+        offset = module.endswith("norm") and not module.endswith(self.plain_norms)
+        return self.norm_offset if offset else 0.0
+
     def factor(self, config: PretrainedConfig, module: str) -> float:
         """By what the weight of a norm of that name is multiplied."""
         return self.factors[module](config) if module in self.factors else 1.0
@@ -135,6 +151,11 @@ class Architecture:
         """The rows of a weight, of its scales or of a bias, as llama.cpp wants them in a module of that name."""
         reorder = self.rows.get(module.rpartition(".")[2])
         return rows if reorder is None else reorder(config, rows)
+
+    def with_inputs_in_order(self, config: PretrainedConfig, module: str, columns: Tensor) -> Tensor:
+        """The columns of a weight, or of its scales by blocks, as llama.cpp wants them in a module of that name."""
+        reorder = self.inputs.get(module.rpartition(".")[2])
+        return columns if reorder is None else reorder(config, columns.mT).mT
 
 
 def _value(value: Any, config: PretrainedConfig) -> Any:
@@ -179,6 +200,13 @@ WITHOUT_ATTENTION: Mapping[str, Any] = {
     **dict.fromkeys(("head_count", "feed_forward_length"), lambda config: 0),  # llama.cpp asks for them
     **dict.fromkeys(("head_count_kv", "key_length", "value_length"), lambda config: None),
 }
+OF_RECURRENCE: Mapping[str, Callable[[Tensor], Tensor]] = {"A_log": lambda logarithms: -logarithms.exp()}
+SHARED_EXPERTS: Mapping[str, Any] = {
+    **EXPERTS,
+    "expert_count": "num_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 EVERY_LAYER: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 LLAMA = Architecture("llama", RMS, SILU, rope_types=("default", "llama3"), rows=NEIGHBOURS)
@@ -200,6 +228,30 @@ GRANITE = Architecture(
     },
     {**SILU, **NO_BIASES},
     rows=NEIGHBOURS,
+)
+QWEN35 = Architecture(
+    "qwen35",
+    {
+        **RMS,
+        "rope_dimension_sections": three_axes,
+        "full_attention_interval": full_attention_interval,
+        "ssm_conv_kernel": "linear_conv_kernel_dim",
+        "ssm_state_size": "linear_key_head_dim",
+        "ssm_group_count": "linear_num_key_heads",
+        "ssm_time_step_rank": "linear_num_value_heads",
+        "ssm_inner_size": linear_inner_size,
+    },
+    {**SILU, **NO_BIASES, "layer_types": linear_but_every, "linear_value_head_dim": linear_head_dim},
+    partly_rotary=True,
+    rows={
+        **dict.fromkeys(("linear_attn", "in_proj_z", "in_proj_a", "in_proj_b"), tiled),
+        **dict.fromkeys(("in_proj_qkv", "conv1d"), queries_keys_tiled_values),
+    },
+    inputs={"out_proj": tiled},
+    renamed={"linear_attn.dt_bias": "linear_attn.dt_proj.bias"},
+    norm_offset=1.0,
+    plain_norms=("linear_attn.norm",),
+    computed=OF_RECURRENCE,
 )
 T5 = Architecture(
     "t5",
@@ -234,13 +286,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen2ForCausalLM": Architecture("qwen2", RMS, {**SILU, "use_sliding_window": False}, free_head_dim=False),
     "Qwen2MoeForCausalLM": Architecture(
         "qwen2moe",
-        {
-            **RMS,
-            **EXPERTS,
-            "expert_count": "num_experts",
-            "expert_feed_forward_length": "moe_intermediate_size",
-            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-        },
+        {**RMS, **SHARED_EXPERTS},
         {
             **SILU,
             **EVERY_LAYER,
@@ -256,6 +302,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         name="qwen3moe",
         values={**RMS, **EXPERTS, "expert_feed_forward_length": "moe_intermediate_size"},
         assumed={**QWEN3.assumed, **EVERY_LAYER, "norm_topk_prob": True},
+    ),
+    "Qwen3NextForCausalLM": replace(
+        QWEN35,
+        name="qwen3next",
+        values={
+            **{name: value for name, value in QWEN35.values.items() if name != "rope_dimension_sections"},
+            **SHARED_EXPERTS,
+        },
+        assumed={**QWEN35.assumed, **EVERY_LAYER, "norm_topk_prob": True},
+        rows={},
+        inputs={},
+    ),
+    "Qwen3_5ForCausalLM": QWEN35,
+    "Qwen3_5MoeForCausalLM": replace(
+        QWEN35,
+        name="qwen35moe",
+        values={**QWEN35.values, **SHARED_EXPERTS, "feed_forward_length": lambda config: None},
     ),
     "GemmaForCausalLM": GEMMA,
     "Gemma2ForCausalLM": replace(
@@ -416,7 +479,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "intermediate_size": lambda config: 2 * config.hidden_size,
         },
         rope_types=(),
-        computed={"A_log": lambda logarithms: -logarithms.exp()},
+        computed=OF_RECURRENCE,
     ),
     "Lfm2ForCausalLM": Architecture(
         "lfm2",

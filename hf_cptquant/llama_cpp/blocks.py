@@ -85,12 +85,12 @@ def encode(weight: QuantizedWeight, kind: str) -> np.ndarray:
     if kind == "Q4_1":
         assert weight.zero_point is not None
         reverse, minimum = _towards_minimum(scale, weight.zero_point)
-        stored = _blocks(integers + 8, _per_block(reverse, weight))
+        stored = _blocks(integers + 8, per_block(reverse, weight))
         header = [torch.where(reverse, -scale, scale), minimum.half()]
     else:
-        zero_point = 0 if weight.zero_point is None else _per_block(weight.zero_point, weight).unsqueeze(-1)
+        zero_point = 0 if weight.zero_point is None else per_block(weight.zero_point, weight).unsqueeze(-1)
         stored = integers.view(len(integers), -1, BLOCK) - zero_point + OFFSETS[kind]
-    parts = [_per_block(half, weight).unsqueeze(-1).contiguous().view(torch.uint8) for half in header]
+    parts = [per_block(half, weight).unsqueeze(-1).contiguous().view(torch.uint8) for half in header]
     if kind == "Q8_0":
         parts.append(stored.to(torch.int8).view(torch.uint8))
     else:
@@ -138,6 +138,6 @@ def _blocks(stored: Tensor, reverse: Tensor) -> Tensor:
     return torch.where(reverse.unsqueeze(-1), 15 - blocks, blocks)
 
 
-def _per_block(of_group: Tensor, weight: QuantizedWeight) -> Tensor:
+def per_block(of_group: Tensor, weight: QuantizedWeight) -> Tensor:
     """`[out, groups]` → `[out, blocks]`."""
     return of_group.repeat_interleave(weight.integers.shape[1] // BLOCK // of_group.shape[1], dim=1)

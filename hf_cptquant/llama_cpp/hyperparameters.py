@@ -62,6 +62,19 @@ def parts_of_groups(groups: Callable[[PretrainedConfig], int], config: Pretraine
     return torch.cat([part.flatten(0, 2) for part in heads.split((heads.shape[1] - 2, 1, 1), dim=1)])
 
 
+def tiled(config: PretrainedConfig, rows: Tensor) -> Tensor:
+    """Heads of values in linear attention, as many rows each as there are: the first of every head of keys, then the
+    second of every one, and so on, where transformers has those of a head of keys together."""
+    heads = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
+    return rows.unflatten(0, (*heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def queries_keys_tiled_values(config: PretrainedConfig, rows: Tensor) -> Tensor:
+    """Queries and keys of linear attention as they are, values as in `tiled`."""
+    values = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+    return torch.cat([rows[:values], tiled(config, rows[values:])])
+
+
 def groups_of_falcon(config: PretrainedConfig) -> int:
     """Groups of heads that share a key and a value; what the config says of them counts in its new architecture."""
     if config.new_decoder_architecture:
@@ -107,6 +120,35 @@ def local_and_global_rope(config: PretrainedConfig) -> dict[str, Any]:
     """Rotary embeddings where those of windows are always the same."""
     local = {"rope_type": "default", "rope_theta": 10000.0}
     return {**config.rope_parameters, "sliding_attention": local}
+
+
+def full_attention_interval(config: PretrainedConfig) -> int:
+    """Every so many layers there is attention that is not linear."""
+    return [*config.layer_types, "full_attention"].index("full_attention") + 1
+
+
+def linear_but_every(config: PretrainedConfig) -> list[str]:
+    """Kinds of layers if all but every so many have linear attention."""
+    kinds, step = ("linear_attention", "full_attention"), full_attention_interval(config)
+    return [kinds[(layer + 1) % step == 0] for layer in range(config.num_hidden_layers)]
+
+
+def linear_head_dim(config: PretrainedConfig) -> int:
+    """Features of a head of values in linear attention: as many as those of a head of keys, in whole blocks of ggml's,
+    since heads are moved."""
+    return -(-config.linear_key_head_dim // 32) * 32
+
+
+def linear_inner_size(config: PretrainedConfig) -> int:
+    """Features of all heads of values in linear attention."""
+    return config.linear_num_value_heads * config.linear_value_head_dim
+
+
+def three_axes(config: PretrainedConfig) -> list[int]:
+    """How many rotated pairs of features have the position in time, height and width, in turn, and none of a fourth
+    kind: they are all the same in text, but llama.cpp gives 0 for those that belong to none."""
+    pairs = rotated(config) // 2
+    return [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
 
 
 def layer_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
@@ -176,5 +218,7 @@ def no_more_than_of_the_encoder(config: PretrainedConfig) -> int:
 
 
 def scale_before_head(config: PretrainedConfig) -> float:
-    """By what the original T5 multiplies what its head reads, and llama.cpp does not."""
-    return config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+    """By what the original T5 multiplies what its head reads, and llama.cpp does not. Where transformers has no setting
+    for it (UMT5 before 5.24), a tied embedding says so, which is all that its config knows there."""
+    scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+    return config.d_model**-0.5 if scaled else 1.0

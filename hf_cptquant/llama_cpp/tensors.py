@@ -3,6 +3,7 @@
 What holds for all architectures follows llama.cpp's converter (conversion/base.py):
 
 - Rows are independent in our grid, so where llama.cpp has them in another order, integers and scales just move along.
+  Columns that move keep the scale that they had, which a block of ggml's has for itself.
 - A projection of all experts of a layer is one tensor, for some architectures two of them. It has one of ggml's types:
   the smallest that holds the integers of all of them.
 - Matrices that are not quantized keep the model's dtype; norms, biases, embeddings of positions and what routes tokens
@@ -30,7 +31,7 @@ from ..grid import QuantizedWeight
 from ..modules import PackedLayer, kind_of, matrix_of
 from ..plan import LayerScheme
 from .architectures import Architecture
-from .blocks import block_type, encode, largest_difference, shared_type
+from .blocks import block_type, encode, largest_difference, per_block, shared_type
 from .hyperparameters import rotary
 from .tensor_types import gguf_name, names_in
 
@@ -169,6 +170,7 @@ def tensors_of(
         yield GGUFTensor("rope_freqs.weight", GGMLQuantizationType.F32, tuple(factors.shape), partial(_bytes, factors))
     for part in parts:
         rows = partial(architecture.in_order, config, part.name)
+        columns = partial(architecture.with_inputs_in_order, config, part.name)
         known = architecture.known_as(part.name)
         packed = part.packed
         if packed:
@@ -178,7 +180,7 @@ def tensors_of(
                 gguf_name(names, f"{known}.weight"),
                 GGMLQuantizationType[kind],
                 _shape(part, (first.out_features, first.in_features)),
-                partial(_encoded, part, rows, kind),
+                partial(_encoded, part, rows, columns, kind),
             )
         for leaf, tensors in _parameters(part).items():
             if leaf == "weight" and part.name in tied:
@@ -189,13 +191,13 @@ def tensors_of(
             elif name.endswith(IN_FLOAT32):
                 tensors = [tensor.float().squeeze(0) for tensor in tensors]
             elif tensors[0].dim() == 1:
-                added = architecture.norm_offset if leaf == "weight" and known.endswith("norm") else 0
+                added = architecture.offset(known) if leaf == "weight" else 0.0
                 tensors = [(tensor.float() + added) * architecture.factor(config, part.name) for tensor in tensors]
             yield GGUFTensor(
                 name,
                 DENSE_TYPES[tensors[0].dtype],
                 _shape(part, tuple(tensors[0].shape)),
-                partial(_dense, tensors, rows),
+                partial(_dense, tensors, rows, columns),
             )
 
 
@@ -231,18 +233,27 @@ def _parameters_of(module: nn.Module) -> dict[str, Tensor]:
     return {leaf: matrix_of(kind_of(module), each) if each.dim() > 1 else each for leaf, each in found.items()}
 
 
-def _dense(tensors: list[Tensor], rows: Callable[[Tensor], Tensor]) -> np.ndarray:
-    return _bytes(rows(torch.stack(tensors) if len(tensors) > 1 else tensors[0]))
+def _dense(tensors: list[Tensor], rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> np.ndarray:
+    tensor = rows(torch.stack(tensors) if len(tensors) > 1 else tensors[0])
+    return _bytes(columns(tensor) if tensor.dim() > 1 else tensor)
 
 
-def _encoded(part: Part, rows: Callable[[Tensor], Tensor], kind: str) -> np.ndarray:
-    blocks = [encode(_reordered(module.quantized(), rows), kind) for module in part.packed.values()]
+def _encoded(
+    part: Part, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor], kind: str
+) -> np.ndarray:
+    blocks = [encode(_reordered(module.quantized(), rows, columns), kind) for module in part.packed.values()]
     return np.stack(blocks) if part.stacked else blocks[0]
 
 
-def _reordered(weight: QuantizedWeight, rows: Callable[[Tensor], Tensor]) -> QuantizedWeight:
-    zero_point = None if weight.zero_point is None else rows(weight.zero_point)
-    return replace(weight, integers=rows(weight.integers), scale=rows(weight.scale), zero_point=zero_point)
+def _reordered(
+    weight: QuantizedWeight, rows: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]
+) -> QuantizedWeight:
+    """With a scale for each of ggml's blocks, so that columns need not keep to our groups."""
+    scale, zero_point = (
+        None if each is None else columns(rows(per_block(each, weight))) for each in (weight.scale, weight.zero_point)
+    )
+    assert scale is not None
+    return replace(weight, integers=columns(rows(weight.integers)), scale=scale, zero_point=zero_point)
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

@@ -9,8 +9,9 @@ Unigram as in T5 it has each token's score as it is, and the map of characters t
 cuts at spaces alone, so the map has to make spaces of all that transformers cuts at.
 
 All are written after comparing what llama.cpp makes of texts. Any other tokenizer is refused, since a model that sees
-other tokens than it was trained on answers badly without saying why. (llama.cpp has rules by the names of "tekken" and
-"gpt-4o", too, but simplifies them: letters of Unicode beyond ASCII have no case there, and marks are no letters.)
+other tokens than it was trained on answers badly without saying why. (llama.cpp has rules by the names of "tekken",
+"gpt-4o" and "falcon", too. The first two are simpler there: letters of Unicode beyond ASCII have no case, and marks are
+no letters, so words of Hindi or Kannada are cut where GPT-OSS does not cut them. By the third more is punctuation.)
 """
 
 from __future__ import annotations
@@ -34,6 +35,16 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
+QWEN35_SPLIT = (
+    rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*{SPACES}"
+)
+BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+LETTERS = r"\p{Lm}\p{Lo}\p{M}"  # without case, and marks
+GPT4O_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{LETTERS}]*[\p{{Ll}}{LETTERS}]+{CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{LETTERS}]+[\p{{Ll}}{LETTERS}]*{CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{SPACES}"
+)
 QWEN2_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
 SPACE = "▁"
 ESCAPED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -47,6 +58,17 @@ CUT_AT_SPACES = [
 # What transformers cuts at; but U+0085, which SentencePiece's own maps keep, too.
 WHITE_SPACE = [*" \t\n\v\f\r\xa0\u1680", *map(chr, range(0x2000, 0x200B)), *"\u2028\u2029\u202f\u205f\u3000"]
 LOWEST = -1e6  # score of tokens that no text becomes, below all others
+# Steps → how llama.cpp's rule for them differs.
+DIFFERENT: dict[tuple[tuple[str, Any], ...], str] = {
+    (("Split", GPT4O_SPLIT), ("ByteLevel", False)): (
+        "as that of GPT-4o does (GPT-OSS, MiniMax-M2), and llama.cpp otherwise: it cuts at combining marks, as words of"
+        " Hindi have them, and tells upper from lower case in ASCII alone"
+    ),
+    (("Punctuation", "Contiguous"), ("ByteLevel", True), ("Digits", False), ("Split", "[0-9][0-9][0-9]")): (
+        "as that of Falcon does, and llama.cpp otherwise: 106 characters are punctuation to one of the two alone, most"
+        " of them since they came with Unicode 8 or later (U+2E43), and it does not cut digits from what is beside them"
+    ),
+}
 # Steps of the `pre_tokenizer` in tokenizer.json, and whether merges are skipped for words that are tokens → the name of
 # the rule in llama.cpp (llama-vocab.cpp).
 RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
@@ -55,6 +77,8 @@ RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
     ((("Split", LLAMA3_SPLIT), ("ByteLevel", False)), True): "llama-bpe",
     ((("Split", LLAMA3_SPLIT), ("ByteLevel", False)), False): "dbrx",
     ((("Split", QWEN2_SPLIT), ("ByteLevel", False)), False): "qwen2",
+    ((("Split", QWEN35_SPLIT), ("ByteLevel", False)), False): "qwen35",
+    ((("Split", BLOOM_SPLIT), ("ByteLevel", False)), False): "bloom",
 }
 
 
@@ -240,6 +264,8 @@ def _rule(backend: Mapping[str, Any]) -> str:
     plain = normalizer in (None, "NFC") and not (model.get("byte_fallback") or model.get("continuing_subword_prefix"))
     prefixed = any(step.get("add_prefix_space") for step in steps)
     key = (found, bool(model.get("ignore_merges")))
+    if found in DIFFERENT:
+        raise ExportError(f"the tokenizer cuts text into words {DIFFERENT[found]}")
     if model.get("type") != "BPE" or not plain or prefixed or key not in RULES:
         kinds = " and ".join(str(kind) for kind, _ in found if kind) or "no rule"
         raise ExportError(
@@ -256,7 +282,7 @@ def _essence(step: Mapping[str, Any]) -> Any:
     if step.get("type") == "Split":
         ways = step.get("behavior"), step.get("invert")
         return step["pattern"].get("Regex") if ways == ("Isolated", False) else ways
-    return step.get("use_regex", step.get("individual_digits"))
+    return step.get("use_regex", step.get("individual_digits", step.get("behavior")))
 
 
 def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:

@@ -7,11 +7,17 @@ from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, T5Tokeni
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 
 from hf_cptquant.errors import ExportError
-from hf_cptquant.llama_cpp.vocabulary import read_vocabulary
+from hf_cptquant.llama_cpp.vocabulary import RULES, read_vocabulary
 
 BYTE_LEVEL = {"add_prefix_space": False}
 SIZE = 49152
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + ENDINGS + r"|[^\r\n\p{L}\p{N}]?"
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + ENDINGS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @pytest.fixture
@@ -39,23 +45,39 @@ def rule_of(tokenizer) -> str:
     return read_vocabulary(tokenizer, SIZE).values["tokenizer_pre"]
 
 
-def test_the_rule_is_that_of_the_tokenizer(tokenizer):
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(**BYTE_LEVEL)]
-    )
-    assert rule_of(tokenizer) == "smollm"
+def test_the_rule_is_that_of_the_tokenizer(models):
+    rules = models.byte_level_rules()
+    assert set(rules) == set(RULES.values())
+    for name, rule in rules.items():
+        tokenizer = models.tokenizer_of()
+        tokenizer.backend_tokenizer.pre_tokenizer = rule
+        tokenizer.backend_tokenizer.model.ignore_merges = name == "llama-bpe"
+        assert rule_of(tokenizer) == name
 
+
+def cut_by(tokenizer, pattern):
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
     bytes_only = pre_tokenizers.ByteLevel(use_regex=False, **BYTE_LEVEL)
-    for pattern, whole_words, rule in ((QWEN2, False, "qwen2"), (LLAMA3, False, "dbrx"), (LLAMA3, True, "llama-bpe")):
-        split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
-        tokenizer.backend_tokenizer.model.ignore_merges = whole_words
-        assert rule_of(tokenizer) == rule
-
-    split = pre_tokenizers.Split(Regex(LLAMA3.replace("{1,3}", "{1,2}")), "isolated")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
-    with pytest.raises(ExportError, match=r"Split and ByteLevel.*gpt-2, smollm, llama-bpe, dbrx, qwen2 is supported"):
+
+
+def test_rules_that_llama_cpp_does_not_have_are_refused(tokenizer):
+    cut_by(tokenizer, LLAMA3.replace("{1,3}", "{1,2}"))
+    with pytest.raises(ExportError, match=r"Split and ByteLevel.*gpt-2, .*qwen2, qwen35, bloom is supported"):
+        rule_of(tokenizer)
+    cut_by(tokenizer, GPT4O)
+    for whole_words in (False, True):
+        tokenizer.backend_tokenizer.model.ignore_merges = whole_words
+        with pytest.raises(ExportError, match=r"GPT-OSS.*it cuts at combining marks.*case in ASCII alone"):
+            rule_of(tokenizer)
+    as_falcon = [
+        pre_tokenizers.Punctuation("contiguous"),
+        pre_tokenizers.ByteLevel(**BYTE_LEVEL),
+        pre_tokenizers.Digits(),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(as_falcon)
+    with pytest.raises(ExportError, match=r"that of Falcon does.*106 characters are punctuation to one.*U\+2E43"):
         rule_of(tokenizer)
 
 

@@ -101,7 +101,7 @@ def _in_rows(octets: Tensor, in_features: int, block: int) -> Tensor:
 
 
 def _from_rows(digits: Tensor, block: int) -> Tensor:
-    """Reverse of `_in_rows`: values of at most 4 bits, uint8 `[out, in]` → the kernel's bytes, `[blocks, in, block / 2]`.
+    """Reverse of `_in_rows`: uint8 values below 16, `[out, in]` → the kernel's bytes, `[blocks, in, block / 2]`.
 
     What `_convert_weight_to_int4pack_for_cpu` does, which takes ten times as long.
     """

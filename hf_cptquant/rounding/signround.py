@@ -6,11 +6,9 @@ tuned so that the block, called with what the rounded blocks before it give, giv
 original model. Rounding counts as the identity in the backward pass. Steps have one size, for which the sign of the
 gradient is enough; it falls linearly to 0 and allows an offset to cross its whole interval once.
 
-Errors count by how much the loss minds them (`curvature.py`), which does not hang on the size of the output for their
-token: measured on SmolLM2, the gradient of the loss is the same for small and for large tokens. The exception is the
-first token of a text, on which attention rests. In the middle of the model its squares are thousands of times as large
-as the others' and its gradient is smaller than theirs; there it counts as if it were of the usual size, since it would
-otherwise decide alone.
+Errors count by how much the loss minds them (`curvature.py`), and relative to the size of the output for their token:
+the first token of a text, on which attention rests, is a hundred times as large as the others in the middle of
+SmolLM2, and would otherwise decide alone.
 
 Beginning with what GPTQ gives lowers the loss further on the calibration data, and not on other text (SmolLM2-135M,
 3 and 4 bits), so the beginning is rounding to nearest.
@@ -35,7 +33,7 @@ from ..grid import QuantizedWeight, extremes, grid_between, integer_range
 from ..plan import LayerScheme
 from ..sensitivity.prefix import Call
 
-OUTLIER = 100.0  # times the median of a call, above which the mean square of a token's output is that of an outlier
+SMALLEST = torch.finfo(torch.float32).tiny
 LEAST_RANGE = 0.5  # share of a group's range that it may be shrunk to
 
 
@@ -150,8 +148,6 @@ def round_block(
         matrix = (weight.t() if name in transposed else weight).contiguous()
         grids[name.replace(".", "/")] = TunableGrid(matrix, schemes[name], dtype)
 
-    excess = [_excess(target) for target in targets]
-
     def rounded() -> dict[str, Tensor]:
         weights = {name: grids[name.replace(".", "/")]() for name in layers}
         return {f"{name}.weight": w.t() if name in transposed else w for name, w in weights.items()}
@@ -160,9 +156,10 @@ def round_block(
         args, kwargs = calls[index]
         output = functional_call(block, weights, args, kwargs)
         first = output[0] if isinstance(output, tuple) else output
-        off = first.float() - targets[index].float()
+        target = targets[index].float()
+        off = first.float() - target
         squares = (off if curvature is None else off @ curvature).mul(off).sum(-1)
-        return (squares / excess[index]).mean()
+        return (squares / target.square().mean(-1).clamp(min=SMALLEST)).mean()
 
     @torch.no_grad()
     def losses() -> list[float]:
@@ -193,15 +190,6 @@ def round_block(
         candidates.append((losses(), values))
     _restore(parameters, min(candidates, key=lambda candidate: sum(candidate[0]))[1])
     return {name: grids[name.replace(".", "/")].quantized() for name in layers}
-
-
-def _excess(target: Tensor) -> Tensor:
-    """By how much the mean square of each token's output exceeds the median where it is an outlier, and 1 elsewhere:
-    `[..., features]` → float32 `[...]`."""
-    squares = target.float().square().mean(-1)
-    median = squares.median()
-    outliers = (squares > OUTLIER * median) & (median > 0)
-    return torch.where(outliers, squares / median, 1.0)
 
 
 @torch.no_grad()

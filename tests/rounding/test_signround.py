@@ -167,24 +167,17 @@ def test_conv1d_is_transposed():
     assert (rounded["mlp.c_fc"].integers - nearest.integers).abs().max() <= 2
 
 
-def errors_of_tokens(factor: float) -> torch.Tensor:
-    """Squared errors of 8 tokens, the first without the factor that its input had when rounding was tuned."""
-    layer, draw = nn.Linear(64, 32, bias=False), torch.Generator().manual_seed(4)
-    layer.weight.data = torch.randn(32, 64, generator=draw)
-    rows = torch.randn(1, 8, 64, generator=draw)
-    x = torch.cat((factor * rows[:, :1], rows[:, 1:]), 1)
-    block = nn.Sequential(layer).requires_grad_(False)
-    found = signround.round_block(block, {"0": LayerScheme(3, 32)}, [((x,), {})], [block(x)], 100, 0)["0"]
-    return (rows[0] @ (dequantize(found.integers, found.scale, None) - layer.weight).t()).square().sum(-1)
-
-
 def test_a_token_that_is_a_thousand_times_as_large_counts_no_more_than_the_others():
-    usual, beside_large = errors_of_tokens(1)[1:].sum(), errors_of_tokens(1024)[1:].sum()
-    assert beside_large < 1.25 * usual
-
-
-def test_a_token_that_is_eight_times_as_large_counts_by_its_errors():
-    assert errors_of_tokens(8)[0] < 0.6 * errors_of_tokens(1)[0]
+    layer, draw = nn.Linear(64, 32, bias=False), torch.Generator().manual_seed(4)
+    rows = torch.randn(1, 8, 64, generator=draw)
+    large = torch.cat((1024 * rows[:, :1], rows[:, 1:]), 1)
+    block = nn.Sequential(layer).requires_grad_(False)
+    found = [
+        signround.round_block(block, {"0": LayerScheme(3, 32)}, [((x,), {})], [block(x)], 20, 0)["0"]
+        for x in (rows, large)
+    ]
+    assert torch.equal(found[0].integers, found[1].integers)
+    assert torch.equal(found[0].scale, found[1].scale)
 
 
 def test_errors_count_by_the_curvature(problem):

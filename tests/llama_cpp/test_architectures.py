@@ -110,8 +110,10 @@ def read(file: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", READ_BY_TRANSFORMERS)
 def test_transformers_reads_the_same_model(kind, quantized_folder, tmp_path):
-    another_reader = kind in ("Lfm2ForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
+    another_reader = kind == "Lfm2ForCausalLM" or kind in SINCE
     bits = (4, 8, 16) if another_reader else (4, 8, 16, 5)  # which knows no Q5_0
+    if kind in SINCE and TRANSFORMERS < (5, 24):  # and in 5.17 no Q4_0; those between were not tried
+        bits = (8, 16)
     if SINCE.get(kind, ()) > TRANSFORMERS:
         pytest.skip(f"transformers reads no GGUF of {kind} in this version")
     folder = quantized_folder(kind, bits, group_size=64)  # more than a head of linear attention has

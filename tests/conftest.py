@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never wait for a network
@@ -25,7 +26,7 @@ from huggingface_hub import constants
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_cptquant import CPTQuantConfig
+from hf_cptquant import CPTQuantConfig, kernels
 from hf_cptquant.demo import python_help_texts, write_bundled_model
 from hf_cptquant.plan import UNTOUCHED, BitPlan, ModulePlan
 from hf_cptquant.recipe import BUDGETS
@@ -39,6 +40,24 @@ TRANSFORMERS, COMPRESSED_TENSORS = (
 )
 PACKED_DENSELY = COMPRESSED_TENSORS >= (0, 18)  # before, no integer straddles two words
 WIDTHS_OF_THEIRS = (2, 3, 4, 5, 6, 8) if PACKED_DENSELY else (2, 4, 8)  # that compressed-tensors packs as we do
+
+
+@contextmanager
+def kernels_of(library: str) -> Iterator[None]:
+    """Bit planes multiplied by numba's kernels, or as where it is not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        if library == "numba" and (missing := kernels.without_numba()) is not None:
+            pytest.skip(f"numba {missing}")
+        if library == "torch":
+            patch.setattr(kernels, "without_numba", lambda: "is left out here")
+        yield
+
+
+@pytest.fixture(params=["numba", "torch"])
+def library(request):
+    """Every test that asks for it runs with the kernels of both libraries."""
+    with kernels_of(request.param):
+        yield request.param
 
 
 def plan_of(blocks: Mapping[str, str]) -> BitPlan:

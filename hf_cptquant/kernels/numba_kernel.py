@@ -1,0 +1,378 @@
+"""Products with bit planes, compiled by numba for the processor at hand, on torch's own threads.
+
+torch's int4 kernel reads four bits for each weight, to which other widths are spread first; and to dequantize for many
+rows takes several of torch's operations, each a pass over the weights. Here a byte of the planes becomes digits, and
+these are multiplied and summed (`linear`) or scaled and stored (`dense_linear`) while they are in registers.
+
+What a block of output features has for one input feature lies side by side (`planes.py`), so the inner loops go over
+output features, and LLVM makes vectors of them. Planes hold a block in quarters of its input features, whose digits
+share bytes, so four input features are read at once. Integers are written with their widths at every step: numba would
+compute in 64 bits, and LLVM would find a fraction of the lanes.
+
+The threads are those of torch's OpenMP library, which wait busily for a while after each of torch's operations: those
+of a pool of numba's own would have to wait for them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from ..arithmetic import working_dtype
+from ..packing import unpack
+from . import reference
+from .planes import FORMS, bits_of, known_block
+
+TOGETHER = 4  # rows whose sums are held in registers, once for all of them is unpacked
+SIGNATURE = types.void(types.CPointer(types.int64))
+
+
+_found = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
+if _found is None:
+    raise ImportError("torch's threads are not those of GNU's OpenMP library")
+_library = ctypes.CDLL(str(_found))
+_parallel = _library.GOMP_parallel  # function, its argument, threads, flags
+_parallel.argtypes, _parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+
+
+def _symbol(name: str) -> Any:
+    """A function of that library for compiled code, by its name: with an address code could not be kept on disk."""
+    address = ctypes.cast(getattr(_library, name), ctypes.c_void_p).value
+    llvmlite.binding.add_symbol(name, address)
+    return types.ExternalFunction(name, types.int32())
+
+
+_thread, _threads = _symbol("omp_get_thread_num"), _symbol("omp_get_num_threads")
+
+
+def _run(function: Any, *arguments: Tensor | int | None) -> None:
+    """Call a compiled function on all of torch's threads. Of tensors it gets the addresses."""
+    numbers = [each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments]
+    held = (ctypes.c_int64 * len(numbers))(*numbers)
+    _parallel(function.address, ctypes.addressof(held), torch.get_num_threads(), 0)
+
+
+def _pointer_to(dtype: Any) -> Any:
+    """A function for compiled code: address → pointer."""
+    pointer = types.CPointer(dtype)
+
+    @intrinsic
+    def at(_typing: Any, _address: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+        return pointer(types.int64), generate
+
+    return at
+
+
+_octets_at, _halves_at, _floats_at = (_pointer_to(dtype) for dtype in (types.uint8, types.uint16, types.float32))
+
+
+@njit(inline="always", cache=True)  # fails at once where no compiled code can be kept
+def _widened(half):
+    """The bits of a bfloat16 → its number."""
+    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
+
+
+@njit(inline="always")
+def _narrowed(number):
+    """A number → the bits of the nearest bfloat16, the even one of two."""
+    bits = np.float32(number).view(np.uint32)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint16(np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
+
+
+@njit(inline="always")
+def _spread(width, plane, quarter, byte):
+    """The bytes that a plane holds for one place in each of the quarters, a digit in each nibble."""
+    first = plane[byte]
+    if width == 1:
+        mask = np.uint8(0x11)
+        second, third = np.uint8(np.uint8(first >> np.uint8(1)) & mask), np.uint8(np.uint8(first >> np.uint8(2)) & mask)
+        return np.uint8(first & mask), second, third, np.uint8(np.uint8(first >> np.uint8(3)) & mask)
+    second = plane[quarter + byte]
+    if width == 2:
+        mask = np.uint8(0x33)
+        third, fourth = (
+            np.uint8(np.uint8(first >> np.uint8(2)) & mask),
+            np.uint8(np.uint8(second >> np.uint8(2)) & mask),
+        )
+        return np.uint8(first & mask), np.uint8(second & mask), third, fourth
+    third = plane[2 * quarter + byte]
+    if width == 4:
+        return first, second, third, plane[3 * quarter + byte]
+    mask, lent = np.uint8(0x77), np.uint8(0x11)
+    upper = np.uint8(np.uint8(np.uint8(first & lent) << np.uint8(2)) | np.uint8(np.uint8(second & lent) << np.uint8(1)))
+    return (
+        np.uint8(np.uint8(first >> np.uint8(1)) & mask),
+        np.uint8(np.uint8(second >> np.uint8(1)) & mask),
+        np.uint8(np.uint8(third >> np.uint8(1)) & mask),
+        np.uint8(upper | np.uint8(third & lent)),
+    )
+
+
+@njit(inline="always")
+def _joined(upper_width, lower_width, upper, lower, quarter, byte):
+    """Integers counted from 0 of one place in each of the quarters: those of the lower, and of the upper nibbles."""
+    a, b, c, d = _spread(upper_width, upper, quarter, byte)
+    e = f = g = h = np.uint8(0)
+    if lower_width:
+        e, f, g, h = _spread(lower_width, lower, quarter, byte)
+    return (
+        _low(a, e, lower_width), _high(a, e, lower_width), _low(b, f, lower_width), _high(b, f, lower_width),
+        _low(c, g, lower_width), _high(c, g, lower_width), _low(d, h, lower_width), _high(d, h, lower_width),
+    )  # fmt: skip
+
+
+@njit(inline="always")
+def _low(upper, lower, width):
+    return np.uint8(np.uint8(np.uint8(upper & np.uint8(15)) << np.uint8(width)) | np.uint8(lower & np.uint8(15)))
+
+
+@njit(inline="always")
+def _high(upper, lower, width):
+    return np.uint8(np.uint8(np.uint8(upper >> np.uint8(4)) << np.uint8(width)) | np.uint8(lower >> np.uint8(4)))
+
+
+@njit(inline="always")
+def _signed(integer, lowest):
+    return np.float32(np.int32(np.int32(integer) - np.int32(lowest)))
+
+
+@njit(inline="always")
+def _scale_of(table, feature, shifted):
+    return _widened(table[2 * feature if shifted else feature])
+
+
+@njit(inline="always")
+def _end_of_groups(start, quarter, group_size):
+    """Up to where none of the four input features that are read together enters another group."""
+    end = quarter
+    for part in range(4):
+        end = min(end, start + group_size - (start + part * quarter) % group_size)
+    return end
+
+
+@njit(inline="always")
+def _sum_of_row(x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, sums):
+    """Σ x·q of one row over input features `start … end` of each quarter → `sums [4 quarters, block]`."""
+    for j in range(8 * half):
+        sums[j] = np.float32(0)
+    for i in range(start, end):
+        x0, x1, x2, x3 = x[i], x[quarter + i], x[2 * quarter + i], x[3 * quarter + i]
+        for j in range(half):
+            a, b, c, d, e, f, g, h = _joined(upper_width, lower_width, upper, lower, quarter * half, i * half + j)
+            sums[j] += x0 * _signed(a, lowest)
+            sums[half + j] += x0 * _signed(b, lowest)
+            sums[2 * half + j] += x1 * _signed(c, lowest)
+            sums[3 * half + j] += x1 * _signed(d, lowest)
+            sums[4 * half + j] += x2 * _signed(e, lowest)
+            sums[5 * half + j] += x2 * _signed(f, lowest)
+            sums[6 * half + j] += x3 * _signed(g, lowest)
+            sums[7 * half + j] += x3 * _signed(h, lowest)
+
+
+@njit(inline="always")
+def _sum_of_rows(x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, scales, sums):
+    """Σ x·q·s of four rows, added to `sums [4 rows, block]`; `scales [4 quarters, block]`."""
+    second, third, fourth = 4 * quarter, 8 * quarter, 12 * quarter
+    for i in range(start, end):
+        for j in range(half):
+            a, b, c, d, e, f, g, h = _joined(upper_width, lower_width, upper, lower, quarter * half, i * half + j)
+            a0, b0 = _signed(a, lowest) * scales[j], _signed(b, lowest) * scales[half + j]
+            a1, b1 = _signed(c, lowest) * scales[2 * half + j], _signed(d, lowest) * scales[3 * half + j]
+            a2, b2 = _signed(e, lowest) * scales[4 * half + j], _signed(f, lowest) * scales[5 * half + j]
+            a3, b3 = _signed(g, lowest) * scales[6 * half + j], _signed(h, lowest) * scales[7 * half + j]
+            x0, x1, x2, x3 = x[i], x[quarter + i], x[2 * quarter + i], x[3 * quarter + i]
+            sums[j] += x0 * a0 + x1 * a1 + x2 * a2 + x3 * a3
+            sums[half + j] += x0 * b0 + x1 * b1 + x2 * b2 + x3 * b3
+            x0, x1, x2, x3 = (
+                x[second + i], x[second + quarter + i], x[second + 2 * quarter + i], x[second + 3 * quarter + i]
+            )  # fmt: skip
+            sums[2 * half + j] += x0 * a0 + x1 * a1 + x2 * a2 + x3 * a3
+            sums[3 * half + j] += x0 * b0 + x1 * b1 + x2 * b2 + x3 * b3
+            x0, x1, x2, x3 = (
+                x[third + i], x[third + quarter + i], x[third + 2 * quarter + i], x[third + 3 * quarter + i]
+            )  # fmt: skip
+            sums[4 * half + j] += x0 * a0 + x1 * a1 + x2 * a2 + x3 * a3
+            sums[5 * half + j] += x0 * b0 + x1 * b1 + x2 * b2 + x3 * b3
+            x0, x1, x2, x3 = (
+                x[fourth + i], x[fourth + quarter + i], x[fourth + 2 * quarter + i], x[fourth + 3 * quarter + i]
+            )  # fmt: skip
+            sums[6 * half + j] += x0 * a0 + x1 * a1 + x2 * a2 + x3 * a3
+            sums[7 * half + j] += x0 * b0 + x1 * b1 + x2 * b2 + x3 * b3
+
+
+@lru_cache
+def _multiplier(bits: int, block: int, shifted: bool) -> Any:
+    """The compiled function of `linear`. Its argument: addresses of planes, table, inputs (float32), their sums by
+    groups (float32) and outputs; rows, input features, output features, group size."""
+    half, lowest = block // 2, 2 ** (bits - 1)
+    upper_width, lower_width = (*FORMS[bits].widths, 0)[:2]
+    entry = 4 if shifted else 2  # bytes of a table
+
+    @cfunc(SIGNATURE, cache=True)
+    def multiply(arguments):
+        held = carray(arguments, 9)
+        rows, in_features, out_features, group_size = held[5], held[6], held[7], held[8]
+        quarter, groups, blocks = in_features // 4, in_features // group_size, out_features // block
+        sums, totals = np.empty(4 * block, np.float32), np.empty(block, np.float32)
+        scales = np.empty(4 * block, np.float32)
+        for b in range(blocks * _thread() // _threads(), blocks * (_thread() + 1) // _threads()):
+            upper = _octets_at(held[0] + b * quarter * half * upper_width)
+            lower = _octets_at(held[0] + (blocks * upper_width + b * lower_width) * quarter * half)
+            row = 0
+            while row < rows:
+                x = _floats_at(held[2] + 4 * row * in_features)
+                together = 4 if rows - row >= 4 else 1
+                for j in range(block):
+                    totals[j] = np.float32(0)
+                if together == 4:
+                    for j in range(4 * block):
+                        sums[j] = np.float32(0)
+                start = 0
+                while start < quarter:
+                    end = _end_of_groups(start, quarter, group_size)
+                    if together == 4:
+                        for part in range(4):
+                            group = (start + part * quarter) // group_size
+                            table = _halves_at(held[1] + (group * out_features + b * block) * entry)
+                            for j in range(block):
+                                scales[part * block + j] = _scale_of(table, j, shifted)
+                        _sum_of_rows(
+                            x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, scales, sums
+                        )
+                    else:
+                        _sum_of_row(x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, sums)
+                        for part in range(4):
+                            group = (start + part * quarter) // group_size
+                            table = _halves_at(held[1] + (group * out_features + b * block) * entry)
+                            for j in range(block):
+                                totals[j] += sums[part * block + j] * _scale_of(table, j, shifted)
+                    start = end
+                for each in range(together):
+                    if together == 4:
+                        for j in range(block):
+                            totals[j] = sums[each * block + j]
+                    if shifted:
+                        sums_of_groups = _floats_at(held[3] + 4 * (row + each) * groups)
+                        for group in range(groups):
+                            table = _halves_at(held[1] + (group * out_features + b * block) * entry)
+                            for j in range(block):
+                                totals[j] += sums_of_groups[group] * _widened(table[2 * j + 1])
+                    output = _halves_at(held[4] + 2 * ((row + each) * out_features + b * block))
+                    for j in range(block):
+                        output[j] = _narrowed(totals[j])
+                row += together
+
+    return multiply
+
+
+@lru_cache
+def _dequantizer(bits: int, block: int, shifted: bool) -> Any:
+    """The compiled function of `dense_columns`. Its argument: addresses of planes, table, zero points (float32) and
+    result; the first block, how many, input features, output features, group size."""
+    half, lowest = block // 2, 2 ** (bits - 1)
+    upper_width, lower_width = (*FORMS[bits].widths, 0)[:2]
+    entry = 4 if shifted else 2  # bytes of a table
+
+    @cfunc(SIGNATURE, cache=True)
+    def dequantize(arguments):
+        held = carray(arguments, 9)
+        first, count, in_features, out_features, group_size = held[4], held[5], held[6], held[7], held[8]
+        quarter, blocks = in_features // 4, out_features // block
+        integers = np.empty(4 * block, np.uint8)
+        scales, zeros = np.empty(4 * block, np.float32), np.empty(4 * block, np.float32)
+        for each in range(count * _thread() // _threads(), count * (_thread() + 1) // _threads()):
+            b = first + each
+            upper = _octets_at(held[0] + b * quarter * half * upper_width)
+            lower = _octets_at(held[0] + (blocks * upper_width + b * lower_width) * quarter * half)
+            start = 0
+            while start < quarter:
+                end = _end_of_groups(start, quarter, group_size)
+                for part in range(4):
+                    place = (start + part * quarter) // group_size * out_features + b * block
+                    table, zero_points = _halves_at(held[1] + place * entry), _floats_at(held[2] + 4 * place)
+                    for j in range(block):
+                        scales[part * block + j] = _scale_of(table, j, shifted)
+                        zeros[part * block + j] = np.float32(lowest)
+                        if shifted:
+                            zeros[part * block + j] += zero_points[j]
+                for i in range(start, end):
+                    for j in range(half):
+                        found = _joined(upper_width, lower_width, upper, lower, quarter * half, i * half + j)
+                        for place in range(8):
+                            integers[place * half + j] = found[place]
+                    for part in range(4):
+                        output = _halves_at(held[3] + 2 * ((part * quarter + i) * count + each) * block)
+                        for j in range(block):
+                            k = part * block + j
+                            output[j] = _narrowed((np.float32(integers[k]) - zeros[k]) * scales[k])
+                start = end
+
+    return dequantize
+
+
+def _check(in_features: int, table: Tensor, group_size: int) -> None:
+    """Compiled code would read beyond the weight."""
+    if in_features != len(table) * group_size:
+        raise ValueError(f"inputs have {in_features} features, and the weight {len(table) * group_size}")
+
+
+def linear(x: Tensor, packed: Tensor, table: Tensor, group_size: int) -> Tensor:
+    """`x` bfloat16 `[rows, in]`, contiguous, times planes → `[rows, out]`, for few rows; summed in float32.
+
+    Args:
+        packed, table: as `planes.linear` takes them.
+
+    Raises:
+        ValueError: the inputs have another width than the weight.
+    """
+    (rows, in_features), shifted = x.shape, table.dim() == 3
+    _check(in_features, table, group_size)
+    inputs, product, bits = x.float(), x.new_empty(rows, len(packed)), bits_of(packed, x.shape[1])
+    sums = inputs.view(rows, -1, group_size).sum(-1) * FORMS[bits].factors[0] if shifted else None
+    function = _multiplier(bits, known_block(), shifted)
+    _run(function, packed, table, inputs, sums, product, rows, in_features, len(packed), group_size)
+    return product
+
+
+def dense_linear(
+    x: Tensor, packed: Tensor, table: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """`x [rows, in]` times planes, for many rows → `[rows, out]` in the dtype of `x`. The weights are those of
+    `planes.dense_weight`, bit for bit.
+
+    Args:
+        packed, table, zero_point: as `planes.dense_linear` takes them.
+
+    Raises:
+        ValueError: the inputs have another width than the weight.
+    """
+    (rows, in_features), out_features, block = x.shape, len(packed), known_block()
+    _check(in_features, table, group_size)
+    bits, shifted = bits_of(packed, in_features), table.dim() == 3
+    zeros = None if zero_point is None else unpack(zero_point, bits, out_features, dim=0).t().float().contiguous()
+    function = _dequantizer(bits, block, shifted)
+    dtype = working_dtype(x.dtype, x.device)
+    inputs, product = x.to(dtype), x.new_empty(rows, out_features)
+    step = reference.rows_of_tile(in_features, x.device, block) or out_features
+    tile = table.new_empty(in_features * min(step, out_features))
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, out_features, step):
+            width = min(step, out_features - start)
+            part = tile[: in_features * width].view(in_features, width)
+            first, count = start // block, width // block
+            _run(function, packed, table, zeros, part, first, count, in_features, out_features, group_size)
+            product[:, start : start + width] = inputs @ part.to(dtype)
+    return product if bias is None else product.add_(bias)

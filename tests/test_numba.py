@@ -1,0 +1,130 @@
+"""Kernels that numba compiles: the bits of their weights, their threads, and what is told where they do not run."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import kernels_of
+
+from hf_cptquant import kernels
+from hf_cptquant.grid import QuantizedWeight, integer_range
+from hf_cptquant.kernels import CPU_INT4, CPU_PLANES, NUMBA, NUMBA_DENSE, REFERENCE, kernel_of, planes
+from hf_cptquant.modules import QuantLinear
+from hf_cptquant.plan import LayerScheme
+
+CPU = torch.device("cpu")
+SCHEMES = [
+    LayerScheme(bits, 64, symmetric)
+    for bits, symmetric in ((2, True), (2, False), (3, True), (3, False), (4, True), (4, False), (5, True), (6, True))
+]
+
+pytestmark = [
+    pytest.mark.skipif(planes.int4_block() is None, reason="the int4 layout of this machine is not known"),
+    pytest.mark.skipif(kernels.without_numba() is not None, reason=f"numba {kernels.without_numba()}"),
+]
+
+
+def layer_of(scheme: LayerScheme, out_features: int = 192, in_features: int = 576) -> QuantLinear:
+    """Random integers, all of them; groups straddle the quarters of 576 features."""
+    random = torch.Generator().manual_seed(scheme.bits)
+    low, high = integer_range(scheme.bits)
+    groups = (out_features, scheme.groups(in_features))
+    integers = torch.randint(low, high + 1, (out_features, in_features), dtype=torch.int8, generator=random)
+    zero_point = torch.randint(low, high + 1, groups, dtype=torch.int8, generator=random)
+    scale = (torch.randn(groups, generator=random) * 0.01).bfloat16()
+    return QuantLinear.from_quantized(
+        QuantizedWeight(integers, scale, None if scheme.symmetric else zero_point, scheme), None
+    )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_weights_for_many_rows_are_the_dequantized_ones_bit_for_bit(scheme):
+    """Rows of the identity pick them out."""
+    layer = layer_of(scheme)
+    assert kernel_of(layer.layout, 576, torch.bfloat16, CPU) == NUMBA_DENSE
+    found = layer(torch.eye(576, dtype=torch.bfloat16)).t()
+    with kernels_of("torch"):
+        assert torch.equal(found, layer.weight)
+
+
+@pytest.mark.parametrize("scheme", [each for each in SCHEMES if each.bits != 4], ids=str)
+def test_weights_for_few_rows_are_the_integers_times_the_scale(scheme):
+    """Each alone; four rows together, and one. With zero points the shift is rounded, as torch's kernel wants it."""
+    layer = layer_of(scheme)
+    quantized = layer.quantized()
+    steps = quantized.integers.view(192, -1, 64).double()
+    if quantized.zero_point is not None:
+        steps = steps - quantized.zero_point.double().unsqueeze(-1)
+    exact = (steps * quantized.scale.double().unsqueeze(-1)).view(192, -1)
+    identity = torch.eye(576, dtype=torch.bfloat16)
+    for rows in (1, 4, 5):
+        assert kernel_of(layer.layout, rows, torch.bfloat16, CPU) == NUMBA
+        found = torch.cat([layer(part) for part in identity.split(rows)]).t()
+        if scheme.symmetric:
+            assert torch.equal(found, exact.bfloat16())
+        else:
+            shift = (quantized.zero_point.double() * quantized.scale.double()).abs().repeat_interleave(64, 1)
+            assert ((found - exact).abs() <= 2**-8 * (exact.abs() + shift)).all()
+
+
+def test_threads_do_not_change_the_result():
+    """More of them than there are blocks of outputs, too."""
+    layer, x = layer_of(LayerScheme(3, 64)), torch.randn(100, 576).bfloat16()
+    before, found = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found[threads] = [layer(x[:rows]) for rows in (1, 6)]
+    finally:
+        torch.set_num_threads(before)
+    for threads in (2, 5):
+        assert all(map(torch.equal, found[threads], found[1]))
+
+
+def test_few_rows_are_those_of_the_layout():
+    of_planes = [kernel_of(CPU_PLANES, rows, torch.bfloat16, CPU) for rows in (0, 1, 8, 9)]
+    assert of_planes == [REFERENCE, NUMBA, NUMBA, NUMBA_DENSE]
+    int4 = [kernel_of(CPU_INT4, rows, torch.bfloat16, CPU) for rows in (0, 1, 24, 25)]
+    assert int4 == [REFERENCE, "torch int4", "torch int4", NUMBA_DENSE]
+    assert kernel_of(CPU_PLANES, 1, torch.float32, CPU) == REFERENCE
+
+
+def test_reason_names_the_way_out_where_numba_is_not_installed(monkeypatch):
+    kernels.without_numba.cache_clear()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else find(name))
+    try:
+        layer = layer_of(LayerScheme(3, 64))
+        assert layer.choice.reason.endswith("but is not installed (pip install 'hf-cptquant[cpu]')")
+        assert kernel_of(layer.layout, 1, torch.bfloat16, CPU) == "torch int4, bit planes"
+    finally:
+        kernels.without_numba.cache_clear()
+
+
+CHILD = """
+import sys
+import numba.core.caching as caching
+if sys.argv[1] == "no folder":
+    caching.CacheImpl._locator_classes = []
+if sys.argv[1] == "no OpenMP":
+    import pathlib
+    pathlib.Path.glob = lambda self, pattern: iter(())
+import torch
+from hf_cptquant.kernels import without_numba
+print(without_numba())
+"""
+
+
+@pytest.mark.parametrize(
+    ("lack", "reason"),
+    [
+        ("no folder", "does not run here: cannot cache function '_widened': no locator available"),
+        ("no OpenMP", "does not run here: torch's threads are not those of GNU's OpenMP library"),
+        ("nothing", "None"),
+    ],
+)
+def test_reason_where_compiled_code_cannot_be_kept_or_threads_are_others(lack, reason):
+    found = subprocess.run([sys.executable, "-c", CHILD, lack], capture_output=True, text=True, check=True).stdout
+    assert found.startswith(reason)

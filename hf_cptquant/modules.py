@@ -95,6 +95,7 @@ class PackedLayer(nn.Module):
     weight_zero_point: Tensor | None
     weight_shape: Tensor
     bias: Tensor | None
+    _is_hf_initialized = True  # or transformers, while it loads, would dequantize the weight and draw another
 
     def __init__(
         self,

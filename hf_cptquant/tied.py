@@ -32,6 +32,7 @@ class TiedLayer(nn.Module):
     """
 
     bias: nn.Parameter | None
+    _is_hf_initialized = True  # as that of `PackedLayer`
 
     def __init__(self, embedding: QuantEmbedding, dense: nn.Module) -> None:
         nn.Module.__init__(self)  # not that of the replaced class, which would make its weight
@@ -76,6 +77,7 @@ class TiedLinear(TiedLayer, nn.Linear):
     def __init__(self, embedding: QuantEmbedding, dense: nn.Module) -> None:
         super().__init__(embedding, dense)
         self.register_parameter("bias", dense._parameters.get("bias"))
+        self._is_hf_initialized = self.bias is None
 
     def _computed(self, x: Tensor, embedding: QuantEmbedding) -> Tensor:
         product = embedding.multiply(x.to(embedding.weight_packed.device), None).to(x.device)

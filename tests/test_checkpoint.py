@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from hf_cptquant import BitPlan, CPTQuantConfig, CPTQuantError, SensitivityTable
+from hf_cptquant import BitPlan, CPTQuantConfig, CPTQuantError, SensitivityTable, modules
 from hf_cptquant.errors import CheckpointError
 from hf_cptquant.modules import packed_modules
 from hf_cptquant.record import QuantizationRecord
@@ -129,6 +129,14 @@ def test_reload_in_a_new_process_is_bit_identical_and_so_is_a_second_save(quanti
     assert all(torch.equal(saved[name], resaved[name]) for name in saved)
     for name in ("config.json", "cptquant_plan.json"):
         assert json.loads((folder / name).read_text()) == json.loads((again / name).read_text())
+
+
+def test_loading_dequantizes_nothing(quantized, tiny, monkeypatch):
+    """transformers draws weights for all that it does not know to be filled, and asks for each before."""
+    folders = [quantized[1], tiny(quantize_embeddings=8)[1]]
+    monkeypatch.setattr(modules, "dense_weight", lambda *_: pytest.fail("a weight was dequantized"))
+    for folder in folders:
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_zero_points_reload_packed_and_the_limit_is_said(tiny, tmp_path, logged):

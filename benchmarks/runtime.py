@@ -2,9 +2,10 @@
 
 Products: one linear layer, by shape, scheme and rows, as a ratio to `nn.Linear` in bfloat16 (2: twice as fast). The
 calls go round over so many copies of each layer that no weight is still in the cache. Models: SmolLM2-135M, and random
-weights in the shape of Llama-3.2-1B; each in a process of its own, in bfloat16 and with 4 bits in groups of 64 and a
-few blocks at 8 bits (about 4.5 bits per weight). Decoding reads all weights for every token, so its speed is also
-given as a share of the bandwidth with which memory is copied. Peers are measured where they are installed:
+weights in the shape of Llama-3.2-1B; each in a process of its own, in bfloat16, with 4 bits in groups of 64 and a few
+blocks at 8 bits (about 4.5 bits per weight), and with the embedding, which is the head, too, at 8 bits besides.
+Decoding reads all weights for every token, so its speed is also given as a share of the bandwidth with which memory is
+copied. Without numba, torch's kernels alone are measured. Peers are measured where they are installed:
 
     uv run --with torchao --with optimum-quanto --with hqq --with bitsandbytes --with llama-cpp-python \\
         python benchmarks/runtime.py
@@ -37,7 +38,7 @@ from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import write_bundled_model
 from hf_cptquant.grid import QuantizedWeight, integer_range
 from hf_cptquant.llama_cpp import export_gguf
-from hf_cptquant.model_view import view_model
+from hf_cptquant.model_view import input_embedding, view_model
 from hf_cptquant.modules import QuantLinear, explain_choice
 from hf_cptquant.plan import LayerScheme
 
@@ -54,6 +55,7 @@ PROMPT, TOKENS = 256, 24
 LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
             "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}  # fmt: skip
 MODELS = ("SmolLM2-135M-Instruct", "Llama-1B, random")
+KINDS = {"packed with the embedding": True, "packed": False}  # the last stays on disk, for llama.cpp
 PEERS = {"torchao": "torchao", "quanto": "optimum-quanto", "hqq": "hqq", "bitsandbytes": "bitsandbytes"}
 
 
@@ -230,12 +232,13 @@ def write_model(name: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def write_quantized(source: Path, folder: Path) -> float:
-    """The model with 4 bits, but the first of every 16 blocks with 8; its bits per weight."""
+def write_quantized(source: Path, folder: Path, with_embedding: bool) -> float:
+    """The model with 4 bits, but the first of every 16 blocks, and maybe the embedding, with 8; its bits per weight."""
     model = AutoModelForCausalLM.from_pretrained(source)
-    undecided = view_model(model).plan("module")
-    blocks = list(dict.fromkeys(module.block for module in undecided.modules))
-    bits = {module.unit: 4 if blocks.index(module.block) % 16 else 8 for module in undecided.modules}
+    undecided = view_model(model, outside=[input_embedding(model)] if with_embedding else ()).plan("module")
+    blocks = list(dict.fromkeys(module.block for module in undecided.inside.modules))
+    of_blocks = {block: 4 if index % 16 else 8 for index, block in enumerate(blocks)}
+    bits = {module.unit: 8 if module.outside else of_blocks[module.block] for module in undecided.modules}
     plan = undecided.with_bits(bits, GROUP_SIZE)
     del model
     config = CPTQuantConfig(plan=plan, quality="fast")
@@ -252,23 +255,25 @@ def child(*command: str) -> dict[str, Any]:
 
 
 def models(names: Sequence[str], bandwidth: float) -> dict[str, Any]:
-    """Model → kind (bfloat16, packed, llama.cpp) → figures; those of packed models also relative to bfloat16."""
+    """Model → kind (bfloat16, two packed, llama.cpp) → figures; those of packed models also relative to bfloat16."""
     found: dict[str, Any] = {}
     for name in names:
         with tempfile.TemporaryDirectory() as work:
             original, quantized = Path(work, "original"), Path(work, "quantized")
             write_model(name, original)
-            bits = write_quantized(original, quantized)
-            dense, packed = (child(__file__, "--model", str(folder)) for folder in (original, quantized))
-            for figures in (dense, packed):
+            found[name] = {"bfloat16": (dense := child(__file__, "--model", str(original)))}
+            for kind, with_embedding in KINDS.items():
+                bits = write_quantized(original, quantized, with_embedding)
+                packed = child(__file__, "--model", str(quantized))
+                ratios = {
+                    f"{step}_ratio": round(packed[key] / dense[key], 3)
+                    for step in ("decode", "prefill")
+                    for key in [f"{step}_tokens_per_second"]
+                }
+                found[name][kind] = {"bits_per_weight": round(bits, 4), **packed, **ratios}
+            for figures in found[name].values():
                 reads = figures["read_bytes_per_token"] * figures["decode_tokens_per_second"]
                 figures["share_of_copy_bandwidth"] = round(reads / bandwidth, 3)
-            ratios = {
-                f"{kind}_ratio": round(packed[key] / dense[key], 3)
-                for kind in ("decode", "prefill")
-                for key in [f"{kind}_tokens_per_second"]
-            }
-            found[name] = {"bits_per_weight": round(bits, 4), "bfloat16": dense, "packed": {**packed, **ratios}}
             if name == MODELS[0] and installed("llama-cpp-python"):
                 file = Path(work, "model.gguf")
                 export_gguf(quantized, file)
@@ -302,6 +307,7 @@ def main() -> None:
     peers = [name for name, version in versions.items() if version is not None]
     result = {
         "command": f"python benchmarks/runtime.py --seconds {arguments.seconds:g}",
+        "numba": installed("numba"),
         "kernels": {str(scheme): explain_choice(packed_layer(scheme, (2048, 2048))) for scheme in SCHEMES},
         "copy_bandwidth_gb_per_second": round(bandwidth / 1e9, 2),
         "overhead_microseconds": overhead(),

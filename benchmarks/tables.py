@@ -207,12 +207,12 @@ def runtime_table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, kinds in result["models"].items():
-        packed = f"packed, {kinds['bits_per_weight']:.2f} bits"
-        for kind, label in (("bfloat16", "bfloat16"), ("packed", packed)):
+        for kind in ("bfloat16", "packed", "packed with the embedding"):
             found = kinds[kind]
+            dense = kind == "bfloat16"
+            label = kind if dense else f"{kind}, {found['bits_per_weight']:.2f} bits"
             speeds = [
-                f"{found[f'{step}_tokens_per_second']:.1f}"
-                + (f" ({found[f'{step}_ratio']:.2f}×)" if kind == "packed" else "")
+                f"{found[f'{step}_tokens_per_second']:.1f}" + ("" if dense else f" ({found[f'{step}_ratio']:.2f}×)")
                 for step in ("prefill", "decode")
             ]
             models.append(
@@ -231,8 +231,8 @@ def runtime_table(result: dict[str, Any]) -> str:
                 products.append(f"| {shape.replace('x', ' × ')} | {kind} | {ratios} |")
     versions = result["versions"]
     told = (
-        f"Copy bandwidth {result['copy_bandwidth_gb_per_second']:.0f} GB/s; torch {versions['torch']}, transformers"
-        f" {versions['transformers']}; {result['machine']}."
+        f"Copy bandwidth {result['copy_bandwidth_gb_per_second']:.0f} GB/s; torch {versions['torch']}, numba"
+        f" {result['numba']}, transformers {versions['transformers']}; {result['machine']}."
     )
     folded = ["<details><summary>One product, times as fast as in bfloat16</summary>", "", *products, "", "</details>"]
     return "\n".join([*models, "", *folded, "", told])

@@ -199,7 +199,7 @@ def test_int4_layout_is_taken_and_accurate(group_size, symmetric, bias, offset):
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (2, False), (3, True), (3, False), (5, True), (6, True)])
 def test_planes_are_taken_and_accurate(bits, group_size, symmetric, offset, library):
     scheme = LayerScheme(bits, group_size, symmetric)
-    check_fast_layout(scheme, (192, 512), PLANES, bits == 3, offset, rows=(1, 3, 8, 9, 32, 33, 100))
+    check_fast_layout(scheme, (192, 512), PLANES, bits == 3, offset, rows=(1, 3, 12, 13, 32, 33, 100))
 
 
 @needs_int4
@@ -220,8 +220,8 @@ def test_tiles_make_the_product_of_the_whole(bits, symmetric, library, monkeypat
 @pytest.mark.parametrize("offset", [0, 1], ids=["centred", "positive"])
 @with_and_without_bias
 @pytest.mark.parametrize("shape", [(64, 512), (40, 576), (77, 48)], ids=str)
-def test_int8_layout_is_taken_and_accurate(shape, bias, offset):
-    check_fast_layout(LayerScheme(8), shape, INT8, bias, offset, rows=(1, 3, 16, 17, 100))
+def test_int8_layout_is_taken_and_accurate(shape, bias, offset, library):
+    check_fast_layout(LayerScheme(8), shape, INT8, bias, offset, rows=(1, 2, 3, 16, 17, 100))
 
 
 def check_fast_layout(scheme, shape, layout, bias, offset, rows):
@@ -247,11 +247,11 @@ def test_int8_kernel_is_not_taken_for_widths_that_it_reads_beyond(in_features):
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 16), (5, 80)], ids=str)
-def test_int8_kernel_takes_small_weights(shape):
+def test_int8_kernel_takes_small_weights(shape, library):
     module = packed_module(LayerScheme(8), shape, torch.bfloat16)
     assert module.layout == INT8
     weight = exact_weight(quantized_weight(LayerScheme(8), shape, torch.bfloat16))
-    for rows in (13, 16):
+    for rows in (1, 2, 13, 16):
         x = random(rows, shape[1], dtype=torch.bfloat16, seed=2)
         error = relative_error(module(x), exact_product(x, weight, module.bias))
         assert error <= tolerance(torch.bfloat16, shape[1])
@@ -286,12 +286,14 @@ def test_fast_layouts_say_which_kernel_and_up_to_how_many_rows(library):
     of_planes = packed_module(LayerScheme(3, 32), (64, 64), torch.bfloat16)
     if library == "numba":
         assert explain_choice(int4) == "cpu_int4: torch's int4 kernel up to 24 rows, dequantize by numba beyond"
-        assert explain_choice(of_planes) == "cpu_planes: numba's kernel up to 8 rows, dequantize by numba beyond"
+        assert explain_choice(of_planes) == "cpu_planes: numba's kernel up to 12 rows, dequantize by numba beyond"
+        rows = "numba's kernel up to 2 rows, torch's int8 kernel up to 16 rows, dequantize beyond"
+        assert explain_choice(int8) == f"cpu_int8: {rows}"
     else:
         why = "dequantize beyond; numba would be faster, but is left out here"
         assert explain_choice(int4) == f"cpu_int4: torch's int4 kernel up to 64 rows, {why}"
         assert explain_choice(of_planes) == f"cpu_planes: torch's int4 kernel on bit planes up to 32 rows, {why}"
-    assert explain_choice(int8) == "cpu_int8: torch's int8 kernel up to 16 rows, dequantize beyond"
+        assert explain_choice(int8) == f"cpu_int8: torch's int8 kernel up to 16 rows, {why}"
 
 
 def test_choice_names_a_device_without_a_kernel():

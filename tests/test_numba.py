@@ -10,7 +10,7 @@ from conftest import kernels_of
 
 from hf_cptquant import kernels
 from hf_cptquant.grid import QuantizedWeight, integer_range
-from hf_cptquant.kernels import CPU_INT4, CPU_PLANES, NUMBA, NUMBA_DENSE, REFERENCE, kernel_of, planes
+from hf_cptquant.kernels import CPU_INT4, CPU_INT8, CPU_PLANES, NUMBA, NUMBA_DENSE, REFERENCE, kernel_of, planes
 from hf_cptquant.modules import QuantLinear
 from hf_cptquant.plan import LayerScheme
 
@@ -69,14 +69,15 @@ def test_weights_for_few_rows_are_the_integers_times_the_scale(scheme):
             assert ((found - exact).abs() <= 2**-8 * (exact.abs() + shift)).all()
 
 
-def test_threads_do_not_change_the_result():
+@pytest.mark.parametrize("scheme", [LayerScheme(3, 64), LayerScheme(8)], ids=str)
+def test_threads_do_not_change_the_result(scheme):
     """More of them than there are blocks of outputs, too."""
-    layer, x = layer_of(LayerScheme(3, 64)), torch.randn(100, 576).bfloat16()
+    layer, x = layer_of(scheme), torch.randn(100, 576).bfloat16()
     before, found = torch.get_num_threads(), {}
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found[threads] = [layer(x[:rows]) for rows in (1, 6)]
+            found[threads] = [layer(x[:rows]) for rows in (1, 2, 6)]
     finally:
         torch.set_num_threads(before)
     for threads in (2, 5):
@@ -84,10 +85,12 @@ def test_threads_do_not_change_the_result():
 
 
 def test_few_rows_are_those_of_the_layout():
-    of_planes = [kernel_of(CPU_PLANES, rows, torch.bfloat16, CPU) for rows in (0, 1, 8, 9)]
+    of_planes = [kernel_of(CPU_PLANES, rows, torch.bfloat16, CPU) for rows in (0, 1, 12, 13)]
     assert of_planes == [REFERENCE, NUMBA, NUMBA, NUMBA_DENSE]
     int4 = [kernel_of(CPU_INT4, rows, torch.bfloat16, CPU) for rows in (0, 1, 24, 25)]
-    assert int4 == [REFERENCE, "torch int4", "torch int4", NUMBA_DENSE]
+    assert int4 == [REFERENCE, "torch's int4 kernel", "torch's int4 kernel", NUMBA_DENSE]
+    int8 = [kernel_of(CPU_INT8, rows, torch.bfloat16, CPU) for rows in (0, 1, 2, 3, 16, 17)]
+    assert int8 == [REFERENCE, NUMBA, NUMBA, "torch's int8 kernel", "torch's int8 kernel", REFERENCE]
     assert kernel_of(CPU_PLANES, 1, torch.float32, CPU) == REFERENCE
 
 
@@ -98,7 +101,7 @@ def test_reason_names_the_way_out_where_numba_is_not_installed(monkeypatch):
     try:
         layer = layer_of(LayerScheme(3, 64))
         assert layer.choice.reason.endswith("but is not installed (pip install 'hf-cptquant[cpu]')")
-        assert kernel_of(layer.layout, 1, torch.bfloat16, CPU) == "torch int4, bit planes"
+        assert kernel_of(layer.layout, 1, torch.bfloat16, CPU) == "torch's int4 kernel on bit planes"
     finally:
         kernels.without_numba.cache_clear()
 

@@ -22,7 +22,7 @@ from hf_cptquant import BitPlan, CPTQuantConfig, make_plan
 from hf_cptquant.doctor import diagnose
 from hf_cptquant.errors import CheckpointError, ConfigError, ModelError, PlanError
 from hf_cptquant.evaluate import perplexity
-from hf_cptquant.kernels import KERNELS
+from hf_cptquant.kernels import CPU_INT8, kernel_of
 from hf_cptquant.model_view import input_embedding, view_model
 from hf_cptquant.modules import QuantEmbedding, packed_modules
 from hf_cptquant.pipeline import report
@@ -229,7 +229,8 @@ def test_plan_file_card_map_and_doctor_show_it(tokens, tmp_path):
     assert "as they were: norms" in card
     kernels = {each.example: each for each in diagnose(tmp_path / "packed").kernels}
     (of_all,) = (each for each in kernels.values() if each.device == "cpu")
-    assert (of_all.modules, of_all.decode) == (len(plan.packed), KERNELS["cpu_int8"])  # that of the layers
+    of_layers = kernel_of(CPU_INT8, 1, torch.bfloat16, torch.device("cpu"))
+    assert (of_all.modules, of_all.decode) == (len(plan.packed), of_layers)
 
     for used in (tmp_path / "packed", BitPlan.load(tmp_path / "packed")):
         assert quantized_from(tmp_path / "dense", used).hf_quantizer.record.plan == plan

@@ -27,15 +27,21 @@ WIRE, CPU_INT4, CPU_PLANES, CPU_INT8 = "wire", "cpu_int4", "cpu_planes", "cpu_in
 # int4 5.8 ms against 9.6 ms at 64 rows, 11.0 against 10.9 at 128; int8 1.6 against 1.9 at 16 rows, 4.2 against 2.2 at
 # 32). Planes are spread once for all rows, but 5 and 6 bits run the kernel twice: between the two, not measured apart.
 MAX_ROWS = {CPU_INT4: 64, CPU_PLANES: 32, CPU_INT8: 16}
-KERNELS = {CPU_INT4: "torch int4", CPU_PLANES: "torch int4, bit planes", CPU_INT8: "torch int8"}
+KERNELS = {
+    CPU_INT4: "torch's int4 kernel",
+    CPU_PLANES: "torch's int4 kernel on bit planes",
+    CPU_INT8: "torch's int8 kernel",
+}
 BY_PLANES = (CPU_INT4, CPU_PLANES)
 
-# The same where numba dequantizes, and multiplies few rows with planes (2 cores with AVX-512, relative to bfloat16,
-# 2048 × 2048: torch's int4 at 16 rows 0.85, dequantize 0.71, at 32 rows 0.67 and 0.72; 3 bits at 8 rows 0.87 and 0.76,
-# at 16 rows 0.50 and 0.71)
-MAX_ROWS_NUMBA = {CPU_INT4: 24, CPU_PLANES: 8}
-NUMBA, NUMBA_DENSE = "numba, bit planes", "dequantize by numba, dense product"
+# With numba its kernels take up to so many rows, and torch's the others up to so many; beyond, numba dequantizes planes
+# (2 cores with AVX-512, 2048 × 2048, relative to bfloat16: 3 bits at 8 rows 1.15, dequantize 0.62, at 16 rows 0.6 and
+# 0.71; torch's int4 at 16 rows 0.85 and 0.71, at 32 rows 0.67 and 0.72; int8 at 1 row 2.1 by numba and 1.2 by torch, at
+# 4 rows 0.9 and 1.7)
+NUMBA_ROWS = {CPU_INT4: 0, CPU_PLANES: 12, CPU_INT8: 2}
+MAX_ROWS_WITH_NUMBA = {CPU_INT4: 24, CPU_PLANES: 0, CPU_INT8: 16}
 REFERENCE = "dequantize, dense product"
+NUMBA, NUMBA_DENSE = "numba", "dequantize by numba, dense product"
 
 # Beyond these rows arithmetic decides, and the dense product of the GPU's own library is taken: the number is that of
 # vLLM for its Triton kernels of AWQ (`FP16_MATMUL_HEURISTIC_CONDITION`), not measured here
@@ -90,7 +96,7 @@ def choose_layout(
             return Choice(
                 WIRE, f"torch's int8 kernel reads {cpu.INT8_WIDTH} inputs at a time; this weight has {in_features}"
             )
-        return Choice(CPU_INT8, f"torch's int8 kernel up to {MAX_ROWS[CPU_INT8]} rows, dequantize beyond")
+        return Choice(CPU_INT8, _reason(CPU_INT8))
     if scheme.bits not in planes.FORMS or scheme.group_size not in planes.GROUP_SIZES:
         return Choice(
             WIRE,
@@ -104,14 +110,19 @@ def choose_layout(
             WIRE, f"torch's int4 kernel lays out blocks of {block or 'unknown'} rows; this weight has {out_features}"
         )
     layout = CPU_INT4 if scheme.bits == 4 else CPU_PLANES
+    return Choice(layout, _reason(layout))
+
+
+def _reason(layout: str) -> str:
+    """What a layout is multiplied by on CPUs, as `kernel_of` decides."""
     missing = without_numba()
-    if missing is not None:
-        kernel = f"torch's int4 kernel{'' if layout == CPU_INT4 else ' on bit planes'}"
-        return Choice(
-            layout, f"{kernel} up to {MAX_ROWS[layout]} rows, dequantize beyond; numba would be faster, but {missing}"
-        )
-    kernel = "torch's int4 kernel" if layout == CPU_INT4 else "numba's kernel"
-    return Choice(layout, f"{kernel} up to {MAX_ROWS_NUMBA[layout]} rows, dequantize by numba beyond")
+    rows, compiled = (MAX_ROWS, 0) if missing else (MAX_ROWS_WITH_NUMBA, NUMBA_ROWS[layout])
+    kernels = [f"numba's kernel up to {compiled} rows"] if compiled else []
+    if rows[layout]:
+        kernels.append(f"{KERNELS[layout]} up to {rows[layout]} rows")
+    if missing:
+        return f"{', '.join(kernels)}, dequantize beyond; numba would be faster, but {missing}"
+    return f"{', '.join(kernels)}, dequantize{' by numba' if layout in BY_PLANES else ''} beyond"
 
 
 def _interpreted() -> bool:
@@ -163,11 +174,13 @@ def kernel_of(layout: str, rows: int, dtype: torch.dtype, device: torch.device) 
         return TRITON if 0 < rows <= MAX_ROWS_TRITON else TRITON_DENSE
     if layout not in KERNELS or device.type != "cpu" or dtype != torch.bfloat16 or rows == 0:
         return REFERENCE
-    if layout in BY_PLANES and without_numba() is None:
-        if rows > MAX_ROWS_NUMBA[layout]:
-            return NUMBA_DENSE
-        return NUMBA if layout == CPU_PLANES else KERNELS[layout]
-    return KERNELS[layout] if rows <= MAX_ROWS[layout] else REFERENCE
+    if without_numba() is not None:
+        return KERNELS[layout] if rows <= MAX_ROWS[layout] else REFERENCE
+    if rows <= NUMBA_ROWS[layout]:
+        return NUMBA
+    if rows <= MAX_ROWS_WITH_NUMBA[layout]:
+        return KERNELS[layout]
+    return NUMBA_DENSE if layout in BY_PLANES else REFERENCE
 
 
 def to_layout(tensors: PackedTensors, layout: str, in_features: int) -> PackedTensors:
@@ -249,7 +262,11 @@ def multiply(
         if kernel == NUMBA:
             from . import numba_kernel
 
-            product = numba_kernel.linear(rows, weight, scale, group_size)
+            product = (
+                numba_kernel.linear(rows, weight, scale, group_size)
+                if layout in BY_PLANES
+                else numba_kernel.int8_linear(rows, weight, scale)
+            )
         elif layout in BY_PLANES:
             product = planes.linear(rows, weight, scale, group_size)
         else:

@@ -75,7 +75,8 @@ def _pointer_to(dtype: Any) -> Any:
     return at
 
 
-_octets_at, _halves_at, _floats_at = (_pointer_to(dtype) for dtype in (types.uint8, types.uint16, types.float32))
+_octets_at, _integers_at = _pointer_to(types.uint8), _pointer_to(types.int8)
+_halves_at, _floats_at = _pointer_to(types.uint16), _pointer_to(types.float32)
 
 
 @njit(inline="always", cache=True)  # fails at once where no compiled code can be kept
@@ -221,7 +222,7 @@ def _multiplier(bits: int, block: int, shifted: bool) -> Any:
     upper_width, lower_width = (*FORMS[bits].widths, 0)[:2]
     entry = 4 if shifted else 2  # bytes of a table
 
-    @cfunc(SIGNATURE, cache=True)
+    @cfunc(SIGNATURE, cache=True, fastmath={"contract"})
     def multiply(arguments):
         held = carray(arguments, 9)
         rows, in_features, out_features, group_size = held[5], held[6], held[7], held[8]
@@ -323,10 +324,31 @@ def _dequantizer(bits: int, block: int, shifted: bool) -> Any:
     return dequantize
 
 
-def _check(in_features: int, table: Tensor, group_size: int) -> None:
+@lru_cache
+def _int8_multiplier() -> Any:
+    """The compiled function of `int8_linear`. Its argument: addresses of integers, scales, inputs (float32) and
+    outputs; rows, input features, output features."""
+
+    @cfunc(SIGNATURE, cache=True, fastmath={"contract", "reassoc"})  # else a sum would be no vector
+    def multiply(arguments):
+        held = carray(arguments, 7)
+        rows, in_features, out_features = held[4], held[5], held[6]
+        scales = _halves_at(held[1])
+        for j in range(out_features * _thread() // _threads(), out_features * (_thread() + 1) // _threads()):
+            integers = _integers_at(held[0] + j * in_features)
+            for row in range(rows):
+                x, total = _floats_at(held[2] + 4 * row * in_features), np.float32(0)
+                for i in range(in_features):
+                    total += x[i] * np.float32(np.int32(integers[i]))
+                _halves_at(held[3] + 2 * row * out_features)[j] = _narrowed(total * _widened(scales[j]))
+
+    return multiply
+
+
+def _check(in_features: int, width: int) -> None:
     """Compiled code would read beyond the weight."""
-    if in_features != len(table) * group_size:
-        raise ValueError(f"inputs have {in_features} features, and the weight {len(table) * group_size}")
+    if in_features != width:
+        raise ValueError(f"inputs have {in_features} features, and the weight {width}")
 
 
 def linear(x: Tensor, packed: Tensor, table: Tensor, group_size: int) -> Tensor:
@@ -339,7 +361,7 @@ def linear(x: Tensor, packed: Tensor, table: Tensor, group_size: int) -> Tensor:
         ValueError: the inputs have another width than the weight.
     """
     (rows, in_features), shifted = x.shape, table.dim() == 3
-    _check(in_features, table, group_size)
+    _check(in_features, len(table) * group_size)
     inputs, product, bits = x.float(), x.new_empty(rows, len(packed)), bits_of(packed, x.shape[1])
     sums = inputs.view(rows, -1, group_size).sum(-1) * FORMS[bits].factors[0] if shifted else None
     function = _multiplier(bits, known_block(), shifted)
@@ -360,7 +382,7 @@ def dense_linear(
         ValueError: the inputs have another width than the weight.
     """
     (rows, in_features), out_features, block = x.shape, len(packed), known_block()
-    _check(in_features, table, group_size)
+    _check(in_features, len(table) * group_size)
     bits, shifted = bits_of(packed, in_features), table.dim() == 3
     zeros = None if zero_point is None else unpack(zero_point, bits, out_features, dim=0).t().float().contiguous()
     function = _dequantizer(bits, block, shifted)
@@ -376,3 +398,19 @@ def dense_linear(
             _run(function, packed, table, zeros, part, first, count, in_features, out_features, group_size)
             product[:, start : start + width] = inputs @ part.to(dtype)
     return product if bias is None else product.add_(bias)
+
+
+def int8_linear(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
+    """`x` bfloat16 `[rows, in]`, contiguous, times a symmetric per-channel int8 weight → `[rows, out]`, for few rows.
+
+    Args:
+        integers, scale: as `cpu.int8_linear` takes them.
+
+    Raises:
+        ValueError: the inputs have another width than the weight.
+    """
+    (rows, in_features), (out_features, width) = x.shape, integers.shape
+    _check(in_features, width)
+    inputs, product = x.float(), x.new_empty(rows, out_features)
+    _run(_int8_multiplier(), integers, scale, inputs, product, rows, in_features, out_features)
+    return product

@@ -32,7 +32,7 @@ from ..packing import unpack
 from . import reference
 from .planes import FORMS, bits_of, known_block
 
-TOGETHER = 4  # rows whose sums are held in registers, once for all of them is unpacked
+LEAST_BLOCKS = 4  # of a tile, or the dense product would be slow for its shape
 SIGNATURE = types.void(types.CPointer(types.int64))
 
 
@@ -388,7 +388,7 @@ def dense_linear(
     function = _dequantizer(bits, block, shifted)
     dtype = working_dtype(x.dtype, x.device)
     inputs, product = x.to(dtype), x.new_empty(rows, out_features)
-    step = reference.rows_of_tile(in_features, x.device, block) or out_features
+    step = max(reference.rows_of_tile(in_features, x.device, block) or out_features, LEAST_BLOCKS * block)
     tile = table.new_empty(in_features * min(step, out_features))
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, out_features, step):

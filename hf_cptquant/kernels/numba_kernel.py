@@ -334,13 +334,19 @@ def _int8_multiplier() -> Any:
         held = carray(arguments, 7)
         rows, in_features, out_features = held[4], held[5], held[6]
         scales = _halves_at(held[1])
-        for j in range(out_features * _thread() // _threads(), out_features * (_thread() + 1) // _threads()):
-            integers = _integers_at(held[0] + j * in_features)
+        start, stop = out_features * _thread() // _threads(), out_features * (_thread() + 1) // _threads()
+        half = (stop - start + 1) // 2  # of the outputs: two are read at a time, far from one another
+        for j in range(start, start + half):
+            other = min(j + half, stop - 1)
+            first, second = _integers_at(held[0] + j * in_features), _integers_at(held[0] + other * in_features)
             for row in range(rows):
-                x, total = _floats_at(held[2] + 4 * row * in_features), np.float32(0)
+                x, output = _floats_at(held[2] + 4 * row * in_features), _halves_at(held[3] + 2 * row * out_features)
+                of_first = of_second = np.float32(0)
                 for i in range(in_features):
-                    total += x[i] * np.float32(np.int32(integers[i]))
-                _halves_at(held[3] + 2 * row * out_features)[j] = _narrowed(total * _widened(scales[j]))
+                    of_first += x[i] * np.float32(np.int32(first[i]))
+                    of_second += x[i] * np.float32(np.int32(second[i]))
+                output[j] = _narrowed(of_first * _widened(scales[j]))
+                output[other] = _narrowed(of_second * _widened(scales[other]))
 
     return multiply
 

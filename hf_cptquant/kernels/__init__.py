@@ -36,8 +36,8 @@ BY_PLANES = (CPU_INT4, CPU_PLANES)
 
 # With numba its kernels take up to so many rows, and torch's the others up to so many; beyond, numba dequantizes planes
 # (2 cores with AVX-512, 2048 × 2048, relative to bfloat16: 3 bits at 8 rows 1.15, dequantize 0.62, at 16 rows 0.6 and
-# 0.71; torch's int4 at 16 rows 0.85 and 0.71, at 32 rows 0.67 and 0.72; int8 at 1 row 2.1 by numba and 1.2 by torch, at
-# 4 rows 0.9 and 1.7)
+# 0.71; torch's int4 at 16 rows 0.85 and 0.71, at 32 rows 0.67 and 0.72; int8 at 1 row 2.1 by numba and 1.0 by torch, at
+# 2 rows 3.3 and 2.5, at 4 rows 1.4 and 2.0)
 NUMBA_ROWS = {CPU_INT4: 0, CPU_PLANES: 12, CPU_INT8: 2}
 MAX_ROWS_WITH_NUMBA = {CPU_INT4: 24, CPU_PLANES: 0, CPU_INT8: 16}
 REFERENCE = "dequantize, dense product"

@@ -1,4 +1,4 @@
-"""Products with bit planes, compiled by numba for the processor at hand, on torch's own threads.
+"""Products with bit planes and with 8 bits, compiled by numba for the processor at hand, on torch's own threads.
 
 torch's int4 kernel reads four bits for each weight, to which other widths are spread first; and to dequantize for many
 rows takes several of torch's operations, each a pass over the weights. Here a byte of the planes becomes digits, and
@@ -34,7 +34,6 @@ from .planes import FORMS, bits_of, known_block
 
 LEAST_BLOCKS = 4  # of a tile, or the dense product would be slow for its shape
 SIGNATURE = types.void(types.CPointer(types.int64))
-
 
 _found = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
 if _found is None:

@@ -100,14 +100,14 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
         loaded = zip(batches_on(batches, model), original, rounded, strict=True)
         pairs = [tuple(work.call(prefix.call(batch, one, position)) for one in both) for batch, *both in loaded]
         outputs = [work(call) for call, _ in pairs]
-        calls = [call for _, call in pairs]
+        originals, calls = [call for call, _ in pairs], [call for _, call in pairs]
         for decision in untuned[name]:
             _pack_nearest(model, decision)
             layer = work.block.get_submodule(decision.name.removeprefix(name + "."))
             layer.weight.copy_(model.get_submodule(decision.name).weight)
         if of_block[name]:
             targets = [output[0] if isinstance(output, tuple) else output for output in outputs]
-            tuning = Tuning(work.dtype, recipe.iters, recipe.seed, curvatures.get(name))
+            tuning = Tuning(work.dtype, recipe.iters, recipe.seed, curvatures.get(name), originals)
             with in_module(name):
                 _check_finite(targets)
                 found = BLOCK_ROUNDINGS[recipe.rounding](work.block, of_block[name], calls, targets, tuning)

@@ -7,15 +7,13 @@ a `Tuning`; they give the integers of each layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..grid import QuantizedWeight
-from ..plan import LayerScheme
 from ..sensitivity.prefix import Call
 from . import clipping, gptq, signround
 from .nearest import round_nearest
@@ -31,28 +29,23 @@ class Tuning:
         dtype: of the scales.
         iterations, seed: of tuning.
         curvature: of the loss by the block's outputs, float32 `[features, features]`, if it is known.
+        originals: the block's calls in the original model, if they are known.
     """
 
     dtype: torch.dtype
     iterations: int
     seed: int
     curvature: Tensor | None = None
-
-
-def _by_inputs(
-    together: clipping.Together,
-    block: nn.Module,
-    schemes: Mapping[str, LayerScheme],
-    calls: Sequence[Call],
-    _targets: Sequence[Tensor],
-    tuning: Tuning,
-) -> dict[str, QuantizedWeight]:
-    return clipping.round_by_inputs(together, block, schemes, calls, tuning.dtype)
+    originals: Sequence[Call] = ()
 
 
 BLOCK_ROUNDINGS: dict[str, Callable[..., dict[str, QuantizedWeight]]] = {
-    "clipped": partial(_by_inputs, clipping.round_together),
-    "gptq": partial(_by_inputs, gptq.round_together),
+    "clipped": lambda block, schemes, calls, _targets, tuning: clipping.round_by_inputs(
+        clipping.round_together, block, schemes, calls, tuning.dtype
+    ),
+    "gptq": lambda block, schemes, calls, _targets, tuning: clipping.round_by_inputs(
+        gptq.round_together, block, schemes, calls, tuning.dtype, tuning.originals
+    ),
     "signround": lambda block, schemes, calls, targets, tuning: signround.round_block(
         block, schemes, calls, targets, tuning.iterations, tuning.seed, tuning.curvature, tuning.dtype
     ),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,16 @@ from transformers.utils import logging
 from ..grid import QuantizedWeight, dequantize, extremes, grid_between, quantize
 from ..modules import matrix_of
 from ..plan import LayerScheme
-from ..sensitivity.compensation import input_products
+from ..sensitivity.compensation import input_products, inputs_in
 from ..sensitivity.prefix import Call
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
-# Weights that share their inputs, their schemes, the products XXᵀ of these inputs, the dtype of scales → the integers.
-Together = Callable[[Sequence[Tensor], Sequence[LayerScheme], Tensor, torch.dtype | None], list[QuantizedWeight]]
+# Weights that share their inputs, their schemes, the products XXᵀ of these inputs, the dtype of scales, and how the
+# inputs have drifted from the original model's (`input_drifts`), if that is known → the integers.
+Together = Callable[
+    [Sequence[Tensor], Sequence[LayerScheme], Tensor, torch.dtype | None, Tensor | None], list[QuantizedWeight]
+]
 
 FACTORS = tuple(1 - step / 40 for step in range(21))  # from the whole range down to half of it
 
@@ -70,7 +74,11 @@ def clipped_grid(
 
 
 def round_together(
-    matrices: Sequence[Tensor], schemes: Sequence[LayerScheme], product: Tensor, dtype: torch.dtype | None = None
+    matrices: Sequence[Tensor],
+    schemes: Sequence[LayerScheme],
+    product: Tensor,
+    dtype: torch.dtype | None = None,
+    _drift: Tensor | None = None,
 ) -> list[QuantizedWeight]:
     """Round weights `[out_features, in_features]` to nearest on their narrowed ranges."""
     importance = product.diagonal()
@@ -86,6 +94,7 @@ def round_by_inputs(
     schemes: Mapping[str, LayerScheme],
     calls: Sequence[Call],
     dtype: torch.dtype | None = None,
+    originals: Sequence[Call] = (),
 ) -> dict[str, QuantizedWeight]:
     """Round the layers of a block, each by its own inputs.
 
@@ -95,6 +104,7 @@ def round_by_inputs(
         schemes: name of a layer within the block → its packed scheme.
         calls: arguments of the block.
         dtype: of the scales; by default the block's.
+        originals: the same calls in the original model, if the drift of the inputs is to count.
 
     Returns:
         Layer → its integers. A layer that no call reaches is rounded to nearest, which is logged.
@@ -105,10 +115,39 @@ def round_by_inputs(
     layers = {name: block.get_submodule(name) for name in schemes}
     rounded: dict[str, QuantizedWeight] = {}
     passes = [partial(block, *args, **kwargs) for args, kwargs in calls]
-    for names, product in input_products(layers, passes):
+    products = input_products(layers, passes)
+    firsts = {names[0]: layers[names[0]] for names, _ in products} if originals else {}
+    drifts = input_drifts(firsts, passes, [partial(block, *args, **kwargs) for args, kwargs in originals])
+    for names, product in products:
         matrices = [matrix_of(type(layers[name]), layers[name].weight.detach()).contiguous() for name in names]
-        found = together(matrices, [schemes[name] for name in names], product, dtype)
+        found = together(matrices, [schemes[name] for name in names], product, dtype, drifts.get(names[0]))
         rounded |= dict(zip(names, found, strict=True))
         if not bool(product.any()):
             logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")
     return {name: rounded[name] for name in schemes}
+
+
+@torch.no_grad()
+def input_drifts(
+    layers: Mapping[str, nn.Module], passes: Sequence[Callable[[], Any]], originals: Sequence[Callable[[], Any]]
+) -> dict[str, Tensor]:
+    """(X − X̂)X̂ᵀ of the inputs X̂ of layers, where the original model gives them X; by name.
+
+    Args:
+        layers: dense.
+        passes, originals: run the block behind rounded blocks, and with what the original model calls it with.
+
+    Returns:
+        float32 `[in_features, in_features]`. Experts, to which other tokens may come than in the original model, are
+        left out: their inputs are lists of tokens, without the dimension of the batch.
+    """
+    sums: dict[str, Tensor] = {}
+    for run, original in zip(passes, originals, strict=True) if layers else ():
+        found, wanted = inputs_in(layers, run), inputs_in(layers, original)
+        for name in found.keys() & wanted.keys():
+            for inputs, aim in zip(found[name], wanted[name], strict=False):
+                if inputs.dim() > 2 and inputs.shape == aim.shape:
+                    rows = inputs.flatten(0, -2).float()
+                    product = (aim.flatten(0, -2).float() - rows).t() @ rows
+                    sums[name] = sums[name] + product if name in sums else product
+    return sums

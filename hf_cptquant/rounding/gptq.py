@@ -7,6 +7,12 @@ the upper Cholesky factor of H⁻¹, the error e = (w − ŵ)/U_ii moves the lat
 finished before the rest of the matrix is touched, and layers that share their inputs are rounded as one tall matrix.
 Ranges are narrowed by what they cost on the inputs (`clipping.py`). The walk is greedy; a row that it leaves with a
 larger error than rounding to nearest on the whole range would, is rounded to nearest.
+
+Behind rounded blocks the inputs are X̂ where the original model has X. What comes nearest to WX there is not W but
+WXX̂ᵀ(X̂X̂ᵀ)⁻¹ = W + W(X − X̂)X̂ᵀ(X̂X̂ᵀ)⁻¹ (asymmetric calibration, GPTAQ, arXiv 2504.02692, which distributes the change
+column by column). Weights are moved a quarter of the way there before they are rounded: on SmolLM2-135M in groups of 64
+the KL divergence from the original falls from 0.096 to 0.084 nats at 4 bits and from 0.368 to 0.295 at 3 (WikiText-2),
+the perplexity of reviews from 55.7 to 55.0 and from 90.2 to 81.8; the whole way ruins the model (1.34 and 2.99 nats).
 """
 
 from __future__ import annotations
@@ -23,12 +29,17 @@ from ..sensitivity.compensation import DAMPING
 from .clipping import clipped_grid
 from .nearest import round_nearest
 
+SHARE = 0.25  # of the way to what is best for the inputs that have drifted
 COLUMNS = 128  # finished before the rest of the matrix is touched
 MOST_DAMPING = 1e3  # ten times as much as at first after each failure
 
 
 def round_together(
-    matrices: Sequence[Tensor], schemes: Sequence[LayerScheme], hessian: Tensor, dtype: torch.dtype | None = None
+    matrices: Sequence[Tensor],
+    schemes: Sequence[LayerScheme],
+    hessian: Tensor,
+    dtype: torch.dtype | None = None,
+    drift: Tensor | None = None,
 ) -> list[QuantizedWeight]:
     """Round weights that share their inputs.
 
@@ -37,10 +48,14 @@ def round_together(
         schemes: packed schemes of theirs.
         hessian: float32 `[in_features, in_features]`; where an input is always 0, its column is rounded to nearest.
         dtype: of the scales; by default the weights'.
+        drift: (X − X̂)X̂ᵀ, as of `clipping.input_drifts`, if it is to count.
 
     Returns:
         The integers.
     """
+    if drift is not None:
+        dtype = dtype or matrices[0].dtype
+        matrices = against_drift(matrices, hessian, drift)
     importance = hessian.diagonal()
     grids = [clipped_grid(*each, importance, dtype) for each in zip(matrices, schemes, strict=True)]
     aims = compensated(matrices, schemes, grids, hessian)
@@ -48,6 +63,13 @@ def round_together(
         _better_rows(matrix, quantize(aim, *grid, scheme), hessian)
         for matrix, aim, grid, scheme in zip(matrices, aims, grids, schemes, strict=True)
     ]
+
+
+def against_drift(matrices: Sequence[Tensor], hessian: Tensor, drift: Tensor) -> list[Tensor]:
+    """W + ¼·W(X − X̂)X̂ᵀ(H + damping)⁻¹, float32; arguments as of `round_together`."""
+    factor = inverse_factor(hessian)
+    change = SHARE * (drift @ factor.t() @ factor)
+    return [matrix.float() + matrix.float() @ change for matrix in matrices]
 
 
 def compensated(

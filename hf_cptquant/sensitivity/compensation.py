@@ -86,6 +86,20 @@ def share_left(product: Tensor) -> float:
     return float(factor.diagonal().square().sum() / damped.diagonal().sum())
 
 
+def inputs_in(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, list[Tensor]]:
+    """What layers are called with while something runs, by name; those that are not called are left out."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.setdefault(name, []).append(inputs[0])
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
+        run()
+    return seen
+
+
 @torch.no_grad()
 def input_products(
     layers: Mapping[str, nn.Module], passes: Sequence[Callable[[], Any]]
@@ -101,17 +115,7 @@ def input_products(
     """
     sums: dict[tuple[str, ...], Tensor] = {}
     for run in passes:
-        seen: dict[str, list[Tensor]] = {}
-
-        def keep(
-            name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, list[Tensor]] = seen
-        ) -> None:
-            seen.setdefault(name, []).append(inputs[0])
-
-        with ExitStack() as hooks:
-            for name, layer in layers.items():
-                hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
-            run()
+        seen = inputs_in(layers, run)
         by_inputs: dict[tuple[int, ...], list[str]] = {}
         for name, of_calls in seen.items():
             by_inputs.setdefault(tuple(map(id, of_calls)), []).append(name)

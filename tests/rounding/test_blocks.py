@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -35,22 +36,23 @@ def first(output):
 
 @torch.no_grad()
 def literal(model, plan, batches, recipe):
-    """Every call by a full forward pass of the model rounded so far, every target by one of the original."""
+    """Every call by a full forward pass of the model rounded so far, its original and target by one of the original."""
     original = copy.deepcopy(model)
     order = running_order(model, batches[0], list(plan.by_block()))
     curvatures = curvature_of_outputs(original, order, batches, recipe.seed)
     for name in order:
         block = model.get_submodule(name)
-        calls, targets = [], []
+        calls, originals, targets = [], [], []
 
-        def keep(_, args, kwargs, calls=calls) -> None:
+        def keep(calls, _, args, kwargs) -> None:
             calls.append((args, kwargs))
 
         def aim(_, args, output, targets=targets) -> None:
             targets.append(first(output))
 
         hooks = [
-            block.register_forward_pre_hook(keep, with_kwargs=True),
+            block.register_forward_pre_hook(partial(keep, calls), with_kwargs=True),
+            original.get_submodule(name).register_forward_pre_hook(partial(keep, originals), with_kwargs=True),
             original.get_submodule(name).register_forward_hook(aim),
         ]
         for batch in batches:
@@ -59,7 +61,7 @@ def literal(model, plan, batches, recipe):
         for hook in hooks:
             hook.remove()
         schemes = {m.name.removeprefix(name + "."): m.scheme for m in plan.packed if m.block == name}
-        tuning = Tuning(model.dtype, recipe.iters, recipe.seed, curvatures[name])
+        tuning = Tuning(model.dtype, recipe.iters, recipe.seed, curvatures[name], originals)
         for layer, quantized in BLOCK_ROUNDINGS[recipe.rounding](block, schemes, calls, targets, tuning).items():
             dense = block.get_submodule(layer)
             packed = PACKED_CLASSES[type(dense)].from_quantized(quantized, dense.bias)

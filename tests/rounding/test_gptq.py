@@ -1,5 +1,7 @@
 """GPTQ against the textbook: optimal brain surgery in float64, column by column."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,55 @@ def test_damping_grows_until_the_decomposition_succeeds():
     change = damped - indefinite.double()
     assert torch.allclose(change, change[0, 0] * torch.eye(8, dtype=torch.float64), atol=1e-4)
     assert change[0, 0] > 0
+
+
+def drifted(tokens: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight, the original model's inputs, and those behind rounded blocks."""
+    weight, wanted = drawn(24, 32, tokens)
+    return weight, wanted, wanted + 0.3 * drawn(1, 32, tokens, seed=1)[1]
+
+
+def test_weights_move_a_quarter_of_the_way_to_the_damped_solution_for_drifted_inputs():
+    weight, wanted, inputs = drifted()
+    hessian, drift = inputs.t() @ inputs, (wanted - inputs).t() @ inputs
+    (found,) = gptq.against_drift([weight], hessian, drift)
+    w, x, given = (tensor.double().numpy() for tensor in (weight, wanted, inputs))
+    h = given.T @ given
+    damped = h + gptq.DAMPING * np.diag(h).mean() * np.eye(len(h))
+    change = np.linalg.solve(damped, given.T @ (x - given) @ w.T).T
+    assert np.allclose(found.numpy(), w + change / 4, atol=1e-4)
+    assert np.abs(change).max() > 0.1
+
+
+def test_rounding_against_the_drift_comes_nearer_to_the_original_outputs():
+    weight, wanted, inputs = drifted()
+    hessian, scheme = inputs.t() @ inputs, LayerScheme(4, 16)
+    (without,) = gptq.round_together([weight], [scheme], hessian)
+    (found,) = gptq.round_together([weight], [scheme], hessian, drift=(wanted - inputs).t() @ inputs)
+    off = [(wanted @ weight.t() - inputs @ dense(each).t()).square().sum() for each in (found, without)]
+    assert off[0] < 0.95 * off[1]
+    assert found.scale.dtype == weight.dtype
+
+
+def test_inputs_that_have_not_drifted_change_nothing():
+    weight, inputs = drawn(8, 32, 100)
+    weight, hessian = weight.bfloat16(), inputs.t() @ inputs
+    (without,) = gptq.round_together([weight], [LayerScheme(3, 16)], hessian)
+    (found,) = gptq.round_together([weight], [LayerScheme(3, 16)], hessian, drift=torch.zeros_like(hessian))
+    assert torch.equal(found.integers, without.integers)
+    assert torch.equal(found.scale, without.scale)
+
+
+def test_drifts_are_sums_over_the_calls_and_lists_of_tokens_are_left_out():
+    draw = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(6, 3)
+    found, wanted = (list(torch.randn(2, 2, 5, 6, generator=draw)) for _ in range(2))
+    passes, originals = ([partial(layer, inputs) for inputs in each] for each in (found, wanted))
+    drift = clipping.input_drifts({"x": layer}, passes, originals)["x"]
+    rows, aims = (torch.stack(each).flatten(0, 2).double() for each in (found, wanted))
+    assert torch.allclose(drift.double(), (aims - rows).t() @ rows, atol=1e-5)
+    tokens = [partial(layer, inputs.flatten(0, 1)) for inputs in found]
+    assert clipping.input_drifts({"x": layer}, tokens, tokens) == {}
 
 
 def test_inputs_that_are_not_finite_name_the_layer():

@@ -43,6 +43,7 @@ OURS = {f"ours {target}": {"target_bits": target, "bits": BITS} for target in (3
 OURS["ours 4.5, 4, 8, 16 bits"] = {"target_bits": 4.5, "bits": (4, 8, 16)}
 OURS["ours 4.5, 3 to 8 bits"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8)}
 OURS["ours 4.5, 3 to 8 bits, by module"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8), "granularity": "module"}
+OURS["ours 4.5, 3 to 8 bits, by module, GPTQ"] = {**OURS["ours 4.5, 3 to 8 bits, by module"], "rounding": "gptq"}
 OURS["ours 4.5, fast"] = {"target_bits": 4.5, "bits": BITS, "quality": "fast"}
 
 # Bits of a zero point, by the bits of the weights: none, as wide as they are, or a number like the scales.

@@ -280,7 +280,7 @@ def _multiplier(bits: int, block: int, shifted: bool) -> Any:
 
 @lru_cache
 def _dequantizer(bits: int, block: int, shifted: bool) -> Any:
-    """The compiled function of `dense_columns`. Its argument: addresses of planes, table, zero points (float32) and
+    """The compiled function of `dense_linear`. Its argument: addresses of planes, table, zero points (float32) and
     result; the first block, how many, input features, output features, group size."""
     half, lowest = block // 2, 2 ** (bits - 1)
     upper_width, lower_width = (*FORMS[bits].widths, 0)[:2]

@@ -137,9 +137,9 @@ class PackedLayer(nn.Module):
     def take(self, quantized: QuantizedWeight) -> PackedLayer:
         """Pack integers, scales and zero points of its shape and scheme in the place of those that are there."""
         bits, zero_point = quantized.scheme.bits, quantized.zero_point
-        self.weight_zero_point = None if zero_point is None else pack(zero_point, bits, dim=0)
-        wire = pack(quantized.integers, bits), quantized.scale.contiguous(), self.weight_zero_point
-        return self._hold(PackedTensors(*wire, WIRE)).settle()
+        words = None if zero_point is None else pack(zero_point, bits, dim=0)
+        wire = PackedTensors(pack(quantized.integers, bits), quantized.scale.contiguous(), words, WIRE)
+        return self._hold(wire).settle()
 
     def like(self, dense: nn.Module) -> PackedLayer:
         """Take over what else the dense module is."""
@@ -213,6 +213,7 @@ class PackedLayer(nn.Module):
 
     def _hold(self, tensors: PackedTensors) -> PackedLayer:
         self.weight_packed, self.weight_scale, self.layout = tensors.weight, tensors.scale, tensors.layout
+        self.weight_zero_point = tensors.zero_point
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
@@ -227,6 +228,8 @@ class PackedLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         wire = to_layout(self.tensors, WIRE, self.in_features)
         destination[prefix + "weight_packed"], destination[prefix + "weight_scale"] = wire.weight, wire.scale
+        if wire.zero_point is not None:
+            destination[prefix + "weight_zero_point"] = wire.zero_point
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._hold(to_layout(self.tensors, WIRE, self.in_features))
@@ -236,8 +239,8 @@ class PackedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies hold the wire format, since they may be opened on another device or processor."""
         wire = to_layout(self.tensors, WIRE, self.in_features)
-        buffers = {**self._buffers, "weight_packed": wire.weight, "weight_scale": wire.scale}
-        return {**self.__dict__, "_buffers": buffers, "layout": WIRE}
+        held = {"weight_packed": wire.weight, "weight_scale": wire.scale, "weight_zero_point": wire.zero_point}
+        return {**self.__dict__, "_buffers": {**self._buffers, **held}, "layout": WIRE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

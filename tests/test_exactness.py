@@ -7,8 +7,19 @@ from conftest import kernels_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_cptquant import kernels
 from hf_cptquant.grid import QuantizedWeight, integer_range
-from hf_cptquant.kernels import CPU_INT4, CPU_INT8, CPU_PLANES, WIRE, choose_layout, dense_weight, to_layout
+from hf_cptquant.kernels import (
+    CPU_INT4,
+    CPU_INT8,
+    CPU_PLANES,
+    NUMBA_INT8,
+    NUMBA_PLANES,
+    WIRE,
+    choose_layout,
+    dense_weight,
+    to_layout,
+)
 from hf_cptquant.modules import QuantConv1D, QuantLinear
 from hf_cptquant.plan import PACKED_BITS, LayerScheme, scheme_for
 
@@ -99,7 +110,10 @@ def test_conversion_to_a_kernels_layout_and_back_loses_nothing(weight):
         assert torch.equal(dense, exact_weight(weight).to(weight.scale.dtype))
 
 
-@pytest.mark.parametrize("layout", [CPU_INT4, CPU_PLANES, CPU_INT8, WIRE])
+OF_NUMBA = [] if kernels.without_numba() else [NUMBA_PLANES, NUMBA_INT8]
+
+
+@pytest.mark.parametrize("layout", [CPU_INT4, CPU_PLANES, CPU_INT8, WIRE, *OF_NUMBA])
 def test_the_sweep_meets_every_layout(layout):
     """So that the two sweeps are not about the reference alone."""
     found = 0

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from conftest import WIDTHS_OF_THEIRS
+from conftest import WIDTHS_OF_THEIRS, kernels_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_cptquant import explain_choice
+from hf_cptquant import explain_choice, kernels
 from hf_cptquant.kernels import planes, reference
 from hf_cptquant.modules import QuantConv1D, QuantLinear, packed_modules
 from hf_cptquant.plan import LayerScheme
@@ -22,9 +22,17 @@ from hf_cptquant.rounding import round_nearest
 BITS = (2, 3, 4, 5, 6, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INT4, PLANES, INT8, WIRE = "cpu_int4", "cpu_planes", "cpu_int8", "wire"
+NUMBA_PLANES, NUMBA_INT8 = "numba_planes", "numba_int8"
 
 needs_int4 = pytest.mark.skipif(planes.int4_block() is None, reason="the int4 layout of this machine is not known")
 with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+
+
+def by_numba(scheme, shape, layout, name):
+    """A parameter for a scheme that has a layout only where numba is."""
+    layout = WIRE if kernels.without_numba() else layout
+    return pytest.param(scheme, shape, torch.bfloat16, layout, marks=needs_int4, id=f"{name}-by-numba")
+
 
 # One module for each layout on the CPU: scheme, [out, in], dtype, layout.
 SETTLED = pytest.mark.parametrize(
@@ -33,13 +41,21 @@ SETTLED = pytest.mark.parametrize(
         pytest.param(LayerScheme(4, 32), (64, 96), torch.bfloat16, INT4, marks=needs_int4, id="int4-sym"),
         pytest.param(LayerScheme(4, 64, False), (128, 128), torch.bfloat16, INT4, marks=needs_int4, id="int4-asym"),
         pytest.param(LayerScheme(2, 64), (64, 128), torch.bfloat16, PLANES, marks=needs_int4, id="planes-2-sym"),
-        pytest.param(
-            LayerScheme(3, 32, False), (128, 96), torch.bfloat16, PLANES, marks=needs_int4, id="planes-3-asym"
-        ),
         pytest.param(LayerScheme(5, 32), (64, 96), torch.bfloat16, PLANES, marks=needs_int4, id="planes-5-sym"),
         pytest.param(LayerScheme(6, 32), (128, 96), torch.bfloat16, PLANES, marks=needs_int4, id="planes-6-sym"),
         pytest.param(LayerScheme(8), (40, 96), torch.bfloat16, INT8, id="int8"),
-        pytest.param(LayerScheme(8, -1, False), (40, 96), torch.bfloat16, WIRE, id="wire-8-asym"),
+        pytest.param(
+            LayerScheme(3, 32, False),
+            (128, 96),
+            torch.bfloat16,
+            PLANES if kernels.without_numba() else NUMBA_PLANES,
+            marks=needs_int4,
+            id="planes-3-asym",
+        ),
+        by_numba(LayerScheme(6, 16, False), (64, 96), NUMBA_PLANES, "6-asym"),
+        by_numba(LayerScheme(4), (64, 96), NUMBA_PLANES, "4-channel"),
+        by_numba(LayerScheme(8, -1, False), (40, 96), NUMBA_INT8, "8-asym"),
+        pytest.param(LayerScheme(8, 32), (40, 96), torch.bfloat16, WIRE, id="wire-8-groups"),
         pytest.param(LayerScheme(3, 32, False), (40, 96), torch.float32, WIRE, id="wire-3-asym"),
         pytest.param(LayerScheme(4, 32), (64, 96), torch.float16, WIRE, id="wire-4-sym"),
     ],
@@ -200,7 +216,24 @@ def test_int4_layout_is_taken_and_accurate(group_size, symmetric, bias, offset, 
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (2, False), (3, True), (3, False), (5, True), (6, True)])
 def test_planes_are_taken_and_accurate(bits, group_size, symmetric, offset, library):
     scheme = LayerScheme(bits, group_size, symmetric)
-    check_fast_layout(scheme, (192, 512), PLANES, bits == 3, offset, rows=(1, 3, 12, 13, 32, 33, 100))
+    layout = NUMBA_PLANES if library == "numba" and not symmetric else PLANES
+    check_fast_layout(scheme, (192, 512), layout, bits == 3, offset, rows=(1, 3, 12, 13, 32, 33, 100))
+
+
+@needs_int4
+@pytest.mark.parametrize("offset", [0, 1], ids=["centred", "positive"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(
+    ("bits", "group_size"), [(5, 64), (6, 128), *((bits, size) for bits in BITS for size in (-1, 16))]
+)
+def test_numba_takes_what_torch_does_not(bits, group_size, symmetric, offset):
+    """Zero points with many bits; groups of other sizes."""
+    if bits == 8 and (symmetric or group_size > 0):
+        pytest.skip("8 bits are per channel, and torch takes them without zero points")
+    with kernels_of("numba"):
+        layout = {8: NUMBA_INT8}.get(bits, PLANES if symmetric and group_size > 16 else NUMBA_PLANES)
+        scheme = LayerScheme(bits, group_size, symmetric)
+        check_fast_layout(scheme, (192, 384), layout, bits == 3, offset, rows=(1, 3, 8, 9, 12, 13, 100))
 
 
 @needs_int4
@@ -240,13 +273,15 @@ def check_fast_layout(scheme, shape, layout, bias, offset, rows):
 
 
 @pytest.mark.parametrize("in_features", [1, 8, 24, 33, 100])
-def test_int8_kernel_is_not_taken_for_widths_that_it_reads_beyond(in_features):
-    """torch's int8 kernel reads rows in pieces of 16 and, where they do not fit, memory that is not the weight's."""
+def test_torchs_int8_kernel_is_not_taken_for_widths_that_it_reads_beyond(in_features, library):
+    """It reads rows in pieces of 16 and, where they do not fit, memory that is not the weight's."""
     module = packed_module(LayerScheme(8), (40, in_features), torch.bfloat16)
-    assert module.layout == WIRE  # or the product may end the process
-    x = random(3, in_features, dtype=torch.bfloat16)
+    assert module.layout == (NUMBA_INT8 if library == "numba" else WIRE)  # or the product may end the process
     weight = exact_weight(quantized_weight(LayerScheme(8), (40, in_features), torch.bfloat16))
-    assert relative_error(module(x), exact_product(x, weight, module.bias)) <= tolerance(torch.bfloat16, in_features)
+    for rows in (1, 3, 20):
+        x = random(rows, in_features, dtype=torch.bfloat16, seed=2)
+        error = relative_error(module(x), exact_product(x, weight, module.bias))
+        assert error <= tolerance(torch.bfloat16, in_features)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 16), (5, 80)], ids=str)
@@ -265,14 +300,9 @@ def test_int8_kernel_takes_small_weights(shape, library):
     [
         (LayerScheme(4, 32), (64, 64), torch.float32, r"bfloat16 only.*torch\.float32"),
         (LayerScheme(8), (64, 64), torch.float16, r"bfloat16 only.*torch\.float16"),
-        (LayerScheme(3), (64, 64), torch.bfloat16, r"2 to 6 bits in groups of .*32.* and symmetric 8 bits per channel"),
-        (LayerScheme(4, 16), (64, 64), torch.bfloat16, r"2 to 6 bits in groups of .*32"),
-        (LayerScheme(4), (64, 64), torch.bfloat16, r"2 to 6 bits in groups of .*32"),
-        (LayerScheme(8, -1, False), (64, 64), torch.bfloat16, r"symmetric 8 bits per channel"),
-        (LayerScheme(8, 32), (64, 64), torch.bfloat16, r"symmetric 8 bits per channel"),
+        (LayerScheme(8, 32), (64, 64), torch.bfloat16, r"8 bits per channel only"),
         (LayerScheme(4, 32), (40, 64), torch.bfloat16, r"blocks of .* rows; this weight has 40"),
         (LayerScheme(6, 32), (40, 64), torch.bfloat16, r"blocks of .* rows; this weight has 40"),
-        (LayerScheme(5, 32, False), (64, 64), torch.bfloat16, r"5 bits without zero points only"),
     ],
     ids=str,
 )
@@ -280,6 +310,24 @@ def test_wire_layout_says_why_no_kernel_is_taken(scheme, shape, dtype, reason):
     module = packed_module(scheme, shape, dtype)
     assert module.layout == WIRE
     assert re.search(f"^wire: .*{reason}", explain_choice(module))
+
+
+@needs_int4
+@pytest.mark.parametrize(
+    "scheme", [LayerScheme(3), LayerScheme(4, 16), LayerScheme(5, 32, False), LayerScheme(8, -1, False)], ids=str
+)
+def test_wire_layout_says_that_numba_would_take_the_weight(scheme):
+    with kernels_of("torch"):
+        module = packed_module(scheme, (64, 64), torch.bfloat16)
+        assert module.layout == WIRE
+        assert re.search("numba's (would take|takes) all, but is left out here$", explain_choice(module))
+
+
+@needs_int4
+def test_wire_layout_says_that_numba_reads_some_inputs_at_a_time():
+    with kernels_of("numba"):
+        module = packed_module(LayerScheme(4), (64, 40), torch.bfloat16)
+        assert explain_choice(module) == "wire: numba's kernels read 32 inputs at a time; this weight has 40"
 
 
 @needs_int4
@@ -510,8 +558,11 @@ def test_weights_are_held_packed_and_not_as_parameters(scheme, shape, dtype, lay
     assert list(module.parameters()) == []
     held = sum(buffer.nbytes for buffer in module.buffers())
     shifted = layout in (INT4, PLANES) and not scheme.symmetric
-    shifts = shape[0] * scheme.groups(shape[1]) * dtype.itemsize if shifted else 0  # one beside each scale
-    assert held == scheme.nbytes(*shape, dtype.itemsize) + shifts + module.weight_shape.nbytes
+    groups = shape[0] * scheme.groups(shape[1])
+    more = groups * dtype.itemsize if shifted else 0  # a shift beside each scale
+    if layout in (NUMBA_PLANES, NUMBA_INT8) and not scheme.symmetric:  # a byte for each zero point
+        more = groups - module.state_dict()["weight_zero_point"].nbytes
+    assert held == scheme.nbytes(*shape, dtype.itemsize) + more + module.weight_shape.nbytes
 
 
 @with_and_without_bias

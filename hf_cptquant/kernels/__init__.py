@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..grid import dequantize
-from ..packing import unpack, unpack_rows
+from ..packing import pack, unpack, unpack_rows
 from ..plan import PER_CHANNEL, LayerScheme
 from . import cpu, planes, reference
 
 WIRE, CPU_INT4, CPU_PLANES, CPU_INT8 = "wire", "cpu_int4", "cpu_planes", "cpu_int8"
+NUMBA_PLANES, NUMBA_INT8 = "numba_planes", "numba_int8"  # what torch's kernels do not take
 
 # Rows up to which torch's kernel beats "dequantize, then dense matmul" (2 cores with AVX-512 and AMX, 2048 × 2048:
 # int4 5.8 ms against 9.6 ms at 64 rows, 11.0 against 10.9 at 128; int8 1.6 against 1.9 at 16 rows, 4.2 against 2.2 at
@@ -32,14 +33,17 @@ KERNELS = {
     CPU_PLANES: "torch's int4 kernel on bit planes",
     CPU_INT8: "torch's int8 kernel",
 }
-BY_PLANES = (CPU_INT4, CPU_PLANES)
+BY_PLANES = {CPU_INT4, CPU_PLANES, NUMBA_PLANES}
+BY_INT8 = {CPU_INT8, NUMBA_INT8}
+BY_NUMBA = {NUMBA_PLANES, NUMBA_INT8}
 
 # With numba its kernels take up to so many rows, and torch's the others up to so many; beyond, numba dequantizes planes
 # (2 cores with AVX-512, 2048 × 2048, relative to bfloat16: 3 bits at 8 rows 1.15, dequantize 0.62, at 16 rows 0.6 and
 # 0.71; torch's int4 at 16 rows 0.85 and 0.71, at 32 rows 0.67 and 0.72; int8 at 1 row 2.1 by numba and 1.0 by torch, at
 # 2 rows 3.3 and 2.5, at 4 rows 1.4 and 2.0)
-NUMBA_ROWS = {CPU_INT4: 0, CPU_PLANES: 12, CPU_INT8: 2}
-MAX_ROWS_WITH_NUMBA = {CPU_INT4: 24, CPU_PLANES: 0, CPU_INT8: 16}
+NUMBA_ROWS = {CPU_INT4: 0, CPU_PLANES: 12, CPU_INT8: 2, NUMBA_PLANES: 12, NUMBA_INT8: 8}
+MAX_ROWS_WITH_NUMBA = {CPU_INT4: 24, CPU_INT8: 16}
+INPUTS = 32  # that numba's kernel of planes takes a multiple of
 REFERENCE = "dequantize, dense product"
 NUMBA, NUMBA_DENSE = "numba", "dequantize by numba, dense product"
 
@@ -56,10 +60,10 @@ class PackedTensors:
     """The tensors of one packed weight in some layout.
 
     Attributes:
-        weight: wire: int32 words `[out, packed_length(in, bits)]`; cpu_int4, cpu_planes: uint8
-            `[out, in · bits / 8]`; cpu_int8: int8 `[out, in]`.
-        scale: `[out, groups]`; cpu_int4, cpu_planes: what `planes.to_table` gives.
-        zero_point: int32 `[packed_length(out, bits), groups]`, in every layout, or None.
+        weight: wire: int32 words `[out, packed_length(in, bits)]`; cpu_int4, cpu_planes, numba_planes: uint8
+            `[out, in · bits / 8]`; cpu_int8, numba_int8: int8 `[out, in]`.
+        scale: `[out, groups]`; cpu_int4, cpu_planes: what `planes.to_table` gives; numba_planes: `[groups, out]`.
+        zero_point: int32 `[packed_length(out, bits), groups]`; numba_planes, numba_int8: int8 `[groups, out]`; or None.
     """
 
     weight: Tensor
@@ -91,37 +95,46 @@ def choose_layout(
         return Choice(WIRE, f"no packed kernel for {missing}: the reference dequantizes at each call")
     if dtype != torch.bfloat16:
         return Choice(WIRE, f"torch's CPU kernels are fast in bfloat16 only, the model is in {dtype}")
-    if scheme.bits == 8 and scheme.symmetric and scheme.group_size == PER_CHANNEL:
-        if in_features % cpu.INT8_WIDTH:
-            return Choice(
-                WIRE, f"torch's int8 kernel reads {cpu.INT8_WIDTH} inputs at a time; this weight has {in_features}"
-            )
-        return Choice(CPU_INT8, _reason(CPU_INT8))
-    if scheme.bits not in planes.FORMS or scheme.group_size not in planes.GROUP_SIZES:
-        return Choice(
-            WIRE,
-            f"torch's CPU kernels take 2 to 6 bits in groups of {planes.GROUP_SIZES} and symmetric 8 bits per channel",
-        )
-    if scheme.bits > 4 and not scheme.symmetric:
-        return Choice(WIRE, f"torch's CPU kernels take {scheme.bits} bits without zero points only")
+    missing = without_numba()
+    if scheme.bits == 8:
+        if scheme.group_size != PER_CHANNEL:
+            return Choice(WIRE, "kernels for CPUs take 8 bits per channel only")
+        if scheme.symmetric and in_features % cpu.INT8_WIDTH == 0:
+            return Choice(CPU_INT8, _reason(CPU_INT8))
+        if missing is None:
+            return Choice(NUMBA_INT8, _reason(NUMBA_INT8))
+        width = f"multiples of {cpu.INT8_WIDTH} inputs"
+        return Choice(WIRE, f"torch's int8 kernel takes {width} without zero points; numba's takes all, but {missing}")
     block = planes.int4_block()
     if block is None or out_features % block:
         return Choice(
             WIRE, f"torch's int4 kernel lays out blocks of {block or 'unknown'} rows; this weight has {out_features}"
         )
-    layout = CPU_INT4 if scheme.bits == 4 else CPU_PLANES
-    return Choice(layout, _reason(layout))
+    if scheme.group_size in planes.GROUP_SIZES:
+        if scheme.bits == 4:
+            return Choice(CPU_INT4, _reason(CPU_INT4))
+        if scheme.symmetric or (missing and scheme.bits < 4):
+            return Choice(CPU_PLANES, _reason(CPU_PLANES))
+    if missing:
+        return Choice(
+            WIRE,
+            f"torch's CPU kernels take groups of {planes.GROUP_SIZES}, and zero points with 2 to 4 bits only; numba's"
+            f" would take all, but {missing}",
+        )
+    if in_features % INPUTS:
+        return Choice(WIRE, f"numba's kernels read {INPUTS} inputs at a time; this weight has {in_features}")
+    return Choice(NUMBA_PLANES, _reason(NUMBA_PLANES))
 
 
 def _reason(layout: str) -> str:
     """What a layout is multiplied by on CPUs, as `kernel_of` decides."""
     missing = without_numba()
-    rows, compiled = (MAX_ROWS, 0) if missing else (MAX_ROWS_WITH_NUMBA, NUMBA_ROWS[layout])
-    kernels = [f"numba's kernel up to {compiled} rows"] if compiled else []
-    if rows[layout]:
-        kernels.append(f"{KERNELS[layout]} up to {rows[layout]} rows")
     if missing:
-        return f"{', '.join(kernels)}, dequantize beyond; numba would be faster, but {missing}"
+        rows = MAX_ROWS[layout]
+        return f"{KERNELS[layout]} up to {rows} rows, dequantize beyond; numba would be faster, but {missing}"
+    kernels = [f"numba's kernel up to {NUMBA_ROWS[layout]} rows"] if NUMBA_ROWS[layout] else []
+    if layout in MAX_ROWS_WITH_NUMBA:
+        kernels.append(f"{KERNELS[layout]} up to {MAX_ROWS_WITH_NUMBA[layout]} rows")
     return f"{', '.join(kernels)}, dequantize{' by numba' if layout in BY_PLANES else ''} beyond"
 
 
@@ -172,40 +185,46 @@ def kernel_of(layout: str, rows: int, dtype: torch.dtype, device: torch.device) 
     """
     if layout == WIRE and (device.type != "cpu" or _interpreted()) and without_triton(device, dtype) is None:
         return TRITON if 0 < rows <= MAX_ROWS_TRITON else TRITON_DENSE
-    if layout not in KERNELS or device.type != "cpu" or dtype != torch.bfloat16 or rows == 0:
+    if layout == WIRE or device.type != "cpu" or dtype != torch.bfloat16 or rows == 0:
         return REFERENCE
-    if without_numba() is not None:
+    if layout in KERNELS and without_numba() is not None:
         return KERNELS[layout] if rows <= MAX_ROWS[layout] else REFERENCE
     if rows <= NUMBA_ROWS[layout]:
         return NUMBA
-    if rows <= MAX_ROWS_WITH_NUMBA[layout]:
+    if rows <= MAX_ROWS_WITH_NUMBA.get(layout, 0):
         return KERNELS[layout]
     return NUMBA_DENSE if layout in BY_PLANES else REFERENCE
 
 
 def to_layout(tensors: PackedTensors, layout: str, in_features: int) -> PackedTensors:
     """Convert between layouts, bit for bit reversible. The input is not changed."""
-    weight, scale = tensors.weight, tensors.scale
+    weight, scale, zero_point = tensors.weight, tensors.scale, tensors.zero_point
     if tensors.layout == layout:
         return tensors
     if tensors.layout in BY_PLANES:
         weight, scale = planes.to_wire(weight, in_features), planes.scale_of(scale)
-    elif tensors.layout == CPU_INT8:
+    elif tensors.layout in BY_INT8:
         weight = cpu.int8_to_wire(weight)
+    bits = 8 if BY_INT8 & {tensors.layout, layout} else 32 * weight.shape[1] // in_features
+    if zero_point is not None and tensors.layout in BY_NUMBA:
+        zero_point = pack(zero_point.t(), bits, dim=0)
     if layout in BY_PLANES:
-        scale = planes.to_table(scale, tensors.zero_point, 32 * weight.shape[1] // in_features)
+        scale = planes.to_table(scale, None if layout in BY_NUMBA else zero_point, bits)
+    if zero_point is not None and layout in BY_NUMBA:
+        zero_point = unpack(zero_point, bits, len(weight), dim=0).t().contiguous()
+    if layout in BY_PLANES:
         weight = planes.to_kernel(weight, in_features)
-    elif layout == CPU_INT8:
+    elif layout in BY_INT8:
         weight = cpu.int8_to_kernel(weight, in_features)
-    return replace(tensors, weight=weight, scale=scale, layout=layout)
+    return PackedTensors(weight, scale, zero_point, layout)
 
 
 def dense_weight(tensors: PackedTensors, bits: int, in_features: int) -> Tensor:
     """The dequantized weight `[out, in]` in the dtype of the scales: the same bits from every layout."""
     if tensors.layout in BY_PLANES:
         return planes.dense_weight(tensors.weight, tensors.scale, tensors.zero_point, in_features)
-    if tensors.layout == CPU_INT8:
-        return cpu.int8_dense(tensors.weight, tensors.scale)
+    if tensors.layout in BY_INT8:
+        return cpu.int8_dense(tensors.weight, tensors.scale, tensors.zero_point)
     if kernel_of(WIRE, 0, tensors.scale.dtype, tensors.weight.device) == TRITON_DENSE:
         from . import triton_kernel
 
@@ -222,10 +241,13 @@ def dense_rows(tensors: PackedTensors, rows: Tensor, bits: int, in_features: int
     Returns:
         `[n, in_features]` in the dtype of the scales.
     """
-    zero_point = None if tensors.zero_point is None else unpack_rows(tensors.zero_point, bits, rows)
+    zero_point = tensors.zero_point
+    if zero_point is not None:
+        by_numba = tensors.layout in BY_NUMBA
+        zero_point = zero_point[:, rows].t() if by_numba else unpack_rows(zero_point, bits, rows)
     if tensors.layout in BY_PLANES:
         integers, scale = planes.rows_of(tensors.weight, rows, in_features), planes.scale_of(tensors.scale[:, rows])
-    elif tensors.layout == CPU_INT8:
+    elif tensors.layout in BY_INT8:
         integers, scale = tensors.weight[rows], tensors.scale[rows]
     else:
         integers, scale = unpack(tensors.weight[rows], bits, in_features), tensors.scale[rows]
@@ -256,16 +278,16 @@ def multiply(
     elif kernel == NUMBA_DENSE:
         from . import numba_kernel
 
-        product = numba_kernel.dense_linear(rows, weight, scale, zero_point, bias, group_size)
+        product = numba_kernel.dense_linear(rows, weight, scale, zero_point, bias, bits)
     elif kernel == NUMBA or kernel in KERNELS.values():
         rows = rows.contiguous()
         if kernel == NUMBA:
             from . import numba_kernel
 
             product = (
-                numba_kernel.linear(rows, weight, scale, group_size)
+                numba_kernel.linear(rows, weight, scale, zero_point, bits)
                 if layout in BY_PLANES
-                else numba_kernel.int8_linear(rows, weight, scale)
+                else numba_kernel.int8_linear(rows, weight, scale, zero_point)
             )
         elif layout in BY_PLANES:
             product = planes.linear(rows, weight, scale, group_size)
@@ -274,8 +296,8 @@ def multiply(
         product = product if bias is None else product + bias
     elif layout in BY_PLANES:
         product = planes.dense_linear(rows, weight, scale, zero_point, bias)
-    elif layout == CPU_INT8:
-        product = cpu.int8_dense_linear(rows, weight, scale, bias)
+    elif layout in BY_INT8:
+        product = cpu.int8_dense_linear(rows, weight, scale, zero_point, bias)
     elif kernel == TRITON_DENSE:
         dense = dense_weight(PackedTensors(weight, scale, zero_point, layout), bits, in_features)
         product = reference.linear(rows, dense, bias)

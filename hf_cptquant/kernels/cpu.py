@@ -7,6 +7,7 @@ with many rows the arithmetic dominates and the dense matmul wins.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from . import reference
 
 INT8_WIDTH = 16  # the int8 kernel reads whole vectors, beyond the row where the width is not a multiple
 CHUNK = 2**16  # weights that are converted at a time, so that nothing large is left to fragment the heap
+MULTIPLE = 64  # outputs of a tile: a dense product of other widths takes half as long again
 
 
 def _parts(first: Tensor, second: Tensor, in_features: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -47,19 +49,27 @@ def int8_linear(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
     return torch.ops.aten._weight_int8pack_mm(x, integers, scale.flatten())
 
 
-def int8_dense_linear(x: Tensor, integers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for many rows. In bfloat16 the integers themselves are multiplied, which are exact in it, and the
-    product is scaled; wider inputs would tell that from the product with the dequantized weight, which is rounded."""
-    rows = reference.rows_of_tile(integers.shape[1], x.device) or len(integers)
+def int8_dense_linear(
+    x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The same for many rows, and with zero points int8 `[1, out]`. In bfloat16 the integers themselves are multiplied,
+    which less their zero points are exact in it, too, and the product is scaled; wider inputs would tell that from the
+    product with the dequantized weight, which is rounded."""
+    rows = reference.rows_of_tile(integers.shape[1], x.device, MULTIPLE) or len(integers)
+    zeros = None if zero_point is None else zero_point.t()
+    parts = zip(
+        integers.split(rows), scale.split(rows), repeat(None) if zeros is None else zeros.split(rows), strict=False
+    )
     if x.dtype != torch.bfloat16:
-        parts = zip(integers.split(rows), scale.split(rows), strict=True)
-        tiles = (dequantize(part, of_part, None) for part, of_part in parts)
-        return reference.linear_of_tiles(x, tiles, bias, len(integers))
-    product = reference.linear_of_tiles(x, (part.to(x.dtype) for part in integers.split(rows)), None, len(integers))
+        return reference.linear_of_tiles(x, (dequantize(*each) for each in parts), bias, len(integers))
+    steps = (
+        part.to(x.dtype) if zeros is None else (part.to(torch.int16) - zeros).to(x.dtype) for part, _, zeros in parts
+    )
+    product = reference.linear_of_tiles(x, steps, None, len(integers))
     product *= scale.flatten()
     return product if bias is None else product.add_(bias)
 
 
-def int8_dense(integers: Tensor, scale: Tensor) -> Tensor:
+def int8_dense(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """Dense weight `[out, in]` from the int8 layout."""
-    return dequantize(integers, scale, None)
+    return dequantize(integers, scale, None if zero_point is None else zero_point.t())

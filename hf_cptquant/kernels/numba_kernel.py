@@ -28,9 +28,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from ..arithmetic import working_dtype
-from ..packing import unpack
 from . import reference
-from .planes import FORMS, bits_of, known_block
+from .planes import FORMS, known_block
 
 LEAST_BLOCKS = 4  # of a tile, or the dense product would be slow for its shape
 SIGNATURE = types.void(types.CPointer(types.int64))
@@ -75,7 +74,7 @@ def _pointer_to(dtype: Any) -> Any:
 
 
 _octets_at, _integers_at = _pointer_to(types.uint8), _pointer_to(types.int8)
-_halves_at, _floats_at = _pointer_to(types.uint16), _pointer_to(types.float32)
+_halves_at, _words_at, _floats_at = _pointer_to(types.uint16), _pointer_to(types.uint32), _pointer_to(types.float32)
 
 
 @njit(inline="always", cache=True)  # fails at once where no compiled code can be kept
@@ -150,8 +149,12 @@ def _signed(integer, lowest):
 
 
 @njit(inline="always")
-def _scale_of(table, feature, shifted):
-    return _widened(table[2 * feature if shifted else feature])
+def _zero_points_of_words(words, block, half, group, groups, zeros, start):
+    """Of a block, counted from 0, out of words that hold four bits of each output feature (`packing.pack`)."""
+    for k in range(half // 4):
+        word = words[(block * (half // 4) + k) * groups + group]
+        for n in range(8):
+            zeros[start + 8 * k + n] = np.float32(np.uint32(np.uint32(word >> np.uint32(4 * n)) & np.uint32(15)))
 
 
 @njit(inline="always")
@@ -214,17 +217,16 @@ def _sum_of_rows(x, quarter, upper, lower, upper_width, lower_width, lowest, hal
 
 
 @lru_cache
-def _multiplier(bits: int, block: int, shifted: bool) -> Any:
-    """The compiled function of `linear`. Its argument: addresses of planes, table, inputs (float32), their sums by
-    groups (float32) and outputs; rows, input features, output features, group size."""
+def _multiplier(bits: int, block: int, with_zeros: bool) -> Any:
+    """The compiled function of `linear`. Its argument: addresses of planes, scales, zero points, inputs (float32),
+    their sums by groups (float32) and outputs; rows, input features, output features, group size."""
     half, lowest = block // 2, 2 ** (bits - 1)
     upper_width, lower_width = (*FORMS[bits].widths, 0)[:2]
-    entry = 4 if shifted else 2  # bytes of a table
 
     @cfunc(SIGNATURE, cache=True, fastmath={"contract"})
     def multiply(arguments):
-        held = carray(arguments, 9)
-        rows, in_features, out_features, group_size = held[5], held[6], held[7], held[8]
+        held = carray(arguments, 10)
+        rows, in_features, out_features, group_size = held[6], held[7], held[8], held[9]
         quarter, groups, blocks = in_features // 4, in_features // group_size, out_features // block
         sums, totals = np.empty(4 * block, np.float32), np.empty(block, np.float32)
         scales = np.empty(4 * block, np.float32)
@@ -233,7 +235,7 @@ def _multiplier(bits: int, block: int, shifted: bool) -> Any:
             lower = _octets_at(held[0] + (blocks * upper_width + b * lower_width) * quarter * half)
             row = 0
             while row < rows:
-                x = _floats_at(held[2] + 4 * row * in_features)
+                x = _floats_at(held[3] + 4 * row * in_features)
                 together = 4 if rows - row >= 4 else 1
                 for j in range(block):
                     totals[j] = np.float32(0)
@@ -246,9 +248,9 @@ def _multiplier(bits: int, block: int, shifted: bool) -> Any:
                     if together == 4:
                         for part in range(4):
                             group = (start + part * quarter) // group_size
-                            table = _halves_at(held[1] + (group * out_features + b * block) * entry)
+                            of_group = _halves_at(held[1] + 2 * (group * out_features + b * block))
                             for j in range(block):
-                                scales[part * block + j] = _scale_of(table, j, shifted)
+                                scales[part * block + j] = _widened(of_group[j])
                         _sum_of_rows(
                             x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, scales, sums
                         )
@@ -256,21 +258,23 @@ def _multiplier(bits: int, block: int, shifted: bool) -> Any:
                         _sum_of_row(x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, sums)
                         for part in range(4):
                             group = (start + part * quarter) // group_size
-                            table = _halves_at(held[1] + (group * out_features + b * block) * entry)
+                            of_group = _halves_at(held[1] + 2 * (group * out_features + b * block))
                             for j in range(block):
-                                totals[j] += sums[part * block + j] * _scale_of(table, j, shifted)
+                                totals[j] += sums[part * block + j] * _widened(of_group[j])
                     start = end
                 for each in range(together):
                     if together == 4:
                         for j in range(block):
                             totals[j] = sums[each * block + j]
-                    if shifted:
-                        sums_of_groups = _floats_at(held[3] + 4 * (row + each) * groups)
+                    if with_zeros:
+                        sums_of_groups = _floats_at(held[4] + 4 * (row + each) * groups)
                         for group in range(groups):
-                            table = _halves_at(held[1] + (group * out_features + b * block) * entry)
+                            place = group * out_features + b * block
+                            of_group, zeros = _halves_at(held[1] + 2 * place), _integers_at(held[2] + place)
                             for j in range(block):
-                                totals[j] += sums_of_groups[group] * _widened(table[2 * j + 1])
-                    output = _halves_at(held[4] + 2 * ((row + each) * out_features + b * block))
+                                zero = np.float32(np.int32(zeros[j])) * sums_of_groups[group]
+                                totals[j] -= zero * _widened(of_group[j])
+                    output = _halves_at(held[5] + 2 * ((row + each) * out_features + b * block))
                     for j in range(block):
                         output[j] = _narrowed(totals[j])
                 row += together
@@ -279,18 +283,19 @@ def _multiplier(bits: int, block: int, shifted: bool) -> Any:
 
 
 @lru_cache
-def _dequantizer(bits: int, block: int, shifted: bool) -> Any:
-    """The compiled function of `dense_linear`. Its argument: addresses of planes, table, zero points (float32) and
-    result; the first block, how many, input features, output features, group size."""
+def _dequantizer(bits: int, block: int, shifted: bool, with_zeros: bool) -> Any:
+    """The compiled function of `dense_linear`. Its argument: addresses of planes, table, zero points and result; the
+    first block, how many, input features, output features, group size."""
     half, lowest = block // 2, 2 ** (bits - 1)
     upper_width, lower_width = (*FORMS[bits].widths, 0)[:2]
-    entry = 4 if shifted else 2  # bytes of a table
+    every = 2 if shifted else 1  # number of a table is a scale
 
     @cfunc(SIGNATURE, cache=True)
     def dequantize(arguments):
         held = carray(arguments, 9)
         first, count, in_features, out_features, group_size = held[4], held[5], held[6], held[7], held[8]
-        quarter, blocks = in_features // 4, out_features // block
+        quarter, groups, blocks = in_features // 4, in_features // group_size, out_features // block
+        words = _words_at(held[2])
         integers = np.empty(4 * block, np.uint8)
         scales, zeros = np.empty(4 * block, np.float32), np.empty(4 * block, np.float32)
         for each in range(count * _thread() // _threads(), count * (_thread() + 1) // _threads()):
@@ -301,13 +306,16 @@ def _dequantizer(bits: int, block: int, shifted: bool) -> Any:
             while start < quarter:
                 end = _end_of_groups(start, quarter, group_size)
                 for part in range(4):
-                    place = (start + part * quarter) // group_size * out_features + b * block
-                    table, zero_points = _halves_at(held[1] + place * entry), _floats_at(held[2] + 4 * place)
+                    group = (start + part * quarter) // group_size
+                    place, first_of_part = group * out_features + b * block, part * block
+                    table, zero_points = _halves_at(held[1] + 2 * every * place), _integers_at(held[2] + place)
                     for j in range(block):
-                        scales[part * block + j] = _scale_of(table, j, shifted)
-                        zeros[part * block + j] = np.float32(lowest)
-                        if shifted:
-                            zeros[part * block + j] += zero_points[j]
+                        scales[first_of_part + j] = _widened(table[every * j])
+                        zeros[first_of_part + j] = np.float32(lowest)
+                        if with_zeros and not shifted:
+                            zeros[first_of_part + j] += np.float32(np.int32(zero_points[j]))
+                    if shifted:
+                        _zero_points_of_words(words, b, half, group, groups, zeros, first_of_part)
                 for i in range(start, end):
                     for j in range(half):
                         found = _joined(upper_width, lower_width, upper, lower, quarter * half, i * half + j)
@@ -324,26 +332,29 @@ def _dequantizer(bits: int, block: int, shifted: bool) -> Any:
 
 
 @lru_cache
-def _int8_multiplier() -> Any:
-    """The compiled function of `int8_linear`. Its argument: addresses of integers, scales, inputs (float32) and
-    outputs; rows, input features, output features."""
+def _int8_multiplier(with_zeros: bool) -> Any:
+    """The compiled function of `int8_linear`. Its argument: addresses of integers, scales, zero points, inputs
+    (float32), their sums (float32) and outputs; rows, input features, output features."""
 
     @cfunc(SIGNATURE, cache=True, fastmath={"contract", "reassoc"})  # else a sum would be no vector
     def multiply(arguments):
-        held = carray(arguments, 7)
-        rows, in_features, out_features = held[4], held[5], held[6]
-        scales = _halves_at(held[1])
+        held = carray(arguments, 9)
+        rows, in_features, out_features = held[6], held[7], held[8]
+        scales, zeros, sums = _halves_at(held[1]), _integers_at(held[2]), _floats_at(held[4])
         start, stop = out_features * _thread() // _threads(), out_features * (_thread() + 1) // _threads()
         half = (stop - start + 1) // 2  # of the outputs: two are read at a time, far from one another
         for j in range(start, start + half):
             other = min(j + half, stop - 1)
             first, second = _integers_at(held[0] + j * in_features), _integers_at(held[0] + other * in_features)
             for row in range(rows):
-                x, output = _floats_at(held[2] + 4 * row * in_features), _halves_at(held[3] + 2 * row * out_features)
+                x, output = _floats_at(held[3] + 4 * row * in_features), _halves_at(held[5] + 2 * row * out_features)
                 of_first = of_second = np.float32(0)
                 for i in range(in_features):
                     of_first += x[i] * np.float32(np.int32(first[i]))
                     of_second += x[i] * np.float32(np.int32(second[i]))
+                if with_zeros:
+                    of_first -= sums[row] * np.float32(np.int32(zeros[j]))
+                    of_second -= sums[row] * np.float32(np.int32(zeros[other]))
                 output[j] = _narrowed(of_first * _widened(scales[j]))
                 output[other] = _narrowed(of_second * _widened(scales[other]))
 
@@ -356,41 +367,44 @@ def _check(in_features: int, width: int) -> None:
         raise ValueError(f"inputs have {in_features} features, and the weight {width}")
 
 
-def linear(x: Tensor, packed: Tensor, table: Tensor, group_size: int) -> Tensor:
+def linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
     """`x` bfloat16 `[rows, in]`, contiguous, times planes → `[rows, out]`, for few rows; summed in float32.
 
     Args:
-        packed, table: as `planes.linear` takes them.
+        packed: as `planes.linear` takes it.
+        scales: bfloat16 `[groups, out]`.
+        zero_points: int8 `[groups, out]`, or None.
 
     Raises:
         ValueError: the inputs have another width than the weight.
     """
-    (rows, in_features), shifted = x.shape, table.dim() == 3
-    _check(in_features, len(table) * group_size)
-    inputs, product, bits = x.float(), x.new_empty(rows, len(packed)), bits_of(packed, x.shape[1])
-    sums = inputs.view(rows, -1, group_size).sum(-1) * FORMS[bits].factors[0] if shifted else None
-    function = _multiplier(bits, known_block(), shifted)
-    _run(function, packed, table, inputs, sums, product, rows, in_features, len(packed), group_size)
+    rows, in_features = x.shape
+    _check(in_features, 8 * packed.shape[1] // bits)
+    inputs, product = x.float(), x.new_empty(rows, len(packed))
+    group_size = in_features // len(scales)
+    sums = None if zero_points is None else inputs.view(rows, -1, group_size).sum(-1)
+    function = _multiplier(bits, known_block(), zero_points is not None)
+    _run(function, packed, scales, zero_points, inputs, sums, product, rows, in_features, len(packed), group_size)
     return product
 
 
 def dense_linear(
-    x: Tensor, packed: Tensor, table: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
+    x: Tensor, packed: Tensor, table: Tensor, zero_points: Tensor | None, bias: Tensor | None, bits: int
 ) -> Tensor:
     """`x [rows, in]` times planes, for many rows → `[rows, out]` in the dtype of `x`. The weights are those of
     `planes.dense_weight`, bit for bit.
 
     Args:
-        packed, table, zero_point: as `planes.dense_linear` takes them.
+        packed, table: as `planes.dense_linear` takes them.
+        zero_points: int8 `[groups, out]`; with shifts in the table the words of the wire format; or None.
 
     Raises:
         ValueError: the inputs have another width than the weight.
     """
     (rows, in_features), out_features, block = x.shape, len(packed), known_block()
-    _check(in_features, len(table) * group_size)
-    bits, shifted = bits_of(packed, in_features), table.dim() == 3
-    zeros = None if zero_point is None else unpack(zero_point, bits, out_features, dim=0).t().float().contiguous()
-    function = _dequantizer(bits, block, shifted)
+    _check(in_features, 8 * packed.shape[1] // bits)
+    function = _dequantizer(bits, block, table.dim() == 3, zero_points is not None)
+    group_size = in_features // len(table)
     dtype = working_dtype(x.dtype, x.device)
     inputs, product = x.to(dtype), x.new_empty(rows, out_features)
     step = max(reference.rows_of_tile(in_features, x.device, block) or out_features, LEAST_BLOCKS * block)
@@ -400,16 +414,17 @@ def dense_linear(
             width = min(step, out_features - start)
             part = tile[: in_features * width].view(in_features, width)
             first, count = start // block, width // block
-            _run(function, packed, table, zeros, part, first, count, in_features, out_features, group_size)
+            _run(function, packed, table, zero_points, part, first, count, in_features, out_features, group_size)
             product[:, start : start + width] = inputs @ part.to(dtype)
     return product if bias is None else product.add_(bias)
 
 
-def int8_linear(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
-    """`x` bfloat16 `[rows, in]`, contiguous, times a symmetric per-channel int8 weight → `[rows, out]`, for few rows.
+def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """`x` bfloat16 `[rows, in]`, contiguous, times a per-channel int8 weight → `[rows, out]`, for few rows.
 
     Args:
         integers, scale: as `cpu.int8_linear` takes them.
+        zero_point: int8 `[1, out]`, or None.
 
     Raises:
         ValueError: the inputs have another width than the weight.
@@ -417,5 +432,7 @@ def int8_linear(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
     (rows, in_features), (out_features, width) = x.shape, integers.shape
     _check(in_features, width)
     inputs, product = x.float(), x.new_empty(rows, out_features)
-    _run(_int8_multiplier(), integers, scale, inputs, product, rows, in_features, out_features)
+    sums = None if zero_point is None else inputs.sum(-1)
+    function = _int8_multiplier(zero_point is not None)
+    _run(function, integers, scale, zero_point, inputs, sums, product, rows, in_features, out_features)
     return product

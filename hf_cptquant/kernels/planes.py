@@ -253,6 +253,15 @@ def to_table(scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     return torch.stack((scale.t(), (-counted * scale.float()).to(scale.dtype).t()), -1)
 
 
+def zeros_of(zero_point: Tensor | None, bits: int, out_features: int) -> Tensor | None:
+    """Zero points, int8 `[out, groups]`, out of the words of the wire format, or out of int8 `[groups, out]`."""
+    if zero_point is None:
+        return None
+    if zero_point.dtype == torch.int8:
+        return zero_point.t()
+    return unpack(zero_point, bits, out_features, dim=0)
+
+
 def scale_of(table: Tensor) -> Tensor:
     """The scales `[out, groups]` in a table, of all output features or of some."""
     return _scales(table).t().contiguous()
@@ -311,9 +320,8 @@ def _dense_tiles(
     bits, block = bits_of(packed, in_features), known_block()
     form, planes, (out_features, groups) = FORMS[bits], _planes(packed, bits, in_features), (len(packed), len(table))
     lowest, scales = 2 ** (bits - 1), _in_halves(_scales(table), block)
-    zeros = (
-        None if zero_point is None else _in_halves(unpack(zero_point, bits, out_features, dim=0).t() + lowest, block)
-    )
+    unpacked_zero = zeros_of(zero_point, bits, out_features)
+    zeros = None if unpacked_zero is None else _in_halves(unpacked_zero.t() + lowest, block)
     step = (reference.rows_of_tile(in_features, packed.device, block) or out_features) // block
     for start in range(0, out_features // block, step):
         part = slice(start, start + step)
@@ -367,5 +375,5 @@ def dense_linear(x: Tensor, packed: Tensor, table: Tensor, zero_point: Tensor | 
 def dense_weight(packed: Tensor, table: Tensor, zero_point: Tensor | None, in_features: int) -> Tensor:
     """The dequantized weight `[out, in]` in the dtype of the scales; exact, since integer zero points are used."""
     bits, scale = bits_of(packed, in_features), scale_of(table)
-    unpacked_zero = None if zero_point is None else unpack(zero_point, bits, len(scale), dim=0)
-    return dequantize(_integers(_planes(packed, bits, in_features), bits, in_features), scale, unpacked_zero)
+    integers = _integers(_planes(packed, bits, in_features), bits, in_features)
+    return dequantize(integers, scale, zeros_of(zero_point, bits, len(scale)))

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ import torch
 from environment import environment
 from timing import median_seconds
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, LlamaConfig, QuantoConfig, TorchAoConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_cptquant import CPTQuantConfig
 from hf_cptquant.demo import write_bundled_model
@@ -40,7 +42,7 @@ from hf_cptquant.grid import QuantizedWeight, integer_range
 from hf_cptquant.llama_cpp import export_gguf
 from hf_cptquant.model_view import input_embedding, view_model
 from hf_cptquant.modules import QuantLinear, explain_choice
-from hf_cptquant.plan import LayerScheme
+from hf_cptquant.plan import PER_CHANNEL, LayerScheme
 
 RESULTS = Path(__file__).parent / "results" / "runtime.json"
 LLAMA_CPP_PEER = Path(__file__).parent / "peers" / "llama_cpp_peer.py"
@@ -49,13 +51,14 @@ ROWS = (1, 8, 32, 128, 512)
 GROUP_SIZE = 64
 SCHEMES = (LayerScheme(2, GROUP_SIZE), LayerScheme(3, GROUP_SIZE), LayerScheme(4, GROUP_SIZE),
            LayerScheme(4, GROUP_SIZE, False), LayerScheme(5, GROUP_SIZE), LayerScheme(6, GROUP_SIZE),
-           LayerScheme(8))  # fmt: skip
+           LayerScheme(6, GROUP_SIZE, False), LayerScheme(8), LayerScheme(8, PER_CHANNEL, False))  # fmt: skip
 OUT_OF_CACHE = 2**26  # bytes over which the copies of a layer go round
 PROMPT, TOKENS = 256, 24
 LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
             "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}  # fmt: skip
 MODELS = ("SmolLM2-135M-Instruct", "Llama-1B, random")
 KINDS = {"packed with the embedding": True, "packed": False}  # the last stays on disk, for llama.cpp
+Makers = dict[str, Callable[[tuple[int, int]], tuple[Callable[[], nn.Module], int]]]
 PEERS = {"torchao": "torchao", "quanto": "optimum-quanto", "hqq": "hqq", "bitsandbytes": "bitsandbytes"}
 
 
@@ -84,9 +87,9 @@ def packed_layer(scheme: LayerScheme, shape: tuple[int, int]) -> QuantLinear:
     return QuantLinear.from_quantized(QuantizedWeight(integers, scale, zero_point, scheme), None)
 
 
-def copies_of(layer: nn.Module, nbytes: int) -> list[nn.Module]:
-    """So many copies that they do not fit into the cache together."""
-    return [layer, *(copy.deepcopy(layer) for _ in range(OUT_OF_CACHE // nbytes))]
+def copies_of(make: Callable[[], nn.Module], nbytes: int) -> list[nn.Module]:
+    """So many of them that they do not fit into the cache together."""
+    return [make() for _ in range(1 + OUT_OF_CACHE // nbytes)]
 
 
 def calls(layers: Sequence[nn.Module], x: Tensor) -> list[Callable[[], Tensor]]:
@@ -95,13 +98,11 @@ def calls(layers: Sequence[nn.Module], x: Tensor) -> list[Callable[[], Tensor]]:
 
 
 @torch.no_grad()
-def products(
-    makers: dict[str, Callable[[tuple[int, int]], tuple[nn.Module, int]]], shapes: Sequence[str], budget: float
-) -> dict[str, Any]:
+def products(makers: Makers, shapes: Sequence[str], budget: float) -> dict[str, Any]:
     """Shape → kind of layer → rows → speed relative to bfloat16, and the milliseconds of bfloat16.
 
     Args:
-        makers: kind → a function that makes a layer of a shape, and says how many bytes its weight has.
+        makers: kind → a function of a shape that gives what makes a layer, and how many bytes its weight has.
         shapes: outputs × inputs, such as `576x576`.
         budget: seconds for each shape and number of rows.
     """
@@ -109,7 +110,7 @@ def products(
     for name in shapes:
         out_features, in_features = map(int, name.split("x"))
         shape = (out_features, in_features)
-        dense = copies_of(dense_layer(shape), 2 * shape[0] * shape[1])
+        dense = copies_of(lambda shape=shape: dense_layer(shape), 2 * shape[0] * shape[1])
         kinds = {kind: copies_of(*make(shape)) for kind, make in makers.items()}
         of_shape: dict[str, Any] = {"bfloat16, ms": {}, **{kind: {} for kind in kinds}}
         for rows in ROWS:
@@ -123,16 +124,17 @@ def products(
     return found
 
 
-def our_layers() -> dict[str, Callable[[tuple[int, int]], tuple[nn.Module, int]]]:
+def our_layers() -> Makers:
     """Makers of packed layers by scheme."""
 
-    def maker(scheme: LayerScheme) -> Callable[[tuple[int, int]], tuple[nn.Module, int]]:
-        return lambda shape: (packed_layer(scheme, shape), scheme.nbytes(*shape, 2))
+    def maker(scheme: LayerScheme, shape: tuple[int, int]) -> tuple[Callable[[], nn.Module], int]:
+        layer = packed_layer(scheme, shape)
+        return partial(copy.deepcopy, layer), scheme.nbytes(*shape, 2)
 
-    return {str(scheme): maker(scheme) for scheme in SCHEMES}
+    return {str(scheme): partial(maker, scheme) for scheme in SCHEMES}
 
 
-def peer_layers(name: str) -> dict[str, Callable[[tuple[int, int]], tuple[nn.Module, int]]]:
+def peer_layers(name: str) -> Makers:
     """Makers of a peer's layers with 4 bits in groups of 64 and with 8 bits, as far as it has them on this device."""
     if name == "torchao":
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # what it has for CPUs, in 0.18
@@ -167,7 +169,8 @@ def peer_layers(name: str) -> dict[str, Callable[[tuple[int, int]], tuple[nn.Mod
 
     widths = (4,) if name == "bitsandbytes" else (4, 8)  # its 8 bits quantize the inputs, too
     return {
-        f"{bits} bits": lambda shape, bits=bits: (make(shape, bits), shape[0] * shape[1] * bits // 8) for bits in widths
+        f"{bits} bits": lambda shape, bits=bits: (partial(make, shape, bits), shape[0] * shape[1] * bits // 8)
+        for bits in widths
     }
 
 
@@ -190,12 +193,26 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / seconds
 
 
+def peer_config(name: str) -> QuantizationConfigMixin:
+    """A peer's 4 bits in groups of 64 for `from_pretrained`."""
+    if name == "torchao":
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        return TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=GROUP_SIZE))
+    if name == "quanto":
+        return QuantoConfig(weights="int4")
+    if name == "hqq":
+        return HqqConfig(nbits=4, group_size=GROUP_SIZE)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+
+
 @torch.no_grad()
-def of_model(folder: str) -> dict[str, float]:
+def of_model(folder: str, peer: str | None) -> dict[str, float]:
     """Seconds to load a model, its resident memory, and tokens per second; run in a process of its own."""
     resident = psutil.Process().memory_info().rss
+    how = {} if peer is None else {"quantization_config": peer_config(peer), "device_map": "cpu"}
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     loaded = time.perf_counter() - start
     ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     prefill = median_seconds({"": [lambda: model(ids, use_cache=False, logits_to_keep=1)]}, 0.0)[""]
@@ -206,16 +223,18 @@ def of_model(folder: str) -> dict[str, float]:
         start = time.perf_counter()
         found = model(token, past_key_values=cache, use_cache=True)
         steps.append(time.perf_counter() - start)
-    held = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    if not model.config.tie_word_embeddings:  # of an embedding of its own one row is read
-        held.pop(id(model.get_input_embeddings().weight))
-    return {
+    speeds = {
         "load_seconds": round(loaded, 3),
         "resident_mb": round((psutil.Process().memory_info().rss - resident) / 1e6, 1),
         "prefill_tokens_per_second": round(PROMPT / prefill, 2),
         "decode_tokens_per_second": round(TOKENS / sum(steps[1:]), 2),
-        "read_bytes_per_token": sum(held.values()),
     }
+    if peer is not None:  # what its tensors take they do not tell
+        return speeds
+    held = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    if not model.config.tie_word_embeddings:  # of an embedding of its own one row is read
+        held.pop(id(model.get_input_embeddings().weight))
+    return {**speeds, "read_bytes_per_token": sum(held.values())}
 
 
 def write_model(name: str, folder: Path) -> None:
@@ -254,9 +273,15 @@ def child(*command: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def models(names: Sequence[str], bandwidth: float) -> dict[str, Any]:
-    """Model → kind (bfloat16, two packed, llama.cpp) → figures; those of packed models also relative to bfloat16."""
+def models(names: Sequence[str], peers: Sequence[str], bandwidth: float) -> dict[str, Any]:
+    """Model → kind (bfloat16, two packed, peers, llama.cpp) → figures; those of quantized models also relative to
+    bfloat16."""
     found: dict[str, Any] = {}
+
+    def ratios(figures: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
+        keys = {step: f"{step}_tokens_per_second" for step in ("decode", "prefill")}
+        return {f"{step}_ratio": round(figures[key] / dense[key], 3) for step, key in keys.items() if key in figures}
+
     for name in names:
         with tempfile.TemporaryDirectory() as work:
             original, quantized = Path(work, "original"), Path(work, "quantized")
@@ -265,15 +290,13 @@ def models(names: Sequence[str], bandwidth: float) -> dict[str, Any]:
             for kind, with_embedding in KINDS.items():
                 bits = write_quantized(original, quantized, with_embedding)
                 packed = child(__file__, "--model", str(quantized))
-                ratios = {
-                    f"{step}_ratio": round(packed[key] / dense[key], 3)
-                    for step in ("decode", "prefill")
-                    for key in [f"{step}_tokens_per_second"]
-                }
-                found[name][kind] = {"bits_per_weight": round(bits, 4), **packed, **ratios}
+                found[name][kind] = {"bits_per_weight": round(bits, 4), **packed, **ratios(packed, dense)}
             for figures in found[name].values():
                 reads = figures["read_bytes_per_token"] * figures["decode_tokens_per_second"]
                 figures["share_of_copy_bandwidth"] = round(reads / bandwidth, 3)
+            for peer in peers:
+                figures = child(__file__, "--model", str(original), "--peer", peer)
+                found[name][peer] = {**figures, **ratios(figures, dense)}
             if name == MODELS[0] and installed("llama-cpp-python"):
                 file = Path(work, "model.gguf")
                 export_gguf(quantized, file)
@@ -295,7 +318,7 @@ def main() -> None:
     torch.manual_seed(0)
     if arguments.model or arguments.peer:
         found = (
-            of_model(arguments.model)
+            of_model(arguments.model, arguments.peer)
             if arguments.model
             else products(peer_layers(arguments.peer), arguments.shapes, arguments.seconds)
         )
@@ -311,7 +334,7 @@ def main() -> None:
         "kernels": {str(scheme): explain_choice(packed_layer(scheme, (2048, 2048))) for scheme in SCHEMES},
         "copy_bandwidth_gb_per_second": round(bandwidth / 1e9, 2),
         "overhead_microseconds": overhead(),
-        "models": models(arguments.models, bandwidth),
+        "models": models(arguments.models, peers, bandwidth),
         "products": products(our_layers(), arguments.shapes, arguments.seconds),
         "peers": {name: child(*peer, name) for name in peers},
         "peer_versions": {**versions, "llama.cpp": installed("llama-cpp-python")},

@@ -15,6 +15,7 @@ from paper import COUNTERPARTS, DEVIATIONS, DROPS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+OURS = ("packed", "packed with the embedding")  # models of `runtime.py`
 STEPS = ("loads", "plans", "packs", "saves", "reloads packed", "reloads plain")  # of `architectures.py`
 NOT_YET = "not tried yet"
 TOLD = (  # reasons that many architectures share, by what they have in common
@@ -206,18 +207,27 @@ def runtime_table(result: dict[str, Any]) -> str:
         "| model | | load, s | resident MB | prefill, tokens/s | decode, tokens/s | of the copy bandwidth |",
         "|---|---|---|---|---|---|---|",
     ]
+    peers = {peer: f"{peer} {version}, 4 bits" for peer, version in result["peer_versions"].items() if version}
+    if "llama.cpp" in peers:
+        peers["llama.cpp"] = f"llama.cpp (llama-cpp-python {result['peer_versions']['llama.cpp']}), our GGUF"
     for name, kinds in result["models"].items():
-        for kind in ("bfloat16", "packed", "packed with the embedding"):
-            found = kinds[kind]
-            dense = kind == "bfloat16"
-            label = kind if dense else f"{kind}, {found['bits_per_weight']:.2f} bits"
+        for kind, label in {"bfloat16": "bfloat16", **dict.fromkeys(OURS), **peers}.items():
+            found = kinds.get(kind)
+            if found is None:
+                continue
+            label = label or f"{kind}, {found['bits_per_weight']:.2f} bits"
+            if "failed" in found:
+                models.append(f"| {name} | {label} | does not run: {found['failed']} | | | | |")
+                continue
             speeds = [
-                f"{found[f'{step}_tokens_per_second']:.1f}" + ("" if dense else f" ({found[f'{step}_ratio']:.2f}×)")
+                f"{found[f'{step}_tokens_per_second']:.1f}"
+                + (f" ({found[f'{step}_ratio']:.2f}×)" if f"{step}_ratio" in found else "")
                 for step in ("prefill", "decode")
             ]
+            memory = f"{found['resident_mb']:.0f}" if "resident_mb" in found else "–"
+            share = f"{found['share_of_copy_bandwidth']:.0%}" if "share_of_copy_bandwidth" in found else "–"
             models.append(
-                f"| {name} | {label} | {found['load_seconds']:.1f} | {found['resident_mb']:.0f} | {' | '.join(speeds)}"
-                f" | {found['share_of_copy_bandwidth']:.0%} |"
+                f"| {name} | {label} | {found['load_seconds']:.1f} | {memory} | {' | '.join(speeds)} | {share} |"
             )
     rows = list(next(iter(result["products"].values()))["bfloat16, ms"])
     products = [
@@ -225,8 +235,13 @@ def runtime_table(result: dict[str, Any]) -> str:
         f"|---|---{'|---' * len(rows)}|",
     ]
     for shape, kinds in result["products"].items():
-        for kind, found in kinds.items():
-            if kind != "bfloat16, ms":
+        of_peers = {
+            f"{peer}, {kind}": found
+            for peer, shapes in result["peers"].items()
+            for kind, found in shapes.get(shape, {}).items()
+        }
+        for kind, found in {**kinds, **of_peers}.items():
+            if not kind.endswith("bfloat16, ms"):
                 ratios = " | ".join(f"{found[count]:.2f}" for count in rows)
                 products.append(f"| {shape.replace('x', ' × ')} | {kind} | {ratios} |")
     versions = result["versions"]

@@ -42,20 +42,25 @@ PACKED_DENSELY = COMPRESSED_TENSORS >= (0, 18)  # before, no integer straddles t
 WIDTHS_OF_THEIRS = (2, 3, 4, 5, 6, 8) if PACKED_DENSELY else (2, 4, 8)  # that compressed-tensors packs as we do
 
 
+LIBRARIES = ("numba", "numba without dot products", "torch")
+
+
 @contextmanager
 def kernels_of(library: str) -> Iterator[None]:
-    """Bit planes multiplied by numba's kernels, or as where it is not installed."""
+    """The kernels of numba, of numba on a processor without dot products of bfloat16, or of torch alone."""
     with pytest.MonkeyPatch.context() as patch:
-        if library == "numba" and (missing := kernels.without_numba()) is not None:
+        if library != "torch" and (missing := kernels.without_numba()) is not None:
             pytest.skip(f"numba {missing}")
+        if library != "numba":
+            patch.setattr(kernels, "without_dot", lambda: "is left out here")
         if library == "torch":
             patch.setattr(kernels, "without_numba", lambda: "is left out here")
         yield
 
 
-@pytest.fixture(params=["numba", "torch"])
+@pytest.fixture(params=LIBRARIES)
 def library(request):
-    """Every test that asks for it runs with the kernels of both libraries."""
+    """Every test that asks for it runs with the kernels of each."""
     with kernels_of(request.param):
         yield request.param
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import kernels_of
+from conftest import LIBRARIES, kernels_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,7 +78,7 @@ def product_of(
 
 @settings(max_examples=EXAMPLES)
 @given(weight=weights(), rows=st.sampled_from((1, 2, 7, 16, 17, 64, 65)), bias=st.booleans(), seed=st.integers(0, 99))
-@pytest.mark.parametrize("library", ["numba", "torch"])
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_products_err_at_most_twice_as_much_as_torchs_own(library, weight, rows, bias, seed):
     x, offset, exact, allowed = product_of(weight, rows, bias, seed)
     for cls in (QuantLinear, QuantConv1D):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from conftest import WIDTHS_OF_THEIRS, kernels_of
+from conftest import LIBRARIES, WIDTHS_OF_THEIRS, kernels_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -206,7 +206,7 @@ def test_input_of_wrong_width_is_refused(scheme, shape, width, dtype, library):
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 def test_int4_layout_is_taken_and_accurate(group_size, symmetric, bias, offset, library):
-    scheme, rows = LayerScheme(4, group_size, symmetric), (1, 3, 24, 25, 64, 65, 100)
+    scheme, rows = LayerScheme(4, group_size, symmetric), (1, 2, 3, 7, 24, 25, 64, 65, 100)
     check_fast_layout(scheme, (192, 512), INT4, bias, offset, rows)
 
 
@@ -216,7 +216,7 @@ def test_int4_layout_is_taken_and_accurate(group_size, symmetric, bias, offset, 
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (2, False), (3, True), (3, False), (5, True), (6, True)])
 def test_planes_are_taken_and_accurate(bits, group_size, symmetric, offset, library):
     scheme = LayerScheme(bits, group_size, symmetric)
-    layout = NUMBA_PLANES if library == "numba" and not symmetric else PLANES
+    layout = NUMBA_PLANES if library != "torch" and not symmetric else PLANES
     check_fast_layout(scheme, (192, 512), layout, bits == 3, offset, rows=(1, 3, 12, 13, 32, 33, 100))
 
 
@@ -226,11 +226,12 @@ def test_planes_are_taken_and_accurate(bits, group_size, symmetric, offset, libr
 @pytest.mark.parametrize(
     ("bits", "group_size"), [(5, 64), (6, 128), *((bits, size) for bits in BITS for size in (-1, 16))]
 )
-def test_numba_takes_what_torch_does_not(bits, group_size, symmetric, offset):
+@pytest.mark.parametrize("library", LIBRARIES[:2])
+def test_numba_takes_what_torch_does_not(bits, group_size, symmetric, offset, library):
     """Zero points with many bits; groups of other sizes."""
     if bits == 8 and (symmetric or group_size > 0):
         pytest.skip("8 bits are per channel, and torch takes them without zero points")
-    with kernels_of("numba"):
+    with kernels_of(library):
         layout = {8: NUMBA_INT8}.get(bits, PLANES if symmetric and group_size > 16 else NUMBA_PLANES)
         scheme = LayerScheme(bits, group_size, symmetric)
         check_fast_layout(scheme, (192, 384), layout, bits == 3, offset, rows=(1, 3, 8, 9, 12, 13, 100))
@@ -244,7 +245,7 @@ def test_tiles_make_the_product_of_the_whole(bits, symmetric, library, monkeypat
     module = packed_module(LayerScheme(bits, 32, symmetric), (192, 64), torch.bfloat16)
     few, many = random(3, 64, dtype=torch.bfloat16), random(100, 64, dtype=torch.bfloat16)
     whole, dense = (module(few), module(many)), module.weight
-    if library == "numba":
+    if library != "torch":
         monkeypatch.setattr("hf_cptquant.kernels.numba_kernel.LEAST_BLOCKS", 1)
     for blocks in (1, 2):
         monkeypatch.setattr(reference, "TILE", blocks * planes.int4_block() * 64)
@@ -276,7 +277,7 @@ def check_fast_layout(scheme, shape, layout, bias, offset, rows):
 def test_torchs_int8_kernel_is_not_taken_for_widths_that_it_reads_beyond(in_features, library):
     """It reads rows in pieces of 16 and, where they do not fit, memory that is not the weight's."""
     module = packed_module(LayerScheme(8), (40, in_features), torch.bfloat16)
-    assert module.layout == (NUMBA_INT8 if library == "numba" else WIRE)  # or the product may end the process
+    assert module.layout == (NUMBA_INT8 if library != "torch" else WIRE)  # or the product may end the process
     weight = exact_weight(quantized_weight(LayerScheme(8), (40, in_features), torch.bfloat16))
     for rows in (1, 3, 20):
         x = random(rows, in_features, dtype=torch.bfloat16, seed=2)
@@ -335,8 +336,11 @@ def test_fast_layouts_say_which_kernel_and_up_to_how_many_rows(library):
     int4 = packed_module(LayerScheme(4, 32), (64, 64), torch.bfloat16)
     int8 = packed_module(LayerScheme(8), (64, 64), torch.bfloat16)
     of_planes = packed_module(LayerScheme(3, 32), (64, 64), torch.bfloat16)
-    if library == "numba":
-        assert explain_choice(int4) == "cpu_int4: torch's int4 kernel up to 24 rows, dequantize by numba beyond"
+    if library != "torch":
+        by_dot = (
+            "numba's kernel up to 64 rows" if kernels.without_dot() is None else "torch's int4 kernel up to 24 rows"
+        )
+        assert explain_choice(int4) == f"cpu_int4: {by_dot}, dequantize by numba beyond"
         assert explain_choice(of_planes) == "cpu_planes: numba's kernel up to 12 rows, dequantize by numba beyond"
         rows = "numba's kernel up to 2 rows, torch's int8 kernel up to 16 rows, dequantize beyond"
         assert explain_choice(int8) == f"cpu_int8: {rows}"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import kernels_of
+from conftest import LIBRARIES, kernels_of
 
 from hf_cptquant import kernels
 from hf_cptquant.grid import QuantizedWeight, integer_range
@@ -49,27 +49,64 @@ def test_weights_for_many_rows_are_the_dequantized_ones_bit_for_bit(scheme):
         assert torch.equal(found, layer.weight)
 
 
+@pytest.mark.parametrize("library", LIBRARIES[:2])
 @pytest.mark.parametrize("scheme", [each for each in SCHEMES if each.bits != 4], ids=str)
-def test_weights_for_few_rows_are_the_integers_times_the_scale(scheme):
-    """Each alone; four rows together, and one. With zero points the shift is rounded, as torch's kernel wants it."""
-    layer = layer_of(scheme)
+def test_weights_for_few_rows_are_the_integers_times_the_scale(scheme, library):
+    """Each alone; some rows together, and one."""
+    with kernels_of(library):
+        check_weights_for_few_rows(layer_of(scheme))
+
+
+def check_weights_for_few_rows(layer):
     quantized = layer.quantized()
     steps = quantized.integers.view(192, -1, 64).double()
     if quantized.zero_point is not None:
         steps = steps - quantized.zero_point.double().unsqueeze(-1)
     exact = (steps * quantized.scale.double().unsqueeze(-1)).view(192, -1)
     identity = torch.eye(576, dtype=torch.bfloat16)
-    for rows in (1, 4, 5):
+    for rows in (1, 2, 3, 4, 5):
         assert kernel_of(layer.layout, rows, torch.bfloat16, CPU) == NUMBA
         found = torch.cat([layer(part) for part in identity.split(rows)]).t()
-        if scheme.symmetric:
+        assert torch.equal(found, exact.bfloat16())
+
+
+needs_dot = pytest.mark.skipif(kernels.without_dot() is not None, reason=str(kernels.without_dot()))
+
+
+@needs_dot
+def test_dot_products_take_some_rows():
+    found = [kernel_of(CPU_INT4, rows, torch.bfloat16, CPU) for rows in (0, 1, 64, 65)]
+    assert found == [REFERENCE, NUMBA, NUMBA, NUMBA_DENSE]
+
+
+@needs_dot
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_dot_products_are_of_the_integers_times_the_scale(symmetric):
+    """One row alone, and two to four together. With zero points the shift is rounded, as torch's kernel wants it."""
+    layer = layer_of(LayerScheme(4, 64, symmetric))
+    quantized, identity = layer.quantized(), torch.eye(576, dtype=torch.bfloat16)
+    zeros = 0 if symmetric else quantized.zero_point.double().unsqueeze(-1)
+    scale = quantized.scale.double().unsqueeze(-1)
+    exact = ((quantized.integers.view(192, -1, 64).double() - zeros) * scale).view(192, -1)
+    for rows in (1, 2, 3, 4):
+        found = torch.cat([layer(part) for part in identity.split(rows)]).t()
+        if symmetric:
             assert torch.equal(found, exact.bfloat16())
         else:
-            shift = (quantized.zero_point.double() * quantized.scale.double()).abs().repeat_interleave(64, 1)
+            shift = (zeros * scale).abs().view(192, -1).repeat_interleave(64, 1)
             assert ((found - exact).abs() <= 2**-8 * (exact.abs() + shift)).all()
 
 
-@pytest.mark.parametrize("scheme", [LayerScheme(3, 64), LayerScheme(8)], ids=str)
+@needs_dot
+def test_a_row_is_the_same_alone_and_among_others_but_for_rounding():
+    layer, x = layer_of(LayerScheme(4, 64)), torch.randn(11, 576).bfloat16()
+    together = layer(x)
+    for row in range(11):
+        alone = layer(x[row : row + 1])[0]
+        assert torch.allclose(together[row].float(), alone.float(), rtol=2**-7, atol=2**-7 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize("scheme", [LayerScheme(3, 64), LayerScheme(4, 64), LayerScheme(8)], ids=str)
 def test_threads_do_not_change_the_result(scheme):
     """More of them than there are blocks of outputs, too."""
     layer, x = layer_of(scheme), torch.randn(100, 576).bfloat16()
@@ -87,7 +124,8 @@ def test_threads_do_not_change_the_result(scheme):
 def test_few_rows_are_those_of_the_layout():
     of_planes = [kernel_of(CPU_PLANES, rows, torch.bfloat16, CPU) for rows in (0, 1, 12, 13)]
     assert of_planes == [REFERENCE, NUMBA, NUMBA, NUMBA_DENSE]
-    int4 = [kernel_of(CPU_INT4, rows, torch.bfloat16, CPU) for rows in (0, 1, 24, 25)]
+    with kernels_of("numba without dot products"):
+        int4 = [kernel_of(CPU_INT4, rows, torch.bfloat16, CPU) for rows in (0, 1, 24, 25)]
     assert int4 == [REFERENCE, "torch's int4 kernel", "torch's int4 kernel", NUMBA_DENSE]
     int8 = [kernel_of(CPU_INT8, rows, torch.bfloat16, CPU) for rows in (0, 1, 2, 3, 16, 17)]
     assert int8 == [REFERENCE, NUMBA, NUMBA, "torch's int8 kernel", "torch's int8 kernel", REFERENCE]
@@ -123,7 +161,7 @@ print(without_numba())
 @pytest.mark.parametrize(
     ("lack", "reason"),
     [
-        ("no folder", "does not run here: cannot cache function '_widened': no locator available"),
+        ("no folder", "does not run here: cannot cache function 'widened': no locator available"),
         ("no OpenMP", "does not run here: torch's threads are not those of GNU's OpenMP library"),
         ("nothing", "None"),
     ],

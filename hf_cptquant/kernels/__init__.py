@@ -40,8 +40,11 @@ BY_NUMBA = {NUMBA_PLANES, NUMBA_INT8}
 # With numba its kernels take up to so many rows, and torch's the others up to so many; beyond, numba dequantizes planes
 # (2 cores with AVX-512, 2048 × 2048, relative to bfloat16: 3 bits at 8 rows 1.15, dequantize 0.62, at 16 rows 0.6 and
 # 0.71; torch's int4 at 16 rows 0.85 and 0.71, at 32 rows 0.67 and 0.72; int8 at 1 row 2.1 by numba and 1.0 by torch, at
-# 2 rows 3.3 and 2.5, at 4 rows 1.4 and 2.0)
-NUMBA_ROWS = {CPU_INT4: 0, CPU_PLANES: 12, CPU_INT8: 2, NUMBA_PLANES: 12, NUMBA_INT8: 8}
+# 2 rows 3.3 and 2.5, at 4 rows 1.4 and 2.0). Dot products of bfloat16 beat torch's int4 kernel for any rows, and to
+# dequantize for up to 64 (1 row 3.3 by them and 2.3 by torch, 32 rows 1.2 and 0.75, 64 rows 0.92 and 0.80, 128 rows
+# 0.81 and 0.87); with other planes they beat numba's float32 (3 bits at 1 row 2.4 and 1.75, at 8 rows 1.16 and 0.97)
+NUMBA_ROWS = {CPU_INT4: 0, CPU_PLANES: 12, CPU_INT8: 2, NUMBA_PLANES: 12, NUMBA_INT8: 16}
+NUMBA_ROWS_BY_DOT = 64  # with 4 bits
 MAX_ROWS_WITH_NUMBA = {CPU_INT4: 24, CPU_INT8: 16}
 INPUTS = 32  # that numba's kernel of planes takes a multiple of
 REFERENCE = "dequantize, dense product"
@@ -132,8 +135,9 @@ def _reason(layout: str) -> str:
     if missing:
         rows = MAX_ROWS[layout]
         return f"{KERNELS[layout]} up to {rows} rows, dequantize beyond; numba would be faster, but {missing}"
-    kernels = [f"numba's kernel up to {NUMBA_ROWS[layout]} rows"] if NUMBA_ROWS[layout] else []
-    if layout in MAX_ROWS_WITH_NUMBA:
+    compiled = _numba_rows(layout)
+    kernels = [f"numba's kernel up to {compiled} rows"] if compiled else []
+    if MAX_ROWS_WITH_NUMBA.get(layout, 0) > compiled:
         kernels.append(f"{KERNELS[layout]} up to {MAX_ROWS_WITH_NUMBA[layout]} rows")
     return f"{', '.join(kernels)}, dequantize{' by numba' if layout in BY_PLANES else ''} beyond"
 
@@ -177,6 +181,25 @@ def without_numba() -> str | None:
     return None
 
 
+@lru_cache
+def without_dot() -> str | None:
+    """Why products of few rows are not made of dot products of bfloat16, or None where they are."""
+    if planes.int4_block() != 64:
+        return "torch's int4 kernel lays out blocks of other than 64 rows"
+    if (missing := without_numba()) is not None:
+        return missing
+    try:
+        from . import numba_dot  # noqa: F401
+    except ImportError as error:  # for this processor, or this version
+        return str(error)
+    return None
+
+
+def _numba_rows(layout: str) -> int:
+    """Up to how many rows numba's kernel multiplies with a layout."""
+    return NUMBA_ROWS_BY_DOT if layout == CPU_INT4 and without_dot() is None else NUMBA_ROWS[layout]
+
+
 def kernel_of(layout: str, rows: int, dtype: torch.dtype, device: torch.device) -> str:
     """The kernel that multiplies so many rows with a weight in a layout: `REFERENCE`, or one of torch, numba, Triton.
 
@@ -189,7 +212,7 @@ def kernel_of(layout: str, rows: int, dtype: torch.dtype, device: torch.device) 
         return REFERENCE
     if layout in KERNELS and without_numba() is not None:
         return KERNELS[layout] if rows <= MAX_ROWS[layout] else REFERENCE
-    if rows <= NUMBA_ROWS[layout]:
+    if rows <= _numba_rows(layout):
         return NUMBA
     if rows <= MAX_ROWS_WITH_NUMBA.get(layout, 0):
         return KERNELS[layout]
@@ -282,13 +305,7 @@ def multiply(
     elif kernel == NUMBA or kernel in KERNELS.values():
         rows = rows.contiguous()
         if kernel == NUMBA:
-            from . import numba_kernel
-
-            product = (
-                numba_kernel.linear(rows, weight, scale, zero_point, bits)
-                if layout in BY_PLANES
-                else numba_kernel.int8_linear(rows, weight, scale, zero_point)
-            )
+            product = _by_numba(rows, weight, scale, zero_point, bits, layout)
         elif layout in BY_PLANES:
             product = planes.linear(rows, weight, scale, group_size)
         else:
@@ -305,6 +322,25 @@ def multiply(
         tiles = reference.dense_tiles(weight, scale, zero_point, bits, in_features)
         product = reference.linear_of_tiles(rows, tiles, bias, len(scale))
     return product.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _by_numba(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, layout: str) -> Tensor:
+    """The product of few rows by a kernel that numba compiles."""
+    if layout in BY_INT8:
+        from . import numba_kernel
+
+        return numba_kernel.int8_linear(x, weight, scale, zero_point)
+    if layout == CPU_INT4:
+        from . import numba_dot
+
+        return numba_dot.linear(x, weight, scale)
+    if without_dot() is None:
+        from . import numba_dot
+
+        return numba_dot.planes_linear(x, weight, scale, zero_point, bits)
+    from . import numba_kernel
+
+    return numba_kernel.linear(x, weight, scale, zero_point, bits)
 
 
 linear = torch.library.custom_op("hf_cptquant::linear", multiply, mutates_args=())

@@ -49,10 +49,10 @@ def _symbol(name: str) -> Any:
     return types.ExternalFunction(name, types.int32())
 
 
-_thread, _threads = _symbol("omp_get_thread_num"), _symbol("omp_get_num_threads")
+thread_number, threads_running = _symbol("omp_get_thread_num"), _symbol("omp_get_num_threads")
 
 
-def _run(function: Any, *arguments: Tensor | int | None) -> None:
+def run_compiled(function: Any, *arguments: Tensor | int | None) -> None:
     """Call a compiled function on all of torch's threads. Of tensors it gets the addresses."""
     numbers = [each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments]
     held = (ctypes.c_int64 * len(numbers))(*numbers)
@@ -74,17 +74,17 @@ def _pointer_to(dtype: Any) -> Any:
 
 
 _octets_at, _integers_at = _pointer_to(types.uint8), _pointer_to(types.int8)
-_halves_at, _words_at, _floats_at = _pointer_to(types.uint16), _pointer_to(types.uint32), _pointer_to(types.float32)
+halves_at, _words_at, _floats_at = _pointer_to(types.uint16), _pointer_to(types.uint32), _pointer_to(types.float32)
 
 
 @njit(inline="always", cache=True)  # fails at once where no compiled code can be kept
-def _widened(half):
+def widened(half):
     """The bits of a bfloat16 → its number."""
     return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
 
 
 @njit(inline="always")
-def _narrowed(number):
+def narrowed(number):
     """A number → the bits of the nearest bfloat16, the even one of two."""
     bits = np.float32(number).view(np.uint32)
     odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
@@ -158,7 +158,7 @@ def _zero_points_of_words(words, block, half, group, groups, zeros, start):
 
 
 @njit(inline="always")
-def _end_of_groups(start, quarter, group_size):
+def end_of_groups(start, quarter, group_size):
     """Up to where none of the four input features that are read together enters another group."""
     end = quarter
     for part in range(4):
@@ -216,6 +216,21 @@ def _sum_of_rows(x, quarter, upper, lower, upper_width, lower_width, lowest, hal
             sums[7 * half + j] += x0 * b0 + x1 * b1 + x2 * b2 + x3 * b3
 
 
+@njit(inline="always")
+def subtract_zeros(totals, first, block, scales, zeros, sums, groups, out_features):
+    """From the products of a row with a block, which begin at some place, Σ z·s·Σx by groups. Addresses of the block's
+    scales and zero points in the first group, and of the sums of the row's inputs."""
+    of_inputs = _floats_at(sums)
+    for group in range(groups):
+        of_group, zeros_of_group = (
+            halves_at(scales + 2 * group * out_features),
+            _integers_at(zeros + group * out_features),
+        )
+        for j in range(block):
+            zero = np.float32(np.int32(zeros_of_group[j])) * of_inputs[group]
+            totals[first + j] -= zero * widened(of_group[j])
+
+
 @lru_cache
 def _multiplier(bits: int, block: int, with_zeros: bool) -> Any:
     """The compiled function of `linear`. Its argument: addresses of planes, scales, zero points, inputs (float32),
@@ -230,7 +245,9 @@ def _multiplier(bits: int, block: int, with_zeros: bool) -> Any:
         quarter, groups, blocks = in_features // 4, in_features // group_size, out_features // block
         sums, totals = np.empty(4 * block, np.float32), np.empty(block, np.float32)
         scales = np.empty(4 * block, np.float32)
-        for b in range(blocks * _thread() // _threads(), blocks * (_thread() + 1) // _threads()):
+        for b in range(
+            blocks * thread_number() // threads_running(), blocks * (thread_number() + 1) // threads_running()
+        ):
             upper = _octets_at(held[0] + b * quarter * half * upper_width)
             lower = _octets_at(held[0] + (blocks * upper_width + b * lower_width) * quarter * half)
             row = 0
@@ -244,13 +261,13 @@ def _multiplier(bits: int, block: int, with_zeros: bool) -> Any:
                         sums[j] = np.float32(0)
                 start = 0
                 while start < quarter:
-                    end = _end_of_groups(start, quarter, group_size)
+                    end = end_of_groups(start, quarter, group_size)
                     if together == 4:
                         for part in range(4):
                             group = (start + part * quarter) // group_size
-                            of_group = _halves_at(held[1] + 2 * (group * out_features + b * block))
+                            of_group = halves_at(held[1] + 2 * (group * out_features + b * block))
                             for j in range(block):
-                                scales[part * block + j] = _widened(of_group[j])
+                                scales[part * block + j] = widened(of_group[j])
                         _sum_of_rows(
                             x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, scales, sums
                         )
@@ -258,25 +275,22 @@ def _multiplier(bits: int, block: int, with_zeros: bool) -> Any:
                         _sum_of_row(x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, sums)
                         for part in range(4):
                             group = (start + part * quarter) // group_size
-                            of_group = _halves_at(held[1] + 2 * (group * out_features + b * block))
+                            of_group = halves_at(held[1] + 2 * (group * out_features + b * block))
                             for j in range(block):
-                                totals[j] += sums[part * block + j] * _widened(of_group[j])
+                                totals[j] += sums[part * block + j] * widened(of_group[j])
                     start = end
                 for each in range(together):
                     if together == 4:
                         for j in range(block):
                             totals[j] = sums[each * block + j]
                     if with_zeros:
-                        sums_of_groups = _floats_at(held[4] + 4 * (row + each) * groups)
-                        for group in range(groups):
-                            place = group * out_features + b * block
-                            of_group, zeros = _halves_at(held[1] + 2 * place), _integers_at(held[2] + place)
-                            for j in range(block):
-                                zero = np.float32(np.int32(zeros[j])) * sums_of_groups[group]
-                                totals[j] -= zero * _widened(of_group[j])
-                    output = _halves_at(held[5] + 2 * ((row + each) * out_features + b * block))
+                        subtract_zeros(
+                            totals, 0, block, held[1] + 2 * block * b, held[2] + block * b,
+                            held[4] + 4 * (row + each) * groups, groups, out_features,
+                        )  # fmt: skip
+                    output = halves_at(held[5] + 2 * ((row + each) * out_features + b * block))
                     for j in range(block):
-                        output[j] = _narrowed(totals[j])
+                        output[j] = narrowed(totals[j])
                 row += together
 
     return multiply
@@ -298,19 +312,21 @@ def _dequantizer(bits: int, block: int, shifted: bool, with_zeros: bool) -> Any:
         words = _words_at(held[2])
         integers = np.empty(4 * block, np.uint8)
         scales, zeros = np.empty(4 * block, np.float32), np.empty(4 * block, np.float32)
-        for each in range(count * _thread() // _threads(), count * (_thread() + 1) // _threads()):
+        for each in range(
+            count * thread_number() // threads_running(), count * (thread_number() + 1) // threads_running()
+        ):
             b = first + each
             upper = _octets_at(held[0] + b * quarter * half * upper_width)
             lower = _octets_at(held[0] + (blocks * upper_width + b * lower_width) * quarter * half)
             start = 0
             while start < quarter:
-                end = _end_of_groups(start, quarter, group_size)
+                end = end_of_groups(start, quarter, group_size)
                 for part in range(4):
                     group = (start + part * quarter) // group_size
                     place, first_of_part = group * out_features + b * block, part * block
-                    table, zero_points = _halves_at(held[1] + 2 * every * place), _integers_at(held[2] + place)
+                    table, zero_points = halves_at(held[1] + 2 * every * place), _integers_at(held[2] + place)
                     for j in range(block):
-                        scales[first_of_part + j] = _widened(table[every * j])
+                        scales[first_of_part + j] = widened(table[every * j])
                         zeros[first_of_part + j] = np.float32(lowest)
                         if with_zeros and not shifted:
                             zeros[first_of_part + j] += np.float32(np.int32(zero_points[j]))
@@ -322,10 +338,10 @@ def _dequantizer(bits: int, block: int, shifted: bool, with_zeros: bool) -> Any:
                         for place in range(8):
                             integers[place * half + j] = found[place]
                     for part in range(4):
-                        output = _halves_at(held[3] + 2 * ((part * quarter + i) * count + each) * block)
+                        output = halves_at(held[3] + 2 * ((part * quarter + i) * count + each) * block)
                         for j in range(block):
                             k = part * block + j
-                            output[j] = _narrowed((np.float32(integers[k]) - zeros[k]) * scales[k])
+                            output[j] = narrowed((np.float32(integers[k]) - zeros[k]) * scales[k])
                 start = end
 
     return dequantize
@@ -340,14 +356,17 @@ def _int8_multiplier(with_zeros: bool) -> Any:
     def multiply(arguments):
         held = carray(arguments, 9)
         rows, in_features, out_features = held[6], held[7], held[8]
-        scales, zeros, sums = _halves_at(held[1]), _integers_at(held[2]), _floats_at(held[4])
-        start, stop = out_features * _thread() // _threads(), out_features * (_thread() + 1) // _threads()
+        scales, zeros, sums = halves_at(held[1]), _integers_at(held[2]), _floats_at(held[4])
+        start, stop = (
+            out_features * thread_number() // threads_running(),
+            out_features * (thread_number() + 1) // threads_running(),
+        )
         half = (stop - start + 1) // 2  # of the outputs: two are read at a time, far from one another
         for j in range(start, start + half):
             other = min(j + half, stop - 1)
             first, second = _integers_at(held[0] + j * in_features), _integers_at(held[0] + other * in_features)
             for row in range(rows):
-                x, output = _floats_at(held[3] + 4 * row * in_features), _halves_at(held[5] + 2 * row * out_features)
+                x, output = _floats_at(held[3] + 4 * row * in_features), halves_at(held[5] + 2 * row * out_features)
                 of_first = of_second = np.float32(0)
                 for i in range(in_features):
                     of_first += x[i] * np.float32(np.int32(first[i]))
@@ -355,13 +374,13 @@ def _int8_multiplier(with_zeros: bool) -> Any:
                 if with_zeros:
                     of_first -= sums[row] * np.float32(np.int32(zeros[j]))
                     of_second -= sums[row] * np.float32(np.int32(zeros[other]))
-                output[j] = _narrowed(of_first * _widened(scales[j]))
-                output[other] = _narrowed(of_second * _widened(scales[other]))
+                output[j] = narrowed(of_first * widened(scales[j]))
+                output[other] = narrowed(of_second * widened(scales[other]))
 
     return multiply
 
 
-def _check(in_features: int, width: int) -> None:
+def check_width(in_features: int, width: int) -> None:
     """Compiled code would read beyond the weight."""
     if in_features != width:
         raise ValueError(f"inputs have {in_features} features, and the weight {width}")
@@ -379,12 +398,14 @@ def linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None
         ValueError: the inputs have another width than the weight.
     """
     rows, in_features = x.shape
-    _check(in_features, 8 * packed.shape[1] // bits)
+    check_width(in_features, 8 * packed.shape[1] // bits)
     inputs, product = x.float(), x.new_empty(rows, len(packed))
     group_size = in_features // len(scales)
     sums = None if zero_points is None else inputs.view(rows, -1, group_size).sum(-1)
     function = _multiplier(bits, known_block(), zero_points is not None)
-    _run(function, packed, scales, zero_points, inputs, sums, product, rows, in_features, len(packed), group_size)
+    run_compiled(
+        function, packed, scales, zero_points, inputs, sums, product, rows, in_features, len(packed), group_size
+    )
     return product
 
 
@@ -402,7 +423,7 @@ def dense_linear(
         ValueError: the inputs have another width than the weight.
     """
     (rows, in_features), out_features, block = x.shape, len(packed), known_block()
-    _check(in_features, 8 * packed.shape[1] // bits)
+    check_width(in_features, 8 * packed.shape[1] // bits)
     function = _dequantizer(bits, block, table.dim() == 3, zero_points is not None)
     group_size = in_features // len(table)
     dtype = working_dtype(x.dtype, x.device)
@@ -414,7 +435,9 @@ def dense_linear(
             width = min(step, out_features - start)
             part = tile[: in_features * width].view(in_features, width)
             first, count = start // block, width // block
-            _run(function, packed, table, zero_points, part, first, count, in_features, out_features, group_size)
+            run_compiled(
+                function, packed, table, zero_points, part, first, count, in_features, out_features, group_size
+            )
             product[:, start : start + width] = inputs @ part.to(dtype)
     return product if bias is None else product.add_(bias)
 
@@ -430,9 +453,9 @@ def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor |
         ValueError: the inputs have another width than the weight.
     """
     (rows, in_features), (out_features, width) = x.shape, integers.shape
-    _check(in_features, width)
+    check_width(in_features, width)
     inputs, product = x.float(), x.new_empty(rows, out_features)
     sums = None if zero_point is None else inputs.sum(-1)
     function = _int8_multiplier(zero_point is not None)
-    _run(function, integers, scale, zero_point, inputs, sums, product, rows, in_features, out_features)
+    run_compiled(function, integers, scale, zero_point, inputs, sums, product, rows, in_features, out_features)
     return product

@@ -1,0 +1,392 @@
+"""Products of few rows with bit planes, by the processor's own dot products of bfloat16 (AVX-512).
+
+torch's int4 kernel takes twice as long as it takes to read the weights. Here 64 bytes, two input features of a block of
+64 output features, become bfloat16 by looking their integers up (those of 2 to 6 bits are exact in it); then one
+instruction multiplies 32 of them by inputs and sums in float32. Vectors are written out, since LLVM does not make them
+of loops: there it finds a sum for each output feature, and would not keep all of these in registers.
+
+The layout of 4 bits is that of torch's kernel, in which each input feature has bytes of its own, so more rows are taken
+together than with other planes, whose bytes hold four input features.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, cfunc, types
+from numba.core import cgutils
+from numba.core.typing import signature
+from numba.extending import intrinsic
+from torch import Tensor
+
+from .numba_kernel import (
+    SIGNATURE,
+    check_width,
+    end_of_groups,
+    halves_at,
+    narrowed,
+    run_compiled,
+    subtract_zeros,
+    thread_number,
+    threads_running,
+    widened,
+)
+from .planes import FORMS
+
+BLOCK = 64  # output features, of which two lie in each byte
+LANES = 16  # numbers of float32 in a register
+QUARTERS = BLOCK // LANES
+AHEAD = 8192  # bytes, of planes half of it: the processor itself looks no further than the end of a page of memory
+DOT, FMA = "llvm.x86.avx512bf16.dpbf16ps.512", "llvm.fma.v16f32"
+LOOK_UP, LOOK_UP_IN_TWO = "llvm.x86.avx512.permvar.hi.512", "llvm.x86.avx512.vpermi2var.hi.512"
+
+if not llvmlite.binding.get_host_cpu_features().get("avx512bf16", False):
+    raise ImportError("the processor has no dot products of bfloat16")
+if llvmlite.binding.llvm_version_info < (16, 0, 0):
+    raise ImportError("LLVM has no vectors of bfloat16 before version 16")
+
+
+class _BFloat(ir.Type):
+    """The type bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+INT8, INT16, INT32, INT64, FLOAT = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType())
+OCTETS, HALVES, WORDS, FLOATS = (ir.VectorType(*each) for each in ((INT8, 64), (INT16, 32), (INT32, 16), (FLOAT, 16)))
+BFLOATS = ir.VectorType(_BFloat(), 32)
+
+
+def _bits_of_bfloat16(number: int) -> int:
+    """Of an integer that is exact in it."""
+    return int(torch.tensor(number, dtype=torch.bfloat16).view(torch.uint16))
+
+
+class _Writer:
+    """Instructions that several places need."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def clear(self, places: Any) -> None:
+        for place in (each for of_row in places for each in of_row):
+            self.builder.store(ir.Constant(FLOATS, [0.0] * LANES), place)
+
+    def load_octets(self, address: Any, ahead: int) -> Any:
+        """64 bytes, and those so far ahead are asked for."""
+        pointer = self.builder.inttoptr(self.at(address, ahead), INT8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT32, INT32, INT32])
+        prefetch = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(prefetch, [pointer, INT32(0), INT32(3), INT32(1)])  # to read; keep it near; data
+        return self.load(address, OCTETS)
+
+    def load(self, address: Any, kind: Any) -> Any:
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=1)
+
+    def at(self, address: Any, *terms: Any) -> Any:
+        for term in terms:
+            address = self.builder.add(address, term if isinstance(term, ir.Value) else INT64(term))
+        return address
+
+    def splat(self, value: Any, kind: Any) -> Any:
+        first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value, INT32(0))
+        return self.builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(INT32, kind.count), None))
+
+    def call(self, name: str, result: Any, *arguments: Any) -> Any:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
+
+    def shifted_right(self, octets: Any, places: int, mask: int) -> Any:
+        moved = self.builder.lshr(octets, ir.Constant(OCTETS, [places] * 64)) if places else octets
+        return self.builder.and_(moved, ir.Constant(OCTETS, [mask] * 64))
+
+    def shifted_left(self, octets: Any, places: int) -> Any:
+        return self.builder.shl(octets, ir.Constant(OCTETS, [places] * 64)) if places else octets
+
+    def steps(self, digits: Any, bits: int) -> list[Any]:
+        """The steps that integers stand for, which are counted from 0, in bytes: 32 of one input feature and 32 of the
+        next → pairs in bfloat16 for 16 output features each, in two vectors."""
+        build, found = self.builder, []
+        entries = [_bits_of_bfloat16(index - 2 ** (bits - 1)) for index in range(2**bits)]
+        tables = [ir.Constant(HALVES, (entries * 32)[start : start + 32]) for start in range(0, max(32, 2**bits), 32)]
+        for first in (0, LANES):
+            order = [each for lane in range(first, first + LANES) for each in (lane, 32 + lane)]
+            pairs = build.shuffle_vector(digits, digits, ir.Constant(ir.VectorType(INT32, 32), order))
+            wide = build.zext(pairs, HALVES)
+            halves = (
+                self.call(LOOK_UP, HALVES, tables[0], wide)
+                if len(tables) == 1
+                else self.call(LOOK_UP_IN_TWO, HALVES, tables[0], wide, tables[1])
+            )
+            found.append(build.bitcast(halves, BFLOATS))
+        return found
+
+    def spread(self, width: int, pieces: list[Any]) -> list[Any]:
+        """What a plane holds for one place in each of the quarters, a digit in each nibble (`numba_kernel._spread`)."""
+        right, left, build = self.shifted_right, self.shifted_left, self.builder
+        if width == 1:
+            return [right(pieces[0], place, 0x11) for place in range(4)]
+        if width == 2:
+            return [right(pieces[place % 2], place // 2 * 2, 0x33) for place in range(4)]
+        if width == 4:
+            return pieces
+        lent = [left(right(piece, 0, 0x11), place) for piece, place in zip(pieces, (2, 1, 0), strict=True)]
+        return [*(right(piece, 1, 0x77) for piece in pieces), build.or_(build.or_(lent[0], lent[1]), lent[2])]
+
+    def scale_and_shift(self, table: Any, shifted: bool) -> tuple[Any, Any]:
+        """Of 16 output features, float32."""
+        build = self.builder
+        if not shifted:
+            halves = build.zext(self.load(table, ir.VectorType(INT16, LANES)), WORDS)
+            return build.bitcast(build.shl(halves, ir.Constant(WORDS, [16] * LANES)), FLOATS), None
+        words = self.load(table, WORDS)
+        scale = build.shl(words, ir.Constant(WORDS, [16] * LANES))
+        shift = build.and_(words, ir.Constant(WORDS, [0xFFFF0000] * LANES))
+        return build.bitcast(scale, FLOATS), build.bitcast(shift, FLOATS)
+
+
+@intrinsic(prefer_literal=True)
+def _block_product(_typing, rows, entry, octets, table, x, sums, output, in_features, out_features, group_size):
+    """The product of some rows with a block.
+
+    Its arguments: rows, and bytes of an entry of the table, known when it is compiled; addresses of the block's octets,
+    of its scales in the first group, of the inputs, of their sums by groups, and of the outputs; input features, output
+    features, group size.
+    """
+    kinds = signature(types.void, rows, entry, *[types.int64] * 8)
+    rows, entry, shifted = rows.literal_value, entry.literal_value, entry.literal_value == 4
+    chains = 2 if rows == 1 else 1  # sums of a row that do not wait for each other
+
+    def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
+        octets, table, x, sums, output, in_features, out_features, group_size = arguments[2:]
+        write = _Writer(build)
+        groups = build.sdiv(in_features, group_size)
+        totals = [[cgutils.alloca_once(build, FLOATS) for _ in range(QUARTERS)] for _ in range(rows)]
+        of_group = [[cgutils.alloca_once(build, FLOATS) for _ in range(QUARTERS)] for _ in range(rows * chains)]
+        write.clear(totals)
+        with cgutils.for_range(build, groups) as of_groups:
+            group = of_groups.index
+            write.clear(of_group)
+            with cgutils.for_range_slice(build, INT64(0), group_size, INT64(2 * chains)) as (place, _):
+                feature = build.add(build.mul(group, group_size), place)
+                first = build.add(octets, build.mul(feature, INT64(BLOCK // 2)))
+                for chain in range(chains):
+                    nibbles = write.load_octets(write.at(first, BLOCK * chain), AHEAD)
+                    steps = [
+                        each for place in (0, 4) for each in write.steps(write.shifted_right(nibbles, place, 15), 4)
+                    ]
+                    for row in range(rows):
+                        pair = build.add(build.mul(in_features, INT64(row)), build.add(feature, INT64(2 * chain)))
+                        both = write.load(write.at(x, build.mul(pair, INT64(2))), INT32)
+                        inputs = build.bitcast(write.splat(both, WORDS), BFLOATS)
+                        for part, of_part in zip(of_group[row * chains + chain], steps, strict=True):
+                            build.store(write.call(DOT, FLOATS, build.load(part), of_part, inputs), part)
+            of_this = write.at(table, build.mul(group, build.mul(out_features, INT64(entry))))
+            for quarter in range(QUARTERS):
+                scale, shift = write.scale_and_shift(write.at(of_this, entry * LANES * quarter), shifted)
+                for row in range(rows):
+                    total, (found, *others) = (
+                        totals[row][quarter],
+                        [build.load(of_group[row * chains + chain][quarter]) for chain in range(chains)],
+                    )
+                    for other in others:
+                        found = build.fadd(found, other)
+                    now = write.call(FMA, FLOATS, found, scale, build.load(total))
+                    if shifted:
+                        place = build.add(build.mul(groups, INT64(row)), group)
+                        of_inputs = write.load(write.at(sums, build.mul(place, INT64(4))), FLOAT)
+                        now = write.call(FMA, FLOATS, write.splat(of_inputs, FLOATS), shift, now)
+                    build.store(now, total)
+        for row in range(rows):
+            for quarter, total in enumerate(totals[row]):
+                place = build.mul(build.add(build.mul(out_features, INT64(row)), INT64(LANES * quarter)), INT64(2))
+                kind = ir.VectorType(_BFloat(), LANES)
+                address = build.inttoptr(write.at(output, place), kind.as_pointer())
+                build.store(build.fptrunc(build.load(total), kind), address, align=2)
+        return context.get_dummy_value()
+
+    return kinds, generate
+
+
+block_product: Any = _block_product  # which to type checkers has the arguments of its typing function
+
+
+@lru_cache
+def _multiplier(entry: int) -> Any:
+    """The compiled function of `linear`, for a table with so many bytes of an entry. Its argument: addresses of octets,
+    table, inputs, their sums by groups (float32) and outputs; rows, input features, output features, group size."""
+
+    @cfunc(SIGNATURE, cache=True)
+    def multiply(arguments):
+        held = carray(arguments, 9)
+        rows, in_features, out_features, group_size = held[5], held[6], held[7], held[8]
+        blocks, groups = out_features // BLOCK, in_features // group_size
+        for b in range(
+            blocks * thread_number() // threads_running(), blocks * (thread_number() + 1) // threads_running()
+        ):
+            octets, table = held[0] + b * in_features * (BLOCK // 2), held[1] + entry * BLOCK * b
+            for row in range(0, rows, 4):
+                x, sums = held[2] + 2 * row * in_features, held[3] + 4 * row * groups
+                output = held[4] + 2 * (row * out_features + BLOCK * b)
+                if rows - row == 1:
+                    block_product(1, entry, octets, table, x, sums, output, in_features, out_features, group_size)
+                elif rows - row == 2:
+                    block_product(2, entry, octets, table, x, sums, output, in_features, out_features, group_size)
+                elif rows - row == 3:
+                    block_product(3, entry, octets, table, x, sums, output, in_features, out_features, group_size)
+                else:
+                    block_product(4, entry, octets, table, x, sums, output, in_features, out_features, group_size)
+
+    return multiply
+
+
+@intrinsic(prefer_literal=True)
+def _planes_product(_typing, rows, bits, upper, lower, quarter, x, in_features, start, end, sums):
+    """Σ x·q of some rows with a block of planes, over input features start … end of each quarter.
+
+    Its arguments: rows, and bits, known when it is compiled; addresses of the block's planes, how many input features a
+    quarter has; address of the inputs, and how many a row has; start, and end; address of the sums, float32
+    `[rows, 4 quarters, block]`, which are written over.
+    """
+    kinds = signature(types.void, rows, bits, *[types.int64] * 8)
+    rows, bits = rows.literal_value, bits.literal_value
+    widths = FORMS[bits].widths
+    passes = [(0, 4)] if rows == 1 else [(0,), (4,)]  # over the nibbles, of which the sums fit into the registers
+
+    def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
+        *planes, quarter, x, in_features, start, end, sums = arguments[2:]
+        write, bytes_of_quarter = _Writer(build), build.mul(quarter, INT64(BLOCK // 2))
+        for places in passes:
+            vectors = 2 * len(places)
+            found = [[cgutils.alloca_once(build, FLOATS) for _ in range(QUARTERS * vectors)] for _ in range(rows)]
+            write.clear(found)
+            with cgutils.for_range_slice(build, start, end, INT64(2)) as (feature, _):
+                first, digits = build.mul(feature, INT64(BLOCK // 2)), []
+                for plane, width in zip(planes, widths, strict=False):
+                    pieces = [
+                        write.load_octets(write.at(plane, first, build.mul(bytes_of_quarter, INT64(piece))), AHEAD // 2)
+                        for piece in range(width)
+                    ]
+                    digits.append(write.spread(width, pieces))
+                for part in range(QUARTERS):
+                    steps = []
+                    for place in places:
+                        integers = write.shifted_right(digits[0][part], place, 15)
+                        if len(widths) == 2:
+                            lowest = write.shifted_right(digits[1][part], place, 15)
+                            integers = build.or_(write.shifted_left(integers, widths[1]), lowest)
+                        steps += write.steps(integers, bits)
+                    for row in range(rows):
+                        pair = write.at(build.mul(quarter, INT64(part)), feature, build.mul(in_features, INT64(row)))
+                        both = write.load(write.at(x, build.mul(pair, INT64(2))), INT32)
+                        inputs = build.bitcast(write.splat(both, WORDS), BFLOATS)
+                        for place, step in enumerate(steps):
+                            total = found[row][part * vectors + place]
+                            build.store(write.call(DOT, FLOATS, build.load(total), step, inputs), total)
+            for row in range(rows):
+                for part in range(QUARTERS):
+                    for vector in range(vectors):
+                        place = (row * QUARTERS + part) * BLOCK + (places[0] // 2 + vector) * LANES
+                        address = build.inttoptr(write.at(sums, 4 * place), FLOATS.as_pointer())
+                        build.store(build.load(found[row][part * vectors + vector]), address, align=4)
+        return context.get_dummy_value()
+
+    return kinds, generate
+
+
+planes_product: Any = _planes_product
+
+
+@lru_cache
+def _planes_multiplier(bits: int, with_zeros: bool) -> Any:
+    """The compiled function of `planes_linear`. Its argument: addresses of planes, scales, zero points, inputs, their
+    sums by groups (float32) and outputs; rows, input features, output features, group size."""
+    upper_width, lower_width = (*FORMS[bits].widths, 0)[:2]
+
+    @cfunc(SIGNATURE, cache=True, fastmath={"contract"})
+    def multiply(arguments):
+        held = carray(arguments, 10)
+        rows, in_features, out_features, group_size = held[6], held[7], held[8], held[9]
+        quarter, groups, blocks = in_features // 4, in_features // group_size, out_features // BLOCK
+        sums, totals = np.empty(3 * 4 * BLOCK, np.float32), np.empty(3 * BLOCK, np.float32)
+        found, bytes_of_plane = sums.ctypes.data, quarter * (BLOCK // 2)
+        for b in range(
+            blocks * thread_number() // threads_running(), blocks * (thread_number() + 1) // threads_running()
+        ):
+            upper = held[0] + b * bytes_of_plane * upper_width
+            lower = held[0] + (blocks * upper_width + b * lower_width) * bytes_of_plane
+            for row in range(0, rows, 3):
+                together, x = min(3, rows - row), held[3] + 2 * row * in_features
+                for j in range(together * BLOCK):
+                    totals[j] = np.float32(0)
+                start = 0
+                while start < quarter:
+                    end = end_of_groups(start, quarter, group_size)
+                    if together == 1:
+                        planes_product(1, bits, upper, lower, quarter, x, in_features, start, end, found)
+                    elif together == 2:
+                        planes_product(2, bits, upper, lower, quarter, x, in_features, start, end, found)
+                    else:
+                        planes_product(3, bits, upper, lower, quarter, x, in_features, start, end, found)
+                    for each in range(together):
+                        for part in range(4):
+                            group = (start + part * quarter) // group_size
+                            of_group = halves_at(held[1] + 2 * (group * out_features + b * BLOCK))
+                            for j in range(BLOCK):
+                                totals[each * BLOCK + j] += sums[(4 * each + part) * BLOCK + j] * widened(of_group[j])
+                    start = end
+                for each in range(together):
+                    if with_zeros:
+                        subtract_zeros(
+                            totals, each * BLOCK, BLOCK, held[1] + 2 * BLOCK * b, held[2] + BLOCK * b,
+                            held[4] + 4 * (row + each) * groups, groups, out_features,
+                        )  # fmt: skip
+                    output = halves_at(held[5] + 2 * ((row + each) * out_features + b * BLOCK))
+                    for j in range(BLOCK):
+                        output[j] = narrowed(totals[each * BLOCK + j])
+
+    return multiply
+
+
+def planes_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
+    """As `numba_kernel.linear`."""
+    rows, in_features = x.shape
+    check_width(in_features, 8 * packed.shape[1] // bits)
+    product, group_size = x.new_empty(rows, len(packed)), in_features // len(scales)
+    sums = None if zero_points is None else x.float().view(rows, -1, group_size).sum(-1)
+    function = _planes_multiplier(bits, zero_points is not None)
+    numbers = (rows, in_features, len(packed), group_size)
+    run_compiled(function, packed, scales, zero_points, x, sums, product, *numbers)
+    return product
+
+
+def linear(x: Tensor, packed: Tensor, table: Tensor) -> Tensor:
+    """`x` bfloat16 `[rows, in]`, contiguous, times a weight in the layout of torch's int4 kernel → `[rows, out]`.
+
+    Args:
+        packed, table: as `planes.linear` takes them.
+
+    Raises:
+        ValueError: the inputs have another width than the weight.
+    """
+    (rows, in_features), shifted = x.shape, table.dim() == 3
+    check_width(in_features, 2 * packed.shape[1])
+    product = x.new_empty(rows, len(packed))
+    group_size = in_features // len(table)
+    sums = x.float().view(rows, -1, group_size).sum(-1) if shifted else None
+    run_compiled(
+        _multiplier(4 if shifted else 2), packed, table, x, sums, product, rows, in_features, len(packed), group_size
+    )
+    return product

@@ -44,6 +44,7 @@ OURS["ours 4.5, 4, 8, 16 bits"] = {"target_bits": 4.5, "bits": (4, 8, 16)}
 OURS["ours 4.5, 3 to 8 bits"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8)}
 OURS["ours 4.5, 3 to 8 bits, by module"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8), "granularity": "module"}
 OURS["ours 4.5, 3 to 8 bits, by module, GPTQ"] = {**OURS["ours 4.5, 3 to 8 bits, by module"], "rounding": "gptq"}
+OURS |= {f"{row}, zero points": {**OURS[row], "symmetric": False} for row in tuple(OURS) if "by module" in row}
 OURS["ours 4.5, fast"] = {"target_bits": 4.5, "bits": BITS, "quality": "fast"}
 
 # Bits of a zero point, by the bits of the weights: none, as wide as they are, or a number like the scales.
@@ -201,7 +202,9 @@ def main() -> None:
         if made is None:
             continue
         figures = measured(wanted, None if row == "unrounded" else folder / "weights.pt", folder)
-        size = bits_per_weight(original, made.pop("bits"), PEERS[row].zero_point if row in PEERS else NONE)
+        ours = NONE if OURS.get(row, {}).get("symmetric", True) else INTEGER
+        zero_point = PEERS[row].zero_point if row in PEERS else ours
+        size = bits_per_weight(original, made.pop("bits"), zero_point)
         figures = {"bits_per_weight": size, **figures, **made}
         results["rows"][row] = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
         results["rows"] = {name: results["rows"][name] for name in rows if name in results["rows"]}

@@ -337,11 +337,11 @@ def test_fast_layouts_say_which_kernel_and_up_to_how_many_rows(library):
     int8 = packed_module(LayerScheme(8), (64, 64), torch.bfloat16)
     of_planes = packed_module(LayerScheme(3, 32), (64, 64), torch.bfloat16)
     if library != "torch":
-        by_dot = (
-            "numba's kernel up to 64 rows" if kernels.without_dot() is None else "torch's int4 kernel up to 24 rows"
-        )
-        assert explain_choice(int4) == f"cpu_int4: {by_dot}, dequantize by numba beyond"
-        assert explain_choice(of_planes) == "cpu_planes: numba's kernel up to 12 rows, dequantize by numba beyond"
+        with_dot = kernels.without_dot() is None
+        few = "numba's kernel up to 64 rows" if with_dot else "torch's int4 kernel up to 24 rows"
+        why = "" if with_dot else f"; dot products of bfloat16 would be faster, but {kernels.without_dot()}"
+        assert explain_choice(int4) == f"cpu_int4: {few}, dequantize by numba beyond{why}"
+        assert explain_choice(of_planes) == f"cpu_planes: numba's kernel up to 12 rows, dequantize by numba beyond{why}"
         rows = "numba's kernel up to 2 rows, torch's int8 kernel up to 16 rows, dequantize beyond"
         assert explain_choice(int8) == f"cpu_int8: {rows}"
     else:

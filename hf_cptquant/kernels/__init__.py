@@ -139,7 +139,11 @@ def _reason(layout: str) -> str:
     kernels = [f"numba's kernel up to {compiled} rows"] if compiled else []
     if MAX_ROWS_WITH_NUMBA.get(layout, 0) > compiled:
         kernels.append(f"{KERNELS[layout]} up to {MAX_ROWS_WITH_NUMBA[layout]} rows")
-    return f"{', '.join(kernels)}, dequantize{' by numba' if layout in BY_PLANES else ''} beyond"
+    if layout not in BY_PLANES:
+        return f"{', '.join(kernels)}, dequantize beyond"
+    told = f"{', '.join(kernels)}, dequantize by numba beyond"
+    missing = without_dot()
+    return told if missing is None else f"{told}; dot products of bfloat16 would be faster, but {missing}"
 
 
 def _interpreted() -> bool:
@@ -185,7 +189,7 @@ def without_numba() -> str | None:
 def without_dot() -> str | None:
     """Why products of few rows are not made of dot products of bfloat16, or None where they are."""
     if planes.int4_block() != 64:
-        return "torch's int4 kernel lays out blocks of other than 64 rows"
+        return f"torch's int4 kernel lays out blocks of {planes.int4_block()} rows, not of 64"
     if (missing := without_numba()) is not None:
         return missing
     try:

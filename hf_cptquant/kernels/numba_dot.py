@@ -36,19 +36,19 @@ from .numba_kernel import (
     threads_running,
     widened,
 )
-from .planes import FORMS
+from .planes import FORMS, QUARTERS
 
 BLOCK = 64  # output features, of which two lie in each byte
-LANES = 16  # numbers of float32 in a register
-QUARTERS = BLOCK // LANES
+LANES = 16  # numbers of float32 in a vector
+VECTORS = BLOCK // LANES
 AHEAD = 8192  # bytes, of planes half of it: the processor itself looks no further than the end of a page of memory
-DOT, FMA = "llvm.x86.avx512bf16.dpbf16ps.512", "llvm.fma.v16f32"
+DOT, FMA, PREFETCH = "llvm.x86.avx512bf16.dpbf16ps.512", "llvm.fma.v16f32", "llvm.prefetch.p0"
 LOOK_UP, LOOK_UP_IN_TWO = "llvm.x86.avx512.permvar.hi.512", "llvm.x86.avx512.vpermi2var.hi.512"
 
 if not llvmlite.binding.get_host_cpu_features().get("avx512bf16", False):
-    raise ImportError("the processor has no dot products of bfloat16")
+    raise ImportError("the processor has none (AVX512_BF16)")
 if llvmlite.binding.llvm_version_info < (16, 0, 0):
-    raise ImportError("LLVM has no vectors of bfloat16 before version 16")
+    raise ImportError("numba's LLVM has none before version 16")
 
 
 class _BFloat(ir.Type):
@@ -80,33 +80,48 @@ class _Writer:
     def __init__(self, builder: Any) -> None:
         self.builder = builder
 
-    def clear(self, places: Any) -> None:
-        for place in (each for of_row in places for each in of_row):
-            self.builder.store(ir.Constant(FLOATS, [0.0] * LANES), place)
-
-    def load_octets(self, address: Any, ahead: int) -> Any:
-        """64 bytes, and those so far ahead are asked for."""
-        pointer = self.builder.inttoptr(self.at(address, ahead), INT8.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT32, INT32, INT32])
-        prefetch = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        self.builder.call(prefetch, [pointer, INT32(0), INT32(3), INT32(1)])  # to read; keep it near; data
-        return self.load(address, OCTETS)
-
-    def load(self, address: Any, kind: Any) -> Any:
-        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=1)
+    def call(self, name: str, result: Any, *arguments: Any) -> Any:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
 
     def at(self, address: Any, *terms: Any) -> Any:
         for term in terms:
             address = self.builder.add(address, term if isinstance(term, ir.Value) else INT64(term))
         return address
 
+    def times(self, value: Any, factor: Any) -> Any:
+        return self.builder.mul(value, factor if isinstance(factor, ir.Value) else INT64(factor))
+
+    def load(self, address: Any, kind: Any) -> Any:
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=1)
+
+    def load_octets(self, address: Any, ahead: int) -> Any:
+        """64 bytes, and those so far ahead are asked for."""
+        later = self.builder.inttoptr(self.at(address, ahead), INT8.as_pointer())
+        self.call(PREFETCH, ir.VoidType(), later, INT32(0), INT32(3), INT32(1))  # to read; keep it near; data
+        return self.load(address, OCTETS)
+
+    def store(self, value: Any, address: Any) -> None:
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=1)
+
     def splat(self, value: Any, kind: Any) -> Any:
         first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value, INT32(0))
         return self.builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(INT32, kind.count), None))
 
-    def call(self, name: str, result: Any, *arguments: Any) -> Any:
-        kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
+    def sums(self, rows: int, vectors: int) -> list[list[Any]]:
+        """Places for vectors of sums, which LLVM keeps in registers."""
+        return [[cgutils.alloca_once(self.builder, FLOATS) for _ in range(vectors)] for _ in range(rows)]
+
+    def clear(self, sums: list[list[Any]]) -> None:
+        for place in (each for of_row in sums for each in of_row):
+            self.builder.store(ir.Constant(FLOATS, [0.0] * LANES), place)
+
+    def add_products(self, sums: list[Any], steps: list[Any], x: Any, feature: Any) -> None:
+        """To a row's sums, one for each vector of steps, the products with inputs `feature` and `feature + 1`."""
+        pair = self.splat(self.load(self.at(x, self.times(feature, 2)), INT32), WORDS)
+        inputs = self.builder.bitcast(pair, BFLOATS)
+        for place, of_place in zip(sums, steps, strict=True):
+            self.builder.store(self.call(DOT, FLOATS, self.builder.load(place), of_place, inputs), place)
 
     def shifted_right(self, octets: Any, places: int, mask: int) -> Any:
         moved = self.builder.lshr(octets, ir.Constant(OCTETS, [places] * 64)) if places else octets
@@ -171,50 +186,39 @@ def _block_product(_typing, rows, entry, octets, table, x, sums, output, in_feat
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
         octets, table, x, sums, output, in_features, out_features, group_size = arguments[2:]
-        write = _Writer(build)
-        groups = build.sdiv(in_features, group_size)
-        totals = [[cgutils.alloca_once(build, FLOATS) for _ in range(QUARTERS)] for _ in range(rows)]
-        of_group = [[cgutils.alloca_once(build, FLOATS) for _ in range(QUARTERS)] for _ in range(rows * chains)]
+        write, groups = _Writer(build), build.sdiv(in_features, group_size)
+        totals, of_group = write.sums(rows, VECTORS), write.sums(rows * chains, VECTORS)
         write.clear(totals)
         with cgutils.for_range(build, groups) as of_groups:
             group = of_groups.index
             write.clear(of_group)
             with cgutils.for_range_slice(build, INT64(0), group_size, INT64(2 * chains)) as (place, _):
-                feature = build.add(build.mul(group, group_size), place)
-                first = build.add(octets, build.mul(feature, INT64(BLOCK // 2)))
+                feature = write.at(write.times(group, group_size), place)
                 for chain in range(chains):
-                    nibbles = write.load_octets(write.at(first, BLOCK * chain), AHEAD)
-                    steps = [
-                        each for place in (0, 4) for each in write.steps(write.shifted_right(nibbles, place, 15), 4)
-                    ]
+                    nibbles = write.load_octets(write.at(octets, write.times(feature, BLOCK // 2)), AHEAD)
+                    digits = (write.shifted_right(nibbles, place, 15) for place in (0, 4))
+                    steps = [vector for of_place in digits for vector in write.steps(of_place, 4)]
                     for row in range(rows):
-                        pair = build.add(build.mul(in_features, INT64(row)), build.add(feature, INT64(2 * chain)))
-                        both = write.load(write.at(x, build.mul(pair, INT64(2))), INT32)
-                        inputs = build.bitcast(write.splat(both, WORDS), BFLOATS)
-                        for part, of_part in zip(of_group[row * chains + chain], steps, strict=True):
-                            build.store(write.call(DOT, FLOATS, build.load(part), of_part, inputs), part)
-            of_this = write.at(table, build.mul(group, build.mul(out_features, INT64(entry))))
-            for quarter in range(QUARTERS):
-                scale, shift = write.scale_and_shift(write.at(of_this, entry * LANES * quarter), shifted)
+                        of_row = write.at(feature, write.times(in_features, row))
+                        write.add_products(of_group[row * chains + chain], steps, x, of_row)
+                    feature = write.at(feature, 2)
+            of_this = write.at(table, write.times(group, write.times(out_features, entry)))
+            for vector in range(VECTORS):
+                scale, shift = write.scale_and_shift(write.at(of_this, entry * LANES * vector), shifted)
                 for row in range(rows):
-                    total, (found, *others) = (
-                        totals[row][quarter],
-                        [build.load(of_group[row * chains + chain][quarter]) for chain in range(chains)],
-                    )
+                    found, *others = (build.load(of_group[row * chains + chain][vector]) for chain in range(chains))
                     for other in others:
                         found = build.fadd(found, other)
-                    now = write.call(FMA, FLOATS, found, scale, build.load(total))
+                    now = write.call(FMA, FLOATS, found, scale, build.load(totals[row][vector]))
                     if shifted:
-                        place = build.add(build.mul(groups, INT64(row)), group)
-                        of_inputs = write.load(write.at(sums, build.mul(place, INT64(4))), FLOAT)
-                        now = write.call(FMA, FLOATS, write.splat(of_inputs, FLOATS), shift, now)
-                    build.store(now, total)
+                        of_inputs = write.at(sums, write.times(write.at(write.times(groups, row), group), 4))
+                        now = write.call(FMA, FLOATS, write.splat(write.load(of_inputs, FLOAT), FLOATS), shift, now)
+                    build.store(now, totals[row][vector])
         for row in range(rows):
-            for quarter, total in enumerate(totals[row]):
-                place = build.mul(build.add(build.mul(out_features, INT64(row)), INT64(LANES * quarter)), INT64(2))
-                kind = ir.VectorType(_BFloat(), LANES)
-                address = build.inttoptr(write.at(output, place), kind.as_pointer())
-                build.store(build.fptrunc(build.load(total), kind), address, align=2)
+            for vector in range(VECTORS):
+                number = write.at(write.times(out_features, row), LANES * vector)
+                narrow = build.fptrunc(build.load(totals[row][vector]), ir.VectorType(_BFloat(), LANES))
+                write.store(narrow, write.at(output, write.times(number, 2)))
         return context.get_dummy_value()
 
     return kinds, generate
@@ -269,17 +273,15 @@ def _planes_product(_typing, rows, bits, upper, lower, quarter, x, in_features, 
         *planes, quarter, x, in_features, start, end, sums = arguments[2:]
         write, bytes_of_quarter = _Writer(build), build.mul(quarter, INT64(BLOCK // 2))
         for places in passes:
-            vectors = 2 * len(places)
-            found = [[cgutils.alloca_once(build, FLOATS) for _ in range(QUARTERS * vectors)] for _ in range(rows)]
+            vectors = 2 * len(places)  # of output features, from these nibbles
+            found = write.sums(rows * QUARTERS, vectors)
             write.clear(found)
             with cgutils.for_range_slice(build, start, end, INT64(2)) as (feature, _):
-                first, digits = build.mul(feature, INT64(BLOCK // 2)), []
+                digits = []
                 for plane, width in zip(planes, widths, strict=False):
-                    pieces = [
-                        write.load_octets(write.at(plane, first, build.mul(bytes_of_quarter, INT64(piece))), AHEAD // 2)
-                        for piece in range(width)
-                    ]
-                    digits.append(write.spread(width, pieces))
+                    first = write.at(plane, write.times(feature, BLOCK // 2))
+                    starts = [write.at(first, write.times(bytes_of_quarter, piece)) for piece in range(width)]
+                    digits.append(write.spread(width, [write.load_octets(each, AHEAD // 2) for each in starts]))
                 for part in range(QUARTERS):
                     steps = []
                     for place in places:
@@ -289,18 +291,11 @@ def _planes_product(_typing, rows, bits, upper, lower, quarter, x, in_features, 
                             integers = build.or_(write.shifted_left(integers, widths[1]), lowest)
                         steps += write.steps(integers, bits)
                     for row in range(rows):
-                        pair = write.at(build.mul(quarter, INT64(part)), feature, build.mul(in_features, INT64(row)))
-                        both = write.load(write.at(x, build.mul(pair, INT64(2))), INT32)
-                        inputs = build.bitcast(write.splat(both, WORDS), BFLOATS)
-                        for place, step in enumerate(steps):
-                            total = found[row][part * vectors + place]
-                            build.store(write.call(DOT, FLOATS, build.load(total), step, inputs), total)
-            for row in range(rows):
-                for part in range(QUARTERS):
-                    for vector in range(vectors):
-                        place = (row * QUARTERS + part) * BLOCK + (places[0] // 2 + vector) * LANES
-                        address = build.inttoptr(write.at(sums, 4 * place), FLOATS.as_pointer())
-                        build.store(build.load(found[row][part * vectors + vector]), address, align=4)
+                        of_row = write.at(write.times(quarter, part), feature, write.times(in_features, row))
+                        write.add_products(found[row * QUARTERS + part], steps, x, of_row)
+            for number, of_quarter in enumerate(found):
+                for vector, place in enumerate(of_quarter, start=places[0] // 2):
+                    write.store(build.load(place), write.at(sums, 4 * (number * BLOCK + vector * LANES)))
         return context.get_dummy_value()
 
     return kinds, generate
@@ -320,7 +315,7 @@ def _planes_multiplier(bits: int, with_zeros: bool) -> Any:
         held = carray(arguments, 10)
         rows, in_features, out_features, group_size = held[6], held[7], held[8], held[9]
         quarter, groups, blocks = in_features // 4, in_features // group_size, out_features // BLOCK
-        sums, totals = np.empty(3 * 4 * BLOCK, np.float32), np.empty(3 * BLOCK, np.float32)
+        sums, totals = np.empty(3 * QUARTERS * BLOCK, np.float32), np.empty(3 * BLOCK, np.float32)
         found, bytes_of_plane = sums.ctypes.data, quarter * (BLOCK // 2)
         for b in range(
             blocks * thread_number() // threads_running(), blocks * (thread_number() + 1) // threads_running()

@@ -224,7 +224,7 @@ def test_planes_are_taken_and_accurate(bits, group_size, symmetric, offset, libr
 @pytest.mark.parametrize("offset", [0, 1], ids=["centred", "positive"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize(
-    ("bits", "group_size"), [(5, 64), (6, 128), *((bits, size) for bits in BITS for size in (-1, 16))]
+    ("bits", "group_size"), [(5, 64), (6, 128), *((bits, size) for bits in BITS for size in (-1, 16, 6))]
 )
 @pytest.mark.parametrize("library", LIBRARIES[:2])
 def test_numba_takes_what_torch_does_not(bits, group_size, symmetric, offset, library):
@@ -325,10 +325,18 @@ def test_wire_layout_says_that_numba_would_take_the_weight(scheme):
 
 
 @needs_int4
-def test_wire_layout_says_that_numba_reads_some_inputs_at_a_time():
+@pytest.mark.parametrize(
+    ("scheme", "in_features", "reason"),
+    [
+        (LayerScheme(4), 40, "32 inputs at a time; this weight has 40"),
+        (LayerScheme(4, 3), 96, "two inputs of a group at a time, not groups of 3"),
+    ],
+    ids=str,
+)
+def test_wire_layout_says_that_numba_reads_some_inputs_at_a_time(scheme, in_features, reason):
     with kernels_of("numba"):
-        module = packed_module(LayerScheme(4), (64, 40), torch.bfloat16)
-        assert explain_choice(module) == "wire: numba's kernels read 32 inputs at a time; this weight has 40"
+        module = packed_module(scheme, (64, in_features), torch.bfloat16)
+        assert explain_choice(module) == f"wire: numba's kernels read {reason}"
 
 
 @needs_int4

@@ -152,9 +152,12 @@ if sys.argv[1] == "no folder":
 if sys.argv[1] == "no OpenMP":
     import pathlib
     pathlib.Path.glob = lambda self, pattern: iter(())
+if sys.argv[1] == "no dot products":
+    import llvmlite.binding
+    llvmlite.binding.get_host_cpu_features = llvmlite.binding.targets.FeatureMap
 import torch
-from hf_cptquant.kernels import without_numba
-print(without_numba())
+from hf_cptquant.kernels import without_dot, without_numba
+print(without_dot() if sys.argv[1] == "no dot products" else without_numba())
 """
 
 
@@ -163,6 +166,7 @@ print(without_numba())
     [
         ("no folder", "does not run here: cannot cache function 'widened': no locator available"),
         ("no OpenMP", "does not run here: torch's threads are not those of GNU's OpenMP library"),
+        pytest.param("no dot products", "the processor has none (AVX512_BF16)", marks=needs_dot),
         ("nothing", "None"),
     ],
 )

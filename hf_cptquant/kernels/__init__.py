@@ -42,9 +42,11 @@ BY_NUMBA = {NUMBA_PLANES, NUMBA_INT8}
 # 0.71; torch's int4 at 16 rows 0.85 and 0.71, at 32 rows 0.67 and 0.72; int8 at 1 row 2.1 by numba and 1.0 by torch, at
 # 2 rows 3.3 and 2.5, at 4 rows 1.4 and 2.0). Dot products of bfloat16 beat torch's int4 kernel for any rows, and to
 # dequantize for up to 64 (1 row 3.3 by them and 2.3 by torch, 32 rows 1.2 and 0.75, 64 rows 0.92 and 0.80, 128 rows
-# 0.81 and 0.87); with other planes they beat numba's float32 (3 bits at 1 row 2.4 and 1.75, at 8 rows 1.16 and 0.97)
+# 0.81 and 0.87); with other planes they beat numba's float32 (3 bits at 1 row 2.4 and 1.75, at 8 rows 1.16 and 0.97),
+# but where groups are split, as in 576 inputs, only with few rows (at 3 rows 1.5 and 1.2, at 8 rows 0.9 and 1.1)
 NUMBA_ROWS = {CPU_INT4: 0, CPU_PLANES: 12, CPU_INT8: 2, NUMBA_PLANES: 12, NUMBA_INT8: 16}
 NUMBA_ROWS_BY_DOT = 64  # with 4 bits
+ROWS_OF_SPLIT_GROUPS = 3
 MAX_ROWS_WITH_NUMBA = {CPU_INT4: 24, CPU_INT8: 16}
 INPUTS = 32  # that numba's kernel of planes takes a multiple of
 REFERENCE = "dequantize, dense product"
@@ -126,6 +128,8 @@ def choose_layout(
         )
     if in_features % INPUTS:
         return Choice(WIRE, f"numba's kernels read {INPUTS} inputs at a time; this weight has {in_features}")
+    if in_features // scheme.groups(in_features) % 2:
+        return Choice(WIRE, f"numba's kernels read two inputs of a group at a time, not groups of {scheme.group_size}")
     return Choice(NUMBA_PLANES, _reason(NUMBA_PLANES))
 
 
@@ -338,7 +342,8 @@ def _by_numba(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | Non
         from . import numba_dot
 
         return numba_dot.linear(x, weight, scale)
-    if without_dot() is None:
+    whole_groups = x.shape[1] // planes.QUARTERS % (x.shape[1] // len(scale)) == 0  # in each quarter, or they are split
+    if without_dot() is None and (len(x) <= ROWS_OF_SPLIT_GROUPS or whole_groups):
         from . import numba_dot
 
         return numba_dot.planes_linear(x, weight, scale, zero_point, bits)

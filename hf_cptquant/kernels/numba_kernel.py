@@ -222,12 +222,10 @@ def subtract_zeros(totals, first, block, scales, zeros, sums, groups, out_featur
     scales and zero points in the first group, and of the sums of the row's inputs."""
     of_inputs = _floats_at(sums)
     for group in range(groups):
-        of_group, zeros_of_group = (
-            halves_at(scales + 2 * group * out_features),
-            _integers_at(zeros + group * out_features),
-        )
+        of_group = halves_at(scales + 2 * group * out_features)
+        of_zeros = _integers_at(zeros + group * out_features)
         for j in range(block):
-            zero = np.float32(np.int32(zeros_of_group[j])) * of_inputs[group]
+            zero = np.float32(np.int32(of_zeros[j])) * of_inputs[group]
             totals[first + j] -= zero * widened(of_group[j])
 
 

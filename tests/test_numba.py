@@ -106,6 +106,20 @@ def test_a_row_is_the_same_alone_and_among_others_but_for_rounding():
         assert torch.allclose(together[row].float(), alone.float(), rtol=2**-7, atol=2**-7 * float(alone.abs().max()))
 
 
+@pytest.mark.parametrize("scheme", [LayerScheme(4, 64, False), LayerScheme(8)], ids=str)
+def test_tensors_that_are_not_contiguous(scheme):
+    """A state dict may hold views, which are taken as they are."""
+    layer, x = layer_of(scheme), torch.randn(100, 576).bfloat16()
+    expected = layer(x), layer(x[:1])
+    views = {
+        name: torch.stack((held, held), -1)[..., 0] if held.dim() == 2 else held
+        for name, held in layer.state_dict().items()
+    }
+    assert not views["weight_scale"].is_contiguous()
+    layer.load_state_dict(views, assign=True)
+    assert all(map(torch.equal, (layer(x), layer(x[:1])), expected))
+
+
 @pytest.mark.parametrize("scheme", [LayerScheme(3, 64), LayerScheme(4, 64), LayerScheme(8)], ids=str)
 def test_threads_do_not_change_the_result(scheme):
     """More of them than there are blocks of outputs, too."""

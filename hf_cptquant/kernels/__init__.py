@@ -334,22 +334,19 @@ def multiply(
 
 def _by_numba(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, layout: str) -> Tensor:
     """The product of few rows by a kernel that numba compiles."""
-    if layout in BY_INT8:
-        from . import numba_kernel
-
-        return numba_kernel.int8_linear(x, weight, scale, zero_point)
-    if layout == CPU_INT4:
-        from . import numba_dot
-
-        return numba_dot.linear(x, weight, scale)
-    whole_groups = x.shape[1] // planes.QUARTERS % (x.shape[1] // len(scale)) == 0  # in each quarter, or they are split
-    if without_dot() is None and (len(x) <= ROWS_OF_SPLIT_GROUPS or whole_groups):
-        from . import numba_dot
-
-        return numba_dot.planes_linear(x, weight, scale, zero_point, bits)
     from . import numba_kernel
 
-    return numba_kernel.linear(x, weight, scale, zero_point, bits)
+    if layout in BY_INT8:
+        return numba_kernel.int8_linear(x, weight, scale, zero_point)
+    split = len(scale) % planes.QUARTERS != 0  # groups, by the quarters that bytes of planes hold
+    by_dot = without_dot() is None and (len(x) <= ROWS_OF_SPLIT_GROUPS or not split)
+    if layout != CPU_INT4 and not by_dot:
+        return numba_kernel.linear(x, weight, scale, zero_point, bits)
+    from . import numba_dot
+
+    if layout == CPU_INT4:
+        return numba_dot.linear(x, weight, scale)
+    return numba_dot.planes_linear(x, weight, scale, zero_point, bits)
 
 
 linear = torch.library.custom_op("hf_cptquant::linear", multiply, mutates_args=())

@@ -56,15 +56,11 @@ def int8_dense_linear(
     which less their zero points are exact in it, too, and the product is scaled; wider inputs would tell that from the
     product with the dequantized weight, which is rounded."""
     rows = reference.rows_of_tile(integers.shape[1], x.device, MULTIPLE) or len(integers)
-    zeros = None if zero_point is None else zero_point.t()
-    parts = zip(
-        integers.split(rows), scale.split(rows), repeat(None) if zeros is None else zeros.split(rows), strict=False
-    )
+    zeros = repeat(None) if zero_point is None else zero_point.t().split(rows)
+    parts = zip(integers.split(rows), scale.split(rows), zeros, strict=False)  # zeros may have no end
     if x.dtype != torch.bfloat16:
         return reference.linear_of_tiles(x, (dequantize(*each) for each in parts), bias, len(integers))
-    steps = (
-        part.to(x.dtype) if zeros is None else (part.to(torch.int16) - zeros).to(x.dtype) for part, _, zeros in parts
-    )
+    steps = (q.to(x.dtype) if z is None else (q.to(torch.int16) - z).to(x.dtype) for q, _, z in parts)
     product = reference.linear_of_tiles(x, steps, None, len(integers))
     product *= scale.flatten()
     return product if bias is None else product.add_(bias)

@@ -31,9 +31,8 @@ from .numba_kernel import (
     halves_at,
     narrowed,
     run_compiled,
+    share_of_thread,
     subtract_zeros,
-    thread_number,
-    threads_running,
     widened,
 )
 from .planes import FORMS, QUARTERS
@@ -41,6 +40,7 @@ from .planes import FORMS, QUARTERS
 BLOCK = 64  # output features, of which two lie in each byte
 LANES = 16  # numbers of float32 in a vector
 VECTORS = BLOCK // LANES
+TOGETHER, TOGETHER_BY_PLANES = 4, 3  # rows, of which the sums fit into the registers
 AHEAD = 8192  # bytes, of planes half of it: the processor itself looks no further than the end of a page of memory
 DOT, FMA, PREFETCH = "llvm.x86.avx512bf16.dpbf16ps.512", "llvm.fma.v16f32", "llvm.prefetch.p0"
 LOOK_UP, LOOK_UP_IN_TWO = "llvm.x86.avx512.permvar.hi.512", "llvm.x86.avx512.vpermi2var.hi.512"
@@ -237,11 +237,9 @@ def _multiplier(entry: int) -> Any:
         held = carray(arguments, 9)
         rows, in_features, out_features, group_size = held[5], held[6], held[7], held[8]
         blocks, groups = out_features // BLOCK, in_features // group_size
-        for b in range(
-            blocks * thread_number() // threads_running(), blocks * (thread_number() + 1) // threads_running()
-        ):
+        for b in range(*share_of_thread(blocks)):
             octets, table = held[0] + b * in_features * (BLOCK // 2), held[1] + entry * BLOCK * b
-            for row in range(0, rows, 4):
+            for row in range(0, rows, TOGETHER):
                 x, sums = held[2] + 2 * row * in_features, held[3] + 4 * row * groups
                 output = held[4] + 2 * (row * out_features + BLOCK * b)
                 if rows - row == 1:
@@ -251,7 +249,9 @@ def _multiplier(entry: int) -> Any:
                 elif rows - row == 3:
                     block_product(3, entry, octets, table, x, sums, output, in_features, out_features, group_size)
                 else:
-                    block_product(4, entry, octets, table, x, sums, output, in_features, out_features, group_size)
+                    block_product(
+                        TOGETHER, entry, octets, table, x, sums, output, in_features, out_features, group_size
+                    )
 
     return multiply
 
@@ -314,16 +314,17 @@ def _planes_multiplier(bits: int, with_zeros: bool) -> Any:
     def multiply(arguments):
         held = carray(arguments, 10)
         rows, in_features, out_features, group_size = held[6], held[7], held[8], held[9]
-        quarter, groups, blocks = in_features // 4, in_features // group_size, out_features // BLOCK
-        sums, totals = np.empty(3 * QUARTERS * BLOCK, np.float32), np.empty(3 * BLOCK, np.float32)
+        quarter, groups, blocks = in_features // QUARTERS, in_features // group_size, out_features // BLOCK
+        sums, totals = (
+            np.empty(TOGETHER_BY_PLANES * QUARTERS * BLOCK, np.float32),
+            np.empty(TOGETHER_BY_PLANES * BLOCK, np.float32),
+        )
         found, bytes_of_plane = sums.ctypes.data, quarter * (BLOCK // 2)
-        for b in range(
-            blocks * thread_number() // threads_running(), blocks * (thread_number() + 1) // threads_running()
-        ):
+        for b in range(*share_of_thread(blocks)):
             upper = held[0] + b * bytes_of_plane * upper_width
             lower = held[0] + (blocks * upper_width + b * lower_width) * bytes_of_plane
-            for row in range(0, rows, 3):
-                together, x = min(3, rows - row), held[3] + 2 * row * in_features
+            for row in range(0, rows, TOGETHER_BY_PLANES):
+                together, x = min(TOGETHER_BY_PLANES, rows - row), held[3] + 2 * row * in_features
                 for j in range(together * BLOCK):
                     totals[j] = np.float32(0)
                 start = 0
@@ -334,13 +335,17 @@ def _planes_multiplier(bits: int, with_zeros: bool) -> Any:
                     elif together == 2:
                         planes_product(2, bits, upper, lower, quarter, x, in_features, start, end, found)
                     else:
-                        planes_product(3, bits, upper, lower, quarter, x, in_features, start, end, found)
+                        planes_product(
+                            TOGETHER_BY_PLANES, bits, upper, lower, quarter, x, in_features, start, end, found
+                        )
                     for each in range(together):
-                        for part in range(4):
+                        for part in range(QUARTERS):
                             group = (start + part * quarter) // group_size
                             of_group = halves_at(held[1] + 2 * (group * out_features + b * BLOCK))
                             for j in range(BLOCK):
-                                totals[each * BLOCK + j] += sums[(4 * each + part) * BLOCK + j] * widened(of_group[j])
+                                totals[each * BLOCK + j] += sums[(QUARTERS * each + part) * BLOCK + j] * widened(
+                                    of_group[j]
+                                )
                     start = end
                 for each in range(together):
                     if with_zeros:
@@ -356,7 +361,7 @@ def _planes_multiplier(bits: int, with_zeros: bool) -> Any:
 
 
 def planes_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
-    """As `numba_kernel.linear`."""
+    """As `numba_kernel.linear`, with the same arguments, result and error."""
     rows, in_features = x.shape
     check_width(in_features, 8 * packed.shape[1] // bits)
     product, group_size = x.new_empty(rows, len(packed)), in_features // len(scales)

@@ -49,12 +49,13 @@ def _symbol(name: str) -> Any:
     return types.ExternalFunction(name, types.int32())
 
 
-thread_number, threads_running = _symbol("omp_get_thread_num"), _symbol("omp_get_num_threads")
+_thread, _threads = _symbol("omp_get_thread_num"), _symbol("omp_get_num_threads")
 
 
 def run_compiled(function: Any, *arguments: Tensor | int | None) -> None:
     """Call a compiled function on all of torch's threads. Of tensors it gets the addresses."""
-    numbers = [each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments]
+    kept = [each.contiguous() if isinstance(each, Tensor) else each for each in arguments]  # while it runs
+    numbers = [each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in kept]
     held = (ctypes.c_int64 * len(numbers))(*numbers)
     _parallel(function.address, ctypes.addressof(held), torch.get_num_threads(), 0)
 
@@ -75,6 +76,12 @@ def _pointer_to(dtype: Any) -> Any:
 
 _octets_at, _integers_at = _pointer_to(types.uint8), _pointer_to(types.int8)
 halves_at, _words_at, _floats_at = _pointer_to(types.uint16), _pointer_to(types.uint32), _pointer_to(types.float32)
+
+
+@njit(inline="always")
+def share_of_thread(count):
+    """Which of so many pieces of work are this thread's: the first, and the one after the last."""
+    return count * _thread() // _threads(), count * (_thread() + 1) // _threads()
 
 
 @njit(inline="always", cache=True)  # fails at once where no compiled code can be kept
@@ -243,9 +250,7 @@ def _multiplier(bits: int, block: int, with_zeros: bool) -> Any:
         quarter, groups, blocks = in_features // 4, in_features // group_size, out_features // block
         sums, totals = np.empty(4 * block, np.float32), np.empty(block, np.float32)
         scales = np.empty(4 * block, np.float32)
-        for b in range(
-            blocks * thread_number() // threads_running(), blocks * (thread_number() + 1) // threads_running()
-        ):
+        for b in range(*share_of_thread(blocks)):
             upper = _octets_at(held[0] + b * quarter * half * upper_width)
             lower = _octets_at(held[0] + (blocks * upper_width + b * lower_width) * quarter * half)
             row = 0
@@ -310,9 +315,7 @@ def _dequantizer(bits: int, block: int, shifted: bool, with_zeros: bool) -> Any:
         words = _words_at(held[2])
         integers = np.empty(4 * block, np.uint8)
         scales, zeros = np.empty(4 * block, np.float32), np.empty(4 * block, np.float32)
-        for each in range(
-            count * thread_number() // threads_running(), count * (thread_number() + 1) // threads_running()
-        ):
+        for each in range(*share_of_thread(count)):
             b = first + each
             upper = _octets_at(held[0] + b * quarter * half * upper_width)
             lower = _octets_at(held[0] + (blocks * upper_width + b * lower_width) * quarter * half)
@@ -355,10 +358,7 @@ def _int8_multiplier(with_zeros: bool) -> Any:
         held = carray(arguments, 9)
         rows, in_features, out_features = held[6], held[7], held[8]
         scales, zeros, sums = halves_at(held[1]), _integers_at(held[2]), _floats_at(held[4])
-        start, stop = (
-            out_features * thread_number() // threads_running(),
-            out_features * (thread_number() + 1) // threads_running(),
-        )
+        start, stop = share_of_thread(out_features)
         half = (stop - start + 1) // 2  # of the outputs: two are read at a time, far from one another
         for j in range(start, start + half):
             other = min(j + half, stop - 1)

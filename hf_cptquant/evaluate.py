@@ -27,7 +27,7 @@ from .calibration import CalibrationSet, facts_of, load_evaluation
 from .config import CPTQuantConfig
 from .errors import EvaluationError
 from .grid import dequantize
-from .model_view import CLASSIFIERS, EVALUATED, task_of
+from .model_view import CLASSIFIERS, EVALUATED, predicts_one_class, task_of
 from .modules import matrix_of, weight_of
 from .plan import BitPlan
 from .predictions import predictions, predictions_per_window, targets
@@ -125,7 +125,7 @@ def evaluation_data(model: PreTrainedModel, recipe: Recipe, compared: bool) -> C
         raise EvaluationError(
             f"{type(model).__name__} has none of the heads that are evaluated: {', '.join(EVALUATED)}"
         )
-    if task in CLASSIFIERS and (model.num_labels < 2 or model.config.problem_type == "multi_label_classification"):
+    if not predicts_one_class(model):
         raise EvaluationError(f"{type(model).__name__} predicts no single class out of several, which accuracy needs")
     data = load_evaluation(recipe, facts_of(model))
     if "labels" not in data.batches[0] and not compared:

@@ -443,6 +443,13 @@ def task_of(model: nn.Module) -> str | None:
     return None if name in READ_IMAGES and listed == "causal-lm" and _needs_images(model) else listed
 
 
+def predicts_one_class(model: PreTrainedModel) -> bool:
+    """Whether each prediction is one class out of several; that of a regression is none, and that of some classifiers
+    any number of them."""
+    single = model.config.problem_type in (None, "single_label_classification")
+    return task_of(model) not in CLASSIFIERS or (single and model.config.num_labels > 1)
+
+
 def task_of_class(name: str) -> str | None:
     """As `task_of`, by the name of the class."""
     listed = next((task for task, classes in TASKS.items() if name in classes), None)

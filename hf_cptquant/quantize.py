@@ -24,12 +24,12 @@ from .errors import ModelError, PlanError, in_module
 from .experts import fuse_again
 from .grid import QuantizedWeight, dequantize
 from .memory import mapped_ranges, release
-from .model_view import sharing_with
+from .model_view import predicts_one_class, sharing_with
 from .modules import PACKED_CLASSES, kind_of, matrix_of, packed_modules, replace_module
 from .plan import EMBEDDING, BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
 from .rounding import BLOCK_ROUNDINGS, Tuning, round_nearest
-from .rounding.curvature import curvature_of_outputs
+from .rounding.curvature import check_finite, gradients_of_outputs
 from .sensitivity.metrics import Batch
 from .sensitivity.prefix import Call, Outputs, Prefix
 from .tied import tie, tied_layers
@@ -90,8 +90,8 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
         )
     _warn_of_few_tokens(plan, batches)
     prefix = Prefix(model, batches[0], list(of_block))
-    by_curvature = recipe.rounding == "signround"
-    curvatures = curvature_of_outputs(model, prefix.order, batches, recipe.seed) if by_curvature else {}
+    by_curvature = recipe.compensates and predicts_one_class(model)  # or else there are no labels to draw
+    gradients = gradients_of_outputs(model, prefix.order, batches, recipe.seed) if by_curvature else {}
     original: list[Outputs] = [{} for _ in batches]
     rounded: list[Outputs] = [{} for _ in batches]
     for position, name in enumerate(logging.tqdm(prefix.order, desc="Rounding", unit="block")):
@@ -107,9 +107,10 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
             layer.weight.copy_(model.get_submodule(decision.name).weight)
         if of_block[name]:
             targets = [output[0] if isinstance(output, tuple) else output for output in outputs]
-            tuning = Tuning(work.dtype, recipe.iters, recipe.seed, curvatures.get(name), originals)
+            tuning = Tuning(work.dtype, recipe.iters, recipe.seed, originals, gradients.pop(name, ()))
+            for target in targets:
+                check_finite(name, "its outputs", target)
             with in_module(name):
-                _check_finite(targets)
                 found = BLOCK_ROUNDINGS[recipe.rounding](work.block, of_block[name], calls, targets, tuning)
             for layer, quantized in found.items():
                 dense = dequantize(quantized.integers, quantized.scale, quantized.zero_point)
@@ -168,11 +169,6 @@ def _warn_of_few_tokens(plan: BitPlan, batches: Sequence[Batch]) -> None:
             f"{tokens} calibration tokens are fewer than the {widest.in_features} inputs of {widest.name}: rounding is"
             " tuned to these very tokens. Raise num_samples or sequence_length."
         )
-
-
-def _check_finite(outputs: Sequence[torch.Tensor]) -> None:
-    if not all(bool(torch.isfinite(output).all()) for output in outputs):
-        raise ModelError("its outputs hold NaN or infinity on the calibration data; try dtype=torch.float32")
 
 
 def check_in_memory(model: nn.Module, plan: BitPlan) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..grid import QuantizedWeight
 from ..sensitivity.prefix import Call
 from . import clipping, gptq, signround
+from .curvature import curvature_of, with_plain_squares
 from .nearest import round_nearest
 
 __all__ = ["BLOCK_ROUNDINGS", "Tuning", "round_nearest"]
@@ -28,15 +29,20 @@ class Tuning:
     Attributes:
         dtype: of the scales.
         iterations, seed: of tuning.
-        curvature: of the loss by the block's outputs, float32 `[features, features]`, if it is known.
         originals: the block's calls in the original model, if they are known.
+        gradients: of the loss by the block's outputs in the first of these, if they are known.
     """
 
     dtype: torch.dtype
     iterations: int
     seed: int
-    curvature: Tensor | None = None
     originals: Sequence[Call] = ()
+    gradients: Sequence[Tensor] = ()
+
+    @property
+    def curvature(self) -> Tensor | None:
+        """Of the loss by the block's outputs, float32 `[features, features]`, if it is known."""
+        return with_plain_squares(curvature_of(self.gradients)) if self.gradients else None
 
 
 BLOCK_ROUNDINGS: dict[str, Callable[..., dict[str, QuantizedWeight]]] = {
@@ -44,7 +50,7 @@ BLOCK_ROUNDINGS: dict[str, Callable[..., dict[str, QuantizedWeight]]] = {
         clipping.round_together, block, schemes, calls, tuning.dtype
     ),
     "gptq": lambda block, schemes, calls, _targets, tuning: clipping.round_by_inputs(
-        gptq.round_together, block, schemes, calls, tuning.dtype, tuning.originals
+        gptq.round_together, block, schemes, calls, tuning.dtype, tuning.originals, tuning.gradients
     ),
     "signround": lambda block, schemes, calls, targets, tuning: signround.round_block(
         block, schemes, calls, targets, tuning.iterations, tuning.seed, tuning.curvature, tuning.dtype

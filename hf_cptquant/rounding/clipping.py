@@ -22,13 +22,16 @@ from ..modules import matrix_of
 from ..plan import LayerScheme
 from ..sensitivity.compensation import input_products, inputs_in
 from ..sensitivity.prefix import Call
+from .curvature import curvatures_of_layers
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
-# Weights that share their inputs, their schemes, the products XXᵀ of these inputs, the dtype of scales, and how the
-# inputs have drifted from the original model's (`input_drifts`), if that is known → the integers.
+# Weights that share their inputs, their schemes, the products XXᵀ of these inputs, the dtype of scales, and, if they
+# are known, how the inputs have drifted from the original model's (`input_drifts`) and how much the loss minds errors
+# in the outputs of each weight (`curvatures_of_layers`) → the integers.
 Together = Callable[
-    [Sequence[Tensor], Sequence[LayerScheme], Tensor, torch.dtype | None, Tensor | None], list[QuantizedWeight]
+    [Sequence[Tensor], Sequence[LayerScheme], Tensor, torch.dtype | None, Tensor | None, Sequence[Tensor | None]],
+    list[QuantizedWeight],
 ]
 
 FACTORS = tuple(1 - step / 40 for step in range(21))  # from the whole range down to half of it
@@ -79,6 +82,7 @@ def round_together(
     product: Tensor,
     dtype: torch.dtype | None = None,
     _drift: Tensor | None = None,
+    _curvatures: Sequence[Tensor | None] = (),
 ) -> list[QuantizedWeight]:
     """Round weights `[out_features, in_features]` to nearest on their narrowed ranges."""
     importance = product.diagonal()
@@ -95,6 +99,7 @@ def round_by_inputs(
     calls: Sequence[Call],
     dtype: torch.dtype | None = None,
     originals: Sequence[Call] = (),
+    gradients: Sequence[Tensor] = (),
 ) -> dict[str, QuantizedWeight]:
     """Round the layers of a block, each by its own inputs.
 
@@ -105,6 +110,7 @@ def round_by_inputs(
         calls: arguments of the block.
         dtype: of the scales; by default the block's.
         originals: the same calls in the original model, if the drift of the inputs is to count.
+        gradients: of the loss by the outputs of the first of these, if it is to count what the loss minds.
 
     Returns:
         Layer → its integers. A layer that no call reaches is rounded to nearest, which is logged.
@@ -118,9 +124,12 @@ def round_by_inputs(
     products = input_products(layers, passes)
     firsts = {names[0]: layers[names[0]] for names, _ in products} if originals else {}
     drifts = input_drifts(firsts, passes, [partial(block, *args, **kwargs) for args, kwargs in originals])
+    curvatures = curvatures_of_layers(block, layers, originals, gradients)
     for names, product in products:
         matrices = [matrix_of(type(layers[name]), layers[name].weight.detach()).contiguous() for name in names]
-        found = together(matrices, [schemes[name] for name in names], product, dtype, drifts.get(names[0]))
+        own = [schemes[name] for name in names]
+        minded = [curvatures.get(name) for name in names]
+        found = together(matrices, own, product, dtype, drifts.get(names[0]), minded)
         rounded |= dict(zip(names, found, strict=True))
         if not bool(product.any()):
             logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")

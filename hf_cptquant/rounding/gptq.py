@@ -8,6 +8,12 @@ finished before the rest of the matrix is touched, and layers that share their i
 Ranges are narrowed by what they cost on the inputs (`clipping.py`). The walk is greedy; a row that it leaves with a
 larger error than rounding to nearest on the whole range would, is rounded to nearest.
 
+Outputs make up for each other, too. If the loss minds an error Δ of the layer's outputs by Δᵀ C Δ (`curvature.py`), the
+error of the layer is tr(C ΔW H ΔWᵀ) (YAQA, arXiv 2505.22988), and once some rows are rounded, what is best for all
+others is W − C_oo⁻¹ C_or ΔW_r, whatever the inputs. So rows are rounded in sixteen parts, those with the largest
+diagonal of C first, each by a walk over the columns, and the rows that are still open are moved. C is an average over
+few tokens; twice its diagonal is added to it.
+
 Behind rounded blocks the inputs are X̂ where the original model has X. What comes nearest to WX there is not W but
 WXX̂ᵀ(X̂X̂ᵀ)⁻¹ = W + W(X − X̂)X̂ᵀ(X̂X̂ᵀ)⁻¹ (asymmetric calibration, GPTAQ, arXiv 2504.02692, which distributes the change
 column by column). Weights are moved a quarter of the way there before they are rounded: on SmolLM2-135M in groups of 64
@@ -18,6 +24,7 @@ the perplexity of reviews from 55.7 to 55.0 and from 90.2 to 82.0; the whole way
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,8 +37,29 @@ from .clipping import clipped_grid
 from .nearest import round_nearest
 
 SHARE = 0.25  # of the way to what is best for the inputs that have drifted
+PARTS = 16  # of the rows, which make up for each other
+OWN = 2.0  # how much the diagonal of the outputs' curvature is raised by, as a share of it
 COLUMNS = 128  # finished before the rest of the matrix is touched
 MOST_DAMPING = 1e3  # ten times as much as at first after each failure
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Over the columns of weights that share their inputs.
+
+    Attributes:
+        order: of the columns, int64 `[in_features]`.
+        factor: U of the columns in this order, float32 `[in_features, in_features]`.
+    """
+
+    order: Tensor
+    factor: Tensor
+
+    @staticmethod
+    def by(hessian: Tensor) -> Walk:
+        """Columns with the largest diagonal of H first."""
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        return Walk(order, inverse_factor(hessian[order][:, order]))
 
 
 def round_together(
@@ -40,6 +68,7 @@ def round_together(
     hessian: Tensor,
     dtype: torch.dtype | None = None,
     drift: Tensor | None = None,
+    curvatures: Sequence[Tensor | None] = (),
 ) -> list[QuantizedWeight]:
     """Round weights that share their inputs.
 
@@ -49,20 +78,70 @@ def round_together(
         hessian: float32 `[in_features, in_features]`; where an input is always 0, its column is rounded to nearest.
         dtype: of the scales; by default the weights'.
         drift: (X − X̂)X̂ᵀ, as of `clipping.input_drifts`, if it is to count.
+        curvatures: C of each, float32 `[out_features, out_features]`, as of `curvature.curvatures_of_layers`, or None
+            where it is not known.
 
     Returns:
         The integers.
     """
+    dtype = dtype or matrices[0].dtype
     if drift is not None:
-        dtype = dtype or matrices[0].dtype
         matrices = against_drift(matrices, hessian, drift)
+    walk = Walk.by(hessian)
+    if all(curvature is None for curvature in curvatures):
+        return _round_rows(matrices, schemes, hessian, walk, dtype)
+    minded = [_raised(curvature, matrix) for curvature, matrix in zip(curvatures, matrices, strict=True)]
+    across = [Walk.by(curvature) for curvature in minded]
+    open_rows = [matrix.float()[rows.order] for matrix, rows in zip(matrices, across, strict=True)]
+    rounded: list[list[QuantizedWeight]] = [[] for _ in matrices]
+    count = min(PARTS, *map(len, matrices))
+    for part in range(count):
+        spans = [slice(len(m) * part // count, len(m) * (part + 1) // count) for m in matrices]
+        aims = [rows[span] for rows, span in zip(open_rows, spans, strict=True)]
+        found = _round_rows(aims, schemes, hessian, walk, dtype)
+        for parts, quantized in zip(rounded, found, strict=True):
+            parts.append(quantized)
+        for rows, span, aim, quantized, walked in zip(open_rows, spans, aims, found, across, strict=True):
+            error = aim - _dense(quantized)
+            own, later = walked.factor[span, span], walked.factor[span, span.stop :]
+            rows[span.stop :] -= torch.linalg.solve_triangular(own, later, upper=True).t() @ error
+    whole = [_in_order(parts, rows.order.argsort()) for parts, rows in zip(rounded, across, strict=True)]
+    return [_better(*each, hessian) for each in zip(matrices, whole, minded, strict=True)]
+
+
+def _raised(curvature: Tensor | None, matrix: Tensor) -> Tensor:
+    """C with its diagonal raised; of a layer of which it is not known, the rows are left to themselves."""
+    if curvature is None:
+        return torch.eye(len(matrix), device=matrix.device)
+    return curvature + torch.diag(OWN * curvature.diagonal())
+
+
+def _round_rows(
+    matrices: Sequence[Tensor], schemes: Sequence[LayerScheme], hessian: Tensor, walk: Walk, dtype: torch.dtype
+) -> list[QuantizedWeight]:
+    """Rows by a walk over their columns, each row by itself."""
     importance = hessian.diagonal()
     grids = [clipped_grid(*each, importance, dtype) for each in zip(matrices, schemes, strict=True)]
-    aims = compensated(matrices, schemes, grids, hessian)
+    aims = _compensated(matrices, schemes, grids, walk)
     return [
         _better_rows(matrix, quantize(aim, *grid, scheme), hessian)
         for matrix, aim, grid, scheme in zip(matrices, aims, grids, schemes, strict=True)
     ]
+
+
+def _in_order(parts: Sequence[QuantizedWeight], order: Tensor) -> QuantizedWeight:
+    """All rows of a weight."""
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(tensors)[order]
+
+    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+    return QuantizedWeight(
+        joined([part.integers for part in parts]),
+        joined([part.scale for part in parts]),
+        joined(zero_points) if zero_points else None,
+        parts[0].scheme,
+    )
 
 
 def against_drift(matrices: Sequence[Tensor], hessian: Tensor, drift: Tensor) -> list[Tensor]:
@@ -72,34 +151,34 @@ def against_drift(matrices: Sequence[Tensor], hessian: Tensor, drift: Tensor) ->
     return [matrix.float() + matrix.float() @ change for matrix in matrices]
 
 
-def compensated(
+def _compensated(
     matrices: Sequence[Tensor],
     schemes: Sequence[LayerScheme],
     grids: Sequence[tuple[Tensor, Tensor | None]],
-    hessian: Tensor,
+    walk: Walk,
 ) -> list[Tensor]:
     """The weights as the walk has moved them by the time that it rounds them: rounded to nearest, they are its result.
 
     Args:
-        matrices, schemes, hessian: as of `round_together`.
+        matrices, schemes: as of `round_together`.
         grids: scales and zero points.
+        walk: over the columns.
 
     Returns:
         float32, in the shapes of the matrices.
     """
-    columns = hessian.shape[0]
+    order, factor = walk.order, walk.factor
+    columns = len(order)
     # per row and column: scale, zero point, ends of the grid
     scale = torch.cat([_spread(scale, columns) for scale, _ in grids]).float()
     zero = torch.cat([_spread(torch.zeros_like(s) if z is None else z, columns).float() for s, z in grids])
     ends = torch.tensor(
         [integer_range(scheme.bits) for matrix, scheme in zip(matrices, schemes, strict=True) for _ in matrix],
         dtype=torch.float32,
-        device=hessian.device,
+        device=factor.device,
     )
-    order = hessian.diagonal().argsort(descending=True, stable=True)
     work = torch.cat([matrix.float() for matrix in matrices])[:, order]
     scale, zero = scale[:, order], zero[:, order]
-    factor = inverse_factor(hessian[order][:, order])
     for start in range(0, columns, COLUMNS):
         stop = min(start + COLUMNS, columns)
         errors = torch.empty(len(work), stop - start, device=work.device)
@@ -126,10 +205,25 @@ def _better_rows(matrix: Tensor, rounded: QuantizedWeight, hessian: Tensor) -> Q
     return QuantizedWeight(integers, torch.where(worse, nearest.scale, rounded.scale), zero_point, scheme)
 
 
+def _better(matrix: Tensor, rounded: QuantizedWeight, curvature: Tensor, hessian: Tensor) -> QuantizedWeight:
+    """A weight as it was rounded or, if that has the smaller error tr(C ΔW H ΔWᵀ), to nearest on its whole range."""
+    nearest = round_nearest(matrix, rounded.scheme, rounded.scale.dtype)
+
+    def error(each: QuantizedWeight) -> float:
+        change = _dense(each) - matrix.float()
+        return float(((curvature @ change @ hessian) * change).sum())
+
+    return min((rounded, nearest), key=error)
+
+
 def _errors(matrix: Tensor, rounded: QuantizedWeight, hessian: Tensor) -> Tensor:
     """‖ΔW X‖² of every row."""
-    change = dequantize(rounded.integers, rounded.scale, rounded.zero_point).float() - matrix.float()
+    change = _dense(rounded) - matrix.float()
     return ((change @ hessian) * change).sum(1)
+
+
+def _dense(rounded: QuantizedWeight) -> Tensor:
+    return dequantize(rounded.integers, rounded.scale, rounded.zero_point).float()
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .. import ranks
 from ..calibration import CalibrationSet, batches_on
 from ..errors import CalibrationError
+from ..model_view import predicts_one_class
 from ..plan import BitPlan
 from ..recipe import Recipe
 from ..table import SensitivityTable
@@ -125,7 +126,7 @@ def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[Batch
     """
     if all("labels" in batch for batch in batches):
         return tuple(batches)
-    if model.config.num_labels < 2 or model.config.problem_type == "multi_label_classification":
+    if not predicts_one_class(model):
         raise CalibrationError(
             f"the calibration data have no labels, and {type(model).__name__} predicts no single class that could stand"
             " for them; set label_column"

@@ -385,8 +385,8 @@ def tapped(
     """Let gradients flow past taps behind the modules of a plan, as `differentiable` does."""
     with ExitStack() as hooks:
         for module in plan.modules:
-            tap = partial(_tap, partial(observe, module))
-            hooks.enter_context(model.get_submodule(module.name).register_forward_hook(tap))
+            shown = partial(tap, partial(observe, module))
+            hooks.enter_context(model.get_submodule(module.name).register_forward_hook(shown))
         hooks.enter_context(differentiable(model, dict.fromkeys(module.block for module in plan.modules)))
         yield
 
@@ -430,7 +430,8 @@ def _with_gradients(
     return args, {name: leaf(value) for name, value in inputs.items()}
 
 
-def _tap(
+def tap(
     observe: Callable[[Tensor, Tensor], None], _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
+    """A forward hook that lets a function see a layer's inputs and the gradient of its outputs."""
     return _Tap.apply(inputs[0], output, observe)

@@ -18,7 +18,7 @@ from hf_cptquant.modules import PACKED_CLASSES, packed_modules, replace_module
 from hf_cptquant.quantize import apply_plan, apply_plan_by_blocks
 from hf_cptquant.recipe import Recipe
 from hf_cptquant.rounding import BLOCK_ROUNDINGS, Tuning
-from hf_cptquant.rounding.curvature import curvature_of_outputs
+from hf_cptquant.rounding.curvature import gradients_of_outputs
 from hf_cptquant.sensitivity.metrics import forward
 from hf_cptquant.sensitivity.prefix import running_order
 
@@ -37,9 +37,9 @@ def first(output):
 @torch.no_grad()
 def literal(model, plan, batches, recipe):
     """Every call by a full forward pass of the model rounded so far, its original and target by one of the original."""
-    original = copy.deepcopy(model)
+    original = copy.deepcopy(model.requires_grad_(False))
     order = running_order(model, batches[0], list(plan.by_block()))
-    curvatures = curvature_of_outputs(original, order, batches, recipe.seed)
+    gradients = gradients_of_outputs(original, order, batches, recipe.seed)
     for name in order:
         block = model.get_submodule(name)
         calls, originals, targets = [], [], []
@@ -61,7 +61,7 @@ def literal(model, plan, batches, recipe):
         for hook in hooks:
             hook.remove()
         schemes = {m.name.removeprefix(name + "."): m.scheme for m in plan.packed if m.block == name}
-        tuning = Tuning(model.dtype, recipe.iters, recipe.seed, curvatures[name], originals)
+        tuning = Tuning(model.dtype, recipe.iters, recipe.seed, originals, gradients[name])
         for layer, quantized in BLOCK_ROUNDINGS[recipe.rounding](block, schemes, calls, targets, tuning).items():
             dense = block.get_submodule(layer)
             packed = PACKED_CLASSES[type(dense)].from_quantized(quantized, dense.bias)
@@ -178,7 +178,7 @@ def test_few_tokens_and_outputs_that_are_not_finite_are_told(tokens, logged):
     plan = plan.with_bits({module.unit: 4 for module in plan.modules}, 32)
     model.model.layers[1].post_attention_layernorm.weight.data[3] = torch.inf
     with pytest.raises(ModelError, match=r"model\.layers\.1: its outputs hold NaN or infinity"):
-        apply_plan_by_blocks(model, plan, [{"input_ids": tokens[:1]}], Recipe(rounding="gptq"))
+        apply_plan_by_blocks(model, plan, [{"input_ids": tokens[:1], "labels": tokens[:1]}], Recipe(rounding="gptq"))
     assert re.search("32 calibration tokens are fewer than the 128 inputs of .*down_proj", logged.text)
 
 
@@ -186,3 +186,12 @@ def test_a_plan_of_16_bits_changes_nothing(tokens):
     model = tiny_model("llama")
     apply_plan_by_blocks(model, view_model(model).plan("block"), [{"input_ids": tokens}], Recipe(rounding="signround"))
     assert not packed_modules(model)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "signround"])
+def test_a_regression_has_no_labels_to_draw_and_counts_plain_squares(rounding, tokens):
+    model = tiny_model("bert-classifier", num_labels=1)
+    undecided = view_model(model).plan("block")
+    plan = undecided.with_bits({module.unit: 4 for module in undecided.modules}, 32)
+    apply_plan_by_blocks(model, plan, [{"input_ids": tokens}], Recipe(rounding=rounding, iters=2))
+    assert list(packed_modules(model)) == [module.name for module in plan.packed]

@@ -187,3 +187,76 @@ def test_inputs_that_are_not_finite_name_the_layer():
         clipping.round_by_inputs(
             gptq.round_together, block, {"0": LayerScheme(4, 4)}, [((torch.full((1, 2, 4), torch.nan),), {})]
         )
+
+
+def minded(out_features: int) -> torch.Tensor:
+    """A curvature of correlated outputs."""
+    _, gradients = drawn(1, out_features, 4 * out_features, seed=2)
+    return gradients.t() @ gradients
+
+
+def error_of(found, weight, hessian, curvature) -> float:
+    """tr(C ΔW H ΔWᵀ) in float64."""
+    change = (dense(found) - weight).double()
+    return float(torch.trace(curvature.double() @ change @ hessian.double() @ change.t()))
+
+
+def raised(curvature):
+    return curvature + 2 * torch.diag(curvature.diagonal())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_rows_that_make_up_for_each_other_are_those_of_the_textbook(scheme, monkeypatch):
+    """Optimal brain surgery on the Kronecker product of both curvatures in float64, weight by weight."""
+    monkeypatch.setattr(gptq, "PARTS", 12)  # a row in each
+    monkeypatch.setattr(gptq, "_better_rows", lambda matrix, rounded, hessian: rounded)
+    weight, inputs = drawn(12, 32, 100)
+    hessian, curvature = inputs.t() @ inputs, minded(12)
+    (found,) = gptq.round_together([weight], [scheme], hessian, curvatures=[curvature])
+    spread = 32 // found.scale.shape[1]
+    scale = found.scale.double().repeat_interleave(spread, 1).flatten().numpy()
+    zero = np.zeros_like(scale)
+    if found.zero_point is not None:
+        zero = found.zero_point.double().repeat_interleave(spread, 1).flatten().numpy()
+    h, c = hessian.double().numpy(), raised(curvature).double().numpy()
+    h, c = (each + gptq.DAMPING * np.diag(each).mean() * np.eye(len(each)) for each in (h, c))
+    inverse = np.linalg.inv(np.kron(c, h))
+    work, expected = weight.double().flatten().numpy(), np.zeros(weight.numel(), dtype=int)
+    for row in np.argsort(-np.diag(c), kind="stable"):
+        for column in np.argsort(-np.diag(h), kind="stable"):
+            at = row * 32 + column
+            expected[at] = np.clip(np.round(work[at] / scale[at]) + zero[at], *integer_range(scheme.bits))
+            error = work[at] - (expected[at] - zero[at]) * scale[at]
+            work = work - error / inverse[at, at] * inverse[at]
+            inverse = inverse - np.outer(inverse[:, at], inverse[at]) / inverse[at, at]
+    assert np.mean(found.integers.flatten().numpy() == expected) > 0.99  # a tie may fall to the other side in float32
+
+
+@given(st.integers(0, 10**6), st.sampled_from(SCHEMES), st.sampled_from([5, 40, 300]))
+def test_no_layer_is_worse_than_rounded_to_nearest_for_what_the_loss_minds(seed, scheme, tokens):
+    weight, inputs = drawn(24, 32, tokens, seed)
+    hessian, curvature = inputs.t() @ inputs, minded(24)
+    (found,) = gptq.round_together([weight], [scheme], hessian, curvatures=[curvature])
+    nearest = round_nearest(weight, scheme)
+    ours, theirs = (error_of(each, weight, hessian, raised(curvature)) for each in (found, nearest))
+    assert ours <= theirs * (1 + 1e-4)
+
+
+def test_correlated_outputs_are_made_use_of():
+    weight, inputs = drawn(64, 64, 1000)
+    hessian, curvature, scheme = inputs.t() @ inputs, torch.ones(64, 64) + 0.1 * torch.eye(64), LayerScheme(3, 32)
+    (alone,) = gptq.round_together([weight], [scheme], hessian)
+    (found,) = gptq.round_together([weight], [scheme], hessian, curvatures=[curvature])
+    ours, theirs = (error_of(each, weight, hessian, raised(curvature)) for each in (found, alone))
+    assert ours < 0.9 * theirs
+
+
+def test_layers_of_different_sizes_are_rounded_as_each_alone_by_their_curvatures():
+    first, inputs = drawn(8, 64, 300)
+    second, _ = drawn(40, 64, 1, seed=1)
+    schemes, hessian = [LayerScheme(4, 16), LayerScheme(8)], inputs.t() @ inputs
+    together = gptq.round_together([first, second], schemes, hessian, curvatures=[minded(8), None])
+    (alone,) = gptq.round_together([second], schemes[1:], hessian)
+    assert torch.equal(together[1].integers, alone.integers)
+    (alone,) = gptq.round_together([first], schemes[:1], hessian, curvatures=[minded(8)])
+    assert torch.equal(together[0].integers, alone.integers)

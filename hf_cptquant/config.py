@@ -73,10 +73,10 @@ class CPTQuantConfig(QuantizationConfigMixin):
             300.
         rounding: `"nearest"` (equation 1); `"clipped"`: to nearest on ranges that are narrowed by what that costs on
             the inputs; `"gptq"`: on such ranges, with errors compensated by second-order information of each layer's
-            inputs (arXiv 2210.17323), also for what rounded layers before it changed in them (arXiv 2504.02692);
-            `"signround"`: offsets and ranges tuned by signed gradients for the outputs of
-            each block (arXiv 2309.05516). All but the first take the calibration data and a model in memory. By
-            default what the quality says.
+            inputs (arXiv 2210.17323), also for what rounded layers before it changed in them (arXiv 2504.02692), and of
+            the loss by its outputs (arXiv 2505.22988); `"signround"`: offsets and ranges tuned by signed gradients for
+            the outputs of each block (arXiv 2309.05516). All but the first take the calibration data and a model in
+            memory. By default what the quality says.
         iters: steps of `"signround"` for each block, each on about 1,024 tokens; 0 is rounding to nearest. By default
             what the quality says.
         recover: `"scales"`: after rounding, train the scales and the weights of norms, while the integers stay, to

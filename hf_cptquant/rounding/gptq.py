@@ -5,7 +5,8 @@ those with the largest diagonal of H first, and what a column loses is made up f
 the upper Cholesky factor of H⁻¹, the error e = (w − ŵ)/U_ii moves the later columns by −e·U_i. Grids are fixed before
 (the groups are those of the stored order), so the order costs nothing at run time. A hundred columns at a time are
 finished before the rest of the matrix is touched, and layers that share their inputs are rounded as one tall matrix.
-Ranges are narrowed by what they cost on the inputs (`clipping.py`). The walk is greedy; a row that it leaves with a
+Ranges are narrowed by what they cost (`clipping.py`), where the error of a column counts by 1/U_ii², the part that the
+later ones cannot make up for. The walk is greedy; a row that it leaves with a
 larger error than rounding to nearest on the whole range would, is rounded to nearest.
 
 Outputs make up for each other, too. If the loss minds an error Δ of the layer's outputs by Δᵀ C Δ (`curvature.py`), the
@@ -120,7 +121,8 @@ def _round_rows(
     matrices: Sequence[Tensor], schemes: Sequence[LayerScheme], hessian: Tensor, walk: Walk, dtype: torch.dtype
 ) -> list[QuantizedWeight]:
     """Rows by a walk over their columns, each row by itself."""
-    importance = hessian.diagonal()
+    costs = walk.factor.diagonal().pow(-2)[walk.order.argsort()]
+    importance = torch.where(hessian.diagonal() == 0, 0, costs)
     grids = [clipped_grid(*each, importance, dtype) for each in zip(matrices, schemes, strict=True)]
     aims = _compensated(matrices, schemes, grids, walk)
     return [
@@ -168,29 +170,28 @@ def _compensated(
         float32, in the shapes of the matrices.
     """
     order, factor = walk.order, walk.factor
-    columns = len(order)
-    # per row and column: scale, zero point, ends of the grid
-    scale = torch.cat([_spread(scale, columns) for scale, _ in grids]).float()
-    zero = torch.cat([_spread(torch.zeros_like(s) if z is None else z, columns).float() for s, z in grids])
-    ends = torch.tensor(
-        [integer_range(scheme.bits) for matrix, scheme in zip(matrices, schemes, strict=True) for _ in matrix],
-        dtype=torch.float32,
-        device=factor.device,
-    )
-    work = torch.cat([matrix.float() for matrix in matrices])[:, order]
-    scale, zero = scale[:, order], zero[:, order]
+    columns, pivots = len(order), factor.diagonal().tolist()
+
+    def by_column(of_groups: Sequence[Tensor]) -> Tensor:
+        return torch.cat([_spread(each, columns) for each in of_groups]).float().t()[order].contiguous()
+
+    scales = by_column([scale for scale, _ in grids])
+    zeros = by_column([torch.zeros_like(scale) if zero is None else zero for scale, zero in grids])
+    rows = [len(matrix) for matrix in matrices]
+    ends = torch.tensor([integer_range(scheme.bits) for scheme in schemes], dtype=torch.float32)
+    low, high = ends.repeat_interleave(torch.tensor(rows), 0).t().to(factor.device)
+    low, high = low - zeros, high - zeros
+    work = torch.cat([matrix.float() for matrix in matrices]).t()[order].contiguous()
     for start in range(0, columns, COLUMNS):
         stop = min(start + COLUMNS, columns)
-        errors = torch.empty(len(work), stop - start, device=work.device)
+        errors = torch.empty(stop - start, work.shape[1], device=work.device)
         for column in range(start, stop):
-            weight = work[:, column]
-            level = torch.round(weight / scale[:, column]) + zero[:, column]
-            level = torch.minimum(torch.maximum(level, ends[:, 0]), ends[:, 1])
-            error = (weight - (level - zero[:, column]) * scale[:, column]) / factor[column, column]
-            work[:, column + 1 : stop] -= error.unsqueeze(1) * factor[column, column + 1 : stop]
-            errors[:, column - start] = error
-        work[:, stop:] -= errors @ factor[start:stop, stop:]
-    return list(work[:, order.argsort()].split([len(matrix) for matrix in matrices]))
+            weight, scale = work[column], scales[column]
+            level = (weight / scale).round_().clamp_(low[column], high[column])
+            error = torch.addcmul(weight, level, scale, value=-1, out=errors[column - start]).div_(pivots[column])
+            work[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+        work[stop:] -= factor[start:stop, stop:].t() @ errors
+    return list(work[order.argsort()].t().split(rows))
 
 
 def _better_rows(matrix: Tensor, rounded: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:

@@ -9,6 +9,8 @@ do harm: large weights often meet inputs that matter.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,14 +22,14 @@ from transformers.utils import logging
 from ..grid import QuantizedWeight, dequantize, extremes, grid_between, quantize
 from ..modules import matrix_of
 from ..plan import LayerScheme
-from ..sensitivity.compensation import input_products, inputs_in
+from ..sensitivity.compensation import Inputs, input_products, inputs_in, sharing
 from ..sensitivity.prefix import Call
 from .curvature import curvatures_of_layers
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 # Weights that share their inputs, their schemes, the products XXᵀ of these inputs, the dtype of scales, and, if they
-# are known, how the inputs have drifted from the original model's (`input_drifts`) and how much the loss minds errors
+# are known, how the inputs have drifted from the original model's (`InputDrifts`) and how much the loss minds errors
 # in the outputs of each weight (`curvatures_of_layers`) → the integers.
 Together = Callable[
     [Sequence[Tensor], Sequence[LayerScheme], Tensor, torch.dtype | None, Tensor | None, Sequence[Tensor | None]],
@@ -92,6 +94,7 @@ def round_together(
     ]
 
 
+@torch.no_grad()
 def round_by_inputs(
     together: Together,
     block: nn.Module,
@@ -101,11 +104,11 @@ def round_by_inputs(
     originals: Sequence[Call] = (),
     gradients: Sequence[Tensor] = (),
 ) -> dict[str, QuantizedWeight]:
-    """Round the layers of a block, each by its own inputs.
+    """Round the layers of a block, each by its own inputs, behind the rounded layers before it.
 
     Args:
         together: how to round layers that share their inputs.
-        block: dense.
+        block: dense; its weights become what they are rounded to.
         schemes: name of a layer within the block → its packed scheme.
         calls: arguments of the block.
         dtype: of the scales; by default the block's.
@@ -119,44 +122,63 @@ def round_by_inputs(
         ModelError: an input holds NaN or infinity.
     """
     layers = {name: block.get_submodule(name) for name in schemes}
-    rounded: dict[str, QuantizedWeight] = {}
     passes = [partial(block, *args, **kwargs) for args, kwargs in calls]
-    products = input_products(layers, passes)
-    firsts = {names[0]: layers[names[0]] for names, _ in products} if originals else {}
-    drifts = input_drifts(firsts, passes, [partial(block, *args, **kwargs) for args, kwargs in originals])
-    curvatures = curvatures_of_layers(block, layers, originals, gradients)
-    for names, product in products:
-        matrices = [matrix_of(type(layers[name]), layers[name].weight.detach()).contiguous() for name in names]
-        own = [schemes[name] for name in names]
-        minded = [curvatures.get(name) for name in names]
-        found = together(matrices, own, product, dtype, drifts.get(names[0]), minded)
-        rounded |= dict(zip(names, found, strict=True))
-        if not bool(product.any()):
-            logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")
+    original = copy.deepcopy(block) if originals else block
+    wanted = [partial(original, *args, **kwargs) for args, kwargs in originals]
+    curvatures = curvatures_of_layers(original, layers, originals, gradients)
+    rounded: dict[str, QuantizedWeight] = {}
+    for stage in stages(layers, passes[0]):
+        drifts = InputDrifts({name: original.get_submodule(name) for name in stage}, wanted)
+        found = input_products({name: layers[name] for name in stage}, passes, drifts.add if wanted else None)
+        for names, product in found:
+            matrices = [matrix_of(type(layers[name]), layers[name].weight.detach()) for name in names]
+            own = [schemes[name] for name in names]
+            minded = [curvatures.get(name) for name in names]
+            given = [matrix.contiguous() for matrix in matrices]
+            integers = together(given, own, product, dtype, drifts.sums.get(names[0]), minded)
+            for name, matrix, each in zip(names, matrices, integers, strict=True):
+                rounded[name] = each
+                matrix.copy_(dequantize(each.integers, each.scale, each.zero_point))
+            if not bool(product.any()):
+                logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")
     return {name: rounded[name] for name in schemes}
 
 
-@torch.no_grad()
-def input_drifts(
-    layers: Mapping[str, nn.Module], passes: Sequence[Callable[[], Any]], originals: Sequence[Callable[[], Any]]
-) -> dict[str, Tensor]:
-    """(X − X̂)X̂ᵀ of the inputs X̂ of layers, where the original model gives them X; by name.
+def stages(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[list[str]]:
+    """The layers of a block in the order in which they are called: those that share their inputs at a time, and so the
+    experts, whose names differ by a number in the middle. Those that this call does not reach come last."""
+    of_kind: dict[str, list[str]] = {}
+    reached = sharing(inputs_in(layers, run))
+    for names in reached:
+        of_kind.setdefault(re.sub(r"\d+\.", "", names[0]), []).extend(names)
+    rest = [name for name in layers if not any(name in names for names in reached)]
+    return [stage for stage in (*of_kind.values(), rest) if stage]
+
+
+class InputDrifts:
+    """(X − X̂)X̂ᵀ of the inputs X̂ of layers, where the original model gives them X; gathered call by call.
+
+    Experts, to which other tokens may come than in the original model, are left out: their inputs are lists of tokens,
+    without the dimension of the batch.
 
     Args:
-        layers: dense.
-        passes, originals: run the block behind rounded blocks, and with what the original model calls it with.
+        layers: of the original block, by name.
+        originals: run it with what the original model calls it with.
 
-    Returns:
-        float32 `[in_features, in_features]`. Experts, to which other tokens may come than in the original model, are
-        left out: their inputs are lists of tokens, without the dimension of the batch.
+    Attributes:
+        sums: float32 `[in_features, in_features]` by the first name of those that share their inputs.
     """
-    sums: dict[str, Tensor] = {}
-    for run, original in zip(passes, originals, strict=True) if layers else ():
-        found, wanted = inputs_in(layers, run), inputs_in(layers, original)
-        for name in found.keys() & wanted.keys():
-            for inputs, aim in zip(found[name], wanted[name], strict=False):
+
+    def __init__(self, layers: Mapping[str, nn.Module], originals: Sequence[Callable[[], Any]]) -> None:
+        self._layers, self._originals = layers, originals
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, number: int, found: Inputs) -> None:
+        """Count one call, with the inputs that it gave behind rounded layers."""
+        wanted = inputs_in(self._layers, self._originals[number])
+        for name, *_ in sharing(found):
+            for inputs, aim in zip(found[name], wanted.get(name, ()), strict=False):
                 if inputs.dim() > 2 and inputs.shape == aim.shape:
                     rows = inputs.flatten(0, -2).float()
                     product = (aim.flatten(0, -2).float() - rows).t() @ rows
-                    sums[name] = sums[name] + product if name in sums else product
-    return sums
+                    self.sums[name] = self.sums[name].add_(product) if name in self.sums else product

@@ -78,7 +78,7 @@ def round_together(
         schemes: packed schemes of theirs.
         hessian: float32 `[in_features, in_features]`; where an input is always 0, its column is rounded to nearest.
         dtype: of the scales; by default the weights'.
-        drift: (X − X̂)X̂ᵀ, as of `clipping.input_drifts`, if it is to count.
+        drift: (X − X̂)X̂ᵀ, as of `clipping.InputDrifts`, if it is to count.
         curvatures: C of each, float32 `[out_features, out_features]`, as of `curvature.curvatures_of_layers`, or None
             where it is not known.
 

@@ -29,6 +29,8 @@ from ..plan import BitPlan
 from .metrics import Batch
 from .prefix import Outputs, Prefix
 
+Inputs = dict[str, list[Tensor]]  # of layers by name, one for each time that they are called
+
 DAMPING = 0.01  # added to the diagonal of XXᵀ, as a share of its mean
 
 
@@ -86,9 +88,9 @@ def share_left(product: Tensor) -> float:
     return float(factor.diagonal().square().sum() / damped.diagonal().sum())
 
 
-def inputs_in(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, list[Tensor]]:
+def inputs_in(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> Inputs:
     """What layers are called with while something runs, by name; those that are not called are left out."""
-    seen: dict[str, list[Tensor]] = {}
+    seen: Inputs = {}
 
     def keep(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.setdefault(name, []).append(inputs[0])
@@ -100,30 +102,39 @@ def inputs_in(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[s
     return seen
 
 
+def sharing(seen: Inputs) -> list[tuple[str, ...]]:
+    """The layers that share their inputs, in the order in which they are called."""
+    by_inputs: dict[tuple[int, ...], list[str]] = {}
+    for name, of_calls in seen.items():
+        by_inputs.setdefault(tuple(map(id, of_calls)), []).append(name)
+    return list(map(tuple, by_inputs.values()))
+
+
 @torch.no_grad()
 def input_products(
-    layers: Mapping[str, nn.Module], passes: Sequence[Callable[[], Any]]
+    layers: Mapping[str, nn.Module],
+    passes: Sequence[Callable[[], Any]],
+    observe: Callable[[int, Inputs], None] | None = None,
 ) -> list[tuple[tuple[str, ...], Tensor]]:
     """XXᵀ of the inputs of layers, float32 `[in_features, in_features]`, once for layers that share them.
 
     Args:
         layers: by name.
         passes: run what the layers belong to, on different data.
+        observe: gets the number of a pass and what it gave the layers.
 
     Raises:
         ModelError: an input holds NaN or infinity.
     """
     sums: dict[tuple[str, ...], Tensor] = {}
-    for run in passes:
+    for number, run in enumerate(passes):
         seen = inputs_in(layers, run)
-        by_inputs: dict[tuple[int, ...], list[str]] = {}
-        for name, of_calls in seen.items():
-            by_inputs.setdefault(tuple(map(id, of_calls)), []).append(name)
-        for names in by_inputs.values():
-            key = tuple(names)
-            for inputs in seen[names[0]]:
+        if observe is not None:
+            observe(number, seen)
+        for key in sharing(seen):
+            for inputs in seen[key[0]]:
                 rows = inputs.flatten(0, -2).float()
-                with in_module(names[0]):
+                with in_module(key[0]):
                     if not bool(torch.isfinite(rows).all()):
                         raise ModelError("its inputs hold NaN or infinity; try dtype=torch.float32")
                 product = rows.t() @ rows

@@ -12,6 +12,7 @@ from hf_cptquant.errors import ModelError
 from hf_cptquant.grid import dequantize, integer_range, quantize
 from hf_cptquant.plan import LayerScheme
 from hf_cptquant.rounding import clipping, gptq, round_nearest
+from hf_cptquant.sensitivity.compensation import inputs_in
 
 SCHEMES = [LayerScheme(4, 16), LayerScheme(3, 32, False), LayerScheme(2, 16, False), LayerScheme(8), LayerScheme(5, 16)]
 
@@ -172,16 +173,59 @@ def test_inputs_that_have_not_drifted_change_nothing():
     assert torch.equal(found.scale, without.scale)
 
 
+def drifts_of(layer, passes, originals):
+    drifts = clipping.InputDrifts({"x": layer}, originals)
+    for number, run in enumerate(passes):
+        drifts.add(number, inputs_in({"x": layer}, run))
+    return drifts.sums
+
+
 def test_drifts_are_sums_over_the_calls_and_lists_of_tokens_are_left_out():
     draw = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(6, 3)
     found, wanted = (list(torch.randn(2, 2, 5, 6, generator=draw)) for _ in range(2))
     passes, originals = ([partial(layer, inputs) for inputs in each] for each in (found, wanted))
-    drift = clipping.input_drifts({"x": layer}, passes, originals)["x"]
+    drift = drifts_of(layer, passes, originals)["x"]
     rows, aims = (torch.stack(each).flatten(0, 2).double() for each in (found, wanted))
     assert torch.allclose(drift.double(), (aims - rows).t() @ rows, atol=1e-5)
     tokens = [partial(layer, inputs.flatten(0, 1)) for inputs in found]
-    assert clipping.input_drifts({"x": layer}, tokens, tokens) == {}
+    assert drifts_of(layer, tokens, tokens) == {}
+
+
+def test_layers_are_rounded_behind_the_rounded_layers_before_them():
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False), torch.nn.Linear(16, 8, bias=False))
+    block.requires_grad_(False)
+    weights = [layer.weight.clone() for layer in block]
+    _, inputs = drawn(1, 16, 40)
+    scheme, seen = LayerScheme(3, 16), []
+
+    def spied(matrices, schemes, product, *rest):
+        seen.append((product, rest[1]))
+        return gptq.round_together(matrices, schemes, product, *rest)
+
+    call = ((inputs[None],), {})
+    found = clipping.round_by_inputs(spied, block, {"0": scheme, "1": scheme}, [call], originals=[call])
+    (first,) = gptq.round_together(weights[:1], [scheme], inputs.t() @ inputs)
+    assert torch.equal(found["0"].integers, first.integers)
+    behind, wanted = (inputs @ weight.t() for weight in (dense(first), weights[0]))
+    assert torch.allclose(seen[1][0], behind.t() @ behind, rtol=1e-3, atol=1e-2)
+    assert torch.allclose(seen[1][1], (wanted - behind).t() @ behind, rtol=1e-3, atol=1e-2)
+    assert all(torch.equal(layer.weight, dense(each)) for layer, each in zip(block, found.values(), strict=True))
+
+
+def test_experts_are_one_stage():
+    names = [f"experts.{expert}.{name}" for expert in range(3) for name in ("up", "down")]
+    layers = {name: torch.nn.Linear(4, 4) for name in ("gate", *names)}
+
+    def run():
+        inputs = torch.ones(2, 4)
+        layers["gate"](inputs)
+        for expert in (0, 2):  # no token comes to the other
+            layers[f"experts.{expert}.down"](layers[f"experts.{expert}.up"](inputs + expert))
+
+    both = [[f"experts.{expert}.{name}" for expert in (0, 2)] for name in ("up", "down")]
+    assert clipping.stages(layers, run) == [["gate"], *both, ["experts.1.up", "experts.1.down"]]
 
 
 def test_inputs_that_are_not_finite_name_the_layer():

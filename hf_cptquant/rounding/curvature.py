@@ -111,7 +111,8 @@ def curvatures_of_layers(
         gradients: by the outputs of the block.
 
     Returns:
-        Layer → float32 `[out_features, out_features]`. A layer that no token reaches is left out.
+        Layer → float32 `[out_features, out_features]`. A layer that no token reaches is left out,
+        as is one that the block's output does not depend on.
     """
     sums: dict[str, Tensor] = {}
 
@@ -129,7 +130,8 @@ def curvatures_of_layers(
             with torch.enable_grad():
                 output = block(*args, **kwargs)
                 first = output[0] if isinstance(output, tuple) else output
-                first.backward(gradient.to(first.dtype))
+                if first.requires_grad:  # it may depend on none of the layers
+                    first.backward(gradient.to(first.dtype))
     return sums
 
 

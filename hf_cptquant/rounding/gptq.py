@@ -6,14 +6,14 @@ the upper Cholesky factor of H⁻¹, the error e = (w − ŵ)/U_ii moves the lat
 (the groups are those of the stored order), so the order costs nothing at run time. A hundred columns at a time are
 finished before the rest of the matrix is touched, and layers that share their inputs are rounded as one tall matrix.
 Ranges are narrowed by what they cost (`clipping.py`), where the error of a column counts by 1/U_ii², the part that the
-later ones cannot make up for. The walk is greedy; a row that it leaves with a
-larger error than rounding to nearest on the whole range would, is rounded to nearest.
+later ones cannot make up for. The walk is greedy; a row that it leaves with a larger error than rounding to nearest on
+the whole range would, is rounded to nearest.
 
 Outputs make up for each other, too. If the loss minds an error Δ of the layer's outputs by Δᵀ C Δ (`curvature.py`), the
 error of the layer is tr(C ΔW H ΔWᵀ) (YAQA, arXiv 2505.22988), and once some rows are rounded, what is best for all
 others is W − C_oo⁻¹ C_or ΔW_r, whatever the inputs. So rows are rounded in sixteen parts, those with the largest
 diagonal of C first, each by a walk over the columns, and the rows that are still open are moved. C is an average over
-few tokens; twice its diagonal is added to it.
+few tokens; twice its diagonal is added to it. (KL divergence of SmolLM2-135M at 4.5 bits: 0.0457 without, 0.0416 with.)
 
 Behind rounded blocks the inputs are X̂ where the original model has X. What comes nearest to WX there is not W but
 WXX̂ᵀ(X̂X̂ᵀ)⁻¹ = W + W(X − X̂)X̂ᵀ(X̂X̂ᵀ)⁻¹ (asymmetric calibration, GPTAQ, arXiv 2504.02692, which distributes the change
@@ -230,21 +230,30 @@ def _dense(rounded: QuantizedWeight) -> Tensor:
 def inverse_factor(hessian: Tensor) -> Tensor:
     """U with UᵀU = (H + damping)⁻¹, upper triangular. Inputs that are always 0 count as independent of all others.
 
-    The damping grows until the decomposition succeeds.
+    Where float32 does not do, float64 may; the damping grows until the decomposition succeeds.
     """
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean()) or 1.0
     damping = DAMPING
     while True:
         damped = hessian + torch.diag(torch.where(diagonal == 0, mean, 0.0) + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return factor
+        factor = _factor_of_inverse(damped)
+        if factor is None:
+            factor = _factor_of_inverse(damped.to("cpu", torch.float64))
+        if factor is not None:
+            return factor.to(damped)
         if damping > MOST_DAMPING:
             raise ModelError("the inputs of a layer are so large that their products cannot be decomposed")
         damping *= 10
+
+
+def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
+    """U with UᵀU = M⁻¹, or None where rounding errors make M look indefinite."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        return None
+    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if int(failed) else factor
 
 
 def _spread(of_groups: Tensor, columns: int) -> Tensor:

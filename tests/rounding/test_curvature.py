@@ -76,6 +76,20 @@ def test_plain_squares_are_mixed_in_equally():
     assert mixed.tolist() == [[5.0, 1.0], [1.0, 3.0]]
 
 
+def test_layers_that_the_output_does_not_depend_on_are_left_out():
+    class Idle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4).requires_grad_(False)
+
+        def forward(self, inputs):
+            self.layer(inputs)
+            return inputs
+
+    inputs = torch.ones(1, 3, 4)
+    assert curvatures_of_layers(Idle(), ["layer"], [((inputs,), {})], [inputs]) == {}
+
+
 def test_enough_tokens_are_enough(tokens, monkeypatch):
     model = tiny_model("llama")
     batches = [{"input_ids": row[None], "labels": row[None]} for row in tokens]

@@ -136,6 +136,22 @@ def test_damping_grows_until_the_decomposition_succeeds():
     assert change[0, 0] > 0
 
 
+def test_float64_is_tried_before_more_damping(monkeypatch):
+    exact = torch.linalg.cholesky_ex
+
+    def failing(matrix, **options):
+        factor, failed = exact(matrix, **options)
+        return factor, torch.ones_like(failed) if matrix.dtype == torch.float32 else failed
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    _, inputs = drawn(1, 8, 50)
+    hessian = inputs.t() @ inputs
+    factor = gptq.inverse_factor(hessian)
+    damped = hessian + gptq.DAMPING * hessian.diagonal().mean() * torch.eye(8)
+    assert factor.dtype == torch.float32
+    assert torch.allclose(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-4, atol=1e-7)
+
+
 def drifted(tokens: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A weight, the original model's inputs, and those behind rounded blocks."""
     weight, wanted = drawn(24, 32, tokens)

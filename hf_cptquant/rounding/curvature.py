@@ -111,8 +111,8 @@ def curvatures_of_layers(
         gradients: by the outputs of the block.
 
     Returns:
-        Layer → float32 `[out_features, out_features]`. A layer that no token reaches is left out,
-        as is one that the block's output does not depend on.
+        Layer → float32 `[out_features, out_features]`. A layer that no token reaches is left out, as is one that the
+        block's output does not depend on.
     """
     sums: dict[str, Tensor] = {}
 

@@ -95,17 +95,17 @@ def round_together(
     across = [Walk.by(curvature) for curvature in minded]
     open_rows = [matrix.float()[rows.order] for matrix, rows in zip(matrices, across, strict=True)]
     rounded: list[list[QuantizedWeight]] = [[] for _ in matrices]
-    count = min(PARTS, *map(len, matrices))
+    count = min(PARTS, max(map(len, matrices)))
     for part in range(count):
         spans = [slice(len(m) * part // count, len(m) * (part + 1) // count) for m in matrices]
-        aims = [rows[span] for rows, span in zip(open_rows, spans, strict=True)]
-        found = _round_rows(aims, schemes, hessian, walk, dtype)
-        for parts, quantized in zip(rounded, found, strict=True):
-            parts.append(quantized)
-        for rows, span, aim, quantized, walked in zip(open_rows, spans, aims, found, across, strict=True):
-            error = aim - _dense(quantized)
-            own, later = walked.factor[span, span], walked.factor[span, span.stop :]
-            rows[span.stop :] -= torch.linalg.solve_triangular(own, later, upper=True).t() @ error
+        chosen = [index for index, span in enumerate(spans) if span.start < span.stop]  # others have too few rows
+        aims = [open_rows[index][spans[index]] for index in chosen]
+        found = _round_rows(aims, [schemes[index] for index in chosen], hessian, walk, dtype)
+        for index, aim, quantized in zip(chosen, aims, found, strict=True):
+            rounded[index].append(quantized)
+            span, factor = spans[index], across[index].factor
+            moves = torch.linalg.solve_triangular(factor[span, span], factor[span, span.stop :], upper=True)
+            open_rows[index][span.stop :] -= moves.t() @ (aim - _dense(quantized))
     whole = [_in_order(parts, rows.order.argsort()) for parts, rows in zip(rounded, across, strict=True)]
     return [_better(*each, hessian) for each in zip(matrices, whole, minded, strict=True)]
 

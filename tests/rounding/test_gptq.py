@@ -314,12 +314,15 @@ def test_correlated_outputs_are_made_use_of():
     assert ours < 0.9 * theirs
 
 
-def test_layers_of_different_sizes_are_rounded_as_each_alone_by_their_curvatures():
-    first, inputs = drawn(8, 64, 300)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_layers_of_different_sizes_are_rounded_as_each_alone_by_their_curvatures(rows):
+    first, inputs = drawn(rows, 64, 300)
     second, _ = drawn(40, 64, 1, seed=1)
     schemes, hessian = [LayerScheme(4, 16), LayerScheme(8)], inputs.t() @ inputs
-    together = gptq.round_together([first, second], schemes, hessian, curvatures=[minded(8), None])
+    together = gptq.round_together([first, second], schemes, hessian, curvatures=[minded(rows), minded(40)])
+    for weight, scheme, size, found in zip((first, second), schemes, (rows, 40), together, strict=True):
+        (alone,) = gptq.round_together([weight], [scheme], hessian, curvatures=[minded(size)])
+        assert torch.equal(found.integers, alone.integers)
+    together = gptq.round_together([first, second], schemes, hessian, curvatures=[minded(rows), None])
     (alone,) = gptq.round_together([second], schemes[1:], hessian)
     assert torch.equal(together[1].integers, alone.integers)
-    (alone,) = gptq.round_together([first], schemes[:1], hessian, curvatures=[minded(8)])
-    assert torch.equal(together[0].integers, alone.integers)

@@ -115,7 +115,8 @@ def _report(
     scheme: LayerScheme, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype
 ) -> KernelReport:
     choice = choose_layout(scheme, out_features, in_features, device, dtype)
-    decode, prefill = (kernel_of(choice.layout, rows, dtype, device) for rows in (DECODE_ROWS, PREFILL_ROWS))
+    shape = (out_features, in_features)
+    decode, prefill = (kernel_of(choice.layout, shape, rows, dtype, device) for rows in (DECODE_ROWS, PREFILL_ROWS))
     return KernelReport(str(scheme), str(device), _name(dtype), decode, prefill, choice.reason)
 
 

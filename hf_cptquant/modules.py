@@ -189,11 +189,9 @@ class PackedLayer(nn.Module):
 
     def settle(self) -> PackedLayer:
         """Bring the buffers into the layout of the device's kernel; the log tells of an accelerator without one."""
-        choice, device = self.choice, self.weight_scale.device
-        if (
-            device.type not in ("cpu", "meta")
-            and kernel_of(choice.layout, 1, self.weight_scale.dtype, device) == REFERENCE
-        ):
+        choice, device, shape = self.choice, self.weight_scale.device, (self.out_features, self.in_features)
+        kernel = kernel_of(choice.layout, shape, 1, self.weight_scale.dtype, device)
+        if device.type not in ("cpu", "meta") and kernel == REFERENCE:
             logger.warning_once(f"Packed layers run slowly here: {choice.reason}.")
         return self._hold(to_layout(self.tensors, choice.layout, self.in_features))
 

@@ -345,13 +345,18 @@ def test_fast_layouts_say_which_kernel_and_up_to_how_many_rows(library):
     int8 = packed_module(LayerScheme(8), (64, 64), torch.bfloat16)
     of_planes = packed_module(LayerScheme(3, 32), (64, 64), torch.bfloat16)
     if library != "torch":
-        with_dot = kernels.without_dot() is None
-        few = "numba's kernel up to 64 rows" if with_dot else "torch's int4 kernel up to 24 rows"
-        why = "" if with_dot else f"; dot products of bfloat16 would be faster, but {kernels.without_dot()}"
-        assert explain_choice(int4) == f"cpu_int4: {few}, dequantize by numba beyond{why}"
-        assert explain_choice(of_planes) == f"cpu_planes: numba's kernel up to 12 rows, dequantize by numba beyond{why}"
-        rows = "numba's kernel up to 2 rows, torch's int8 kernel up to 16 rows, dequantize beyond"
-        assert explain_choice(int8) == f"cpu_int8: {rows}"
+        narrow = packed_module(LayerScheme(8), (32, 64), torch.bfloat16)
+        of_narrow = "numba's kernel up to 2 rows, torch's int8 kernel up to 16 rows, dequantize beyond"
+        if (missing := kernels.without_dot()) is None:
+            for module in (int4, int8, of_planes):
+                assert explain_choice(module) == f"{module.layout}: numba's kernel"
+            missing = "with 8 bits they take an even number of inputs, 64 or more, and as many outputs"
+        else:
+            why = f"dequantize by numba beyond; dot products of bfloat16 would be faster, but {missing}"
+            assert explain_choice(int4) == f"cpu_int4: torch's int4 kernel up to 24 rows, {why}"
+            assert explain_choice(of_planes) == f"cpu_planes: numba's kernel up to 12 rows, {why}"
+        why = f"dot products of bfloat16 would be faster, but {missing}"
+        assert explain_choice(narrow) == f"cpu_int8: {of_narrow}; {why}"
     else:
         why = "dequantize beyond; numba would be faster, but is left out here"
         assert explain_choice(int4) == f"cpu_int4: torch's int4 kernel up to 64 rows, {why}"

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LIBRARIES, kernels_of
 
 from hf_cptquant import kernels
 from hf_cptquant.grid import QuantizedWeight, integer_range
 from hf_cptquant.kernels import CPU_INT4, CPU_INT8, CPU_PLANES, NUMBA, NUMBA_DENSE, REFERENCE, kernel_of, planes
 from hf_cptquant.modules import QuantLinear
-from hf_cptquant.plan import LayerScheme
+from hf_cptquant.plan import PER_CHANNEL, LayerScheme
 
 CPU = torch.device("cpu")
 SCHEMES = [
@@ -39,12 +40,15 @@ def layer_of(scheme: LayerScheme, out_features: int = 192, in_features: int = 57
     )
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_weights_for_many_rows_are_the_dequantized_ones_bit_for_bit(scheme):
+@pytest.mark.parametrize("library", LIBRARIES[:2])
+@pytest.mark.parametrize("scheme", [*SCHEMES, LayerScheme(6, 64, False)], ids=str)
+def test_weights_for_many_rows_are_the_dequantized_ones_bit_for_bit(scheme, library):
     """Rows of the identity pick them out."""
-    layer = layer_of(scheme)
-    assert kernel_of(layer.layout, 576, torch.bfloat16, CPU) == NUMBA_DENSE
-    found = layer(torch.eye(576, dtype=torch.bfloat16)).t()
+    with kernels_of(library):
+        layer = layer_of(scheme)
+        by_dot = kernels.without_dot() is None
+        assert kernel_of(layer.layout, (192, 576), 576, torch.bfloat16, CPU) == (NUMBA if by_dot else NUMBA_DENSE)
+        found = layer(torch.eye(576, dtype=torch.bfloat16)).t()
     with kernels_of("torch"):
         assert torch.equal(found, layer.weight)
 
@@ -65,7 +69,7 @@ def check_weights_for_few_rows(layer):
     exact = (steps * quantized.scale.double().unsqueeze(-1)).view(192, -1)
     identity = torch.eye(576, dtype=torch.bfloat16)
     for rows in (1, 2, 3, 4, 5):
-        assert kernel_of(layer.layout, rows, torch.bfloat16, CPU) == NUMBA
+        assert kernel_of(layer.layout, (192, 576), rows, torch.bfloat16, CPU) == NUMBA
         found = torch.cat([layer(part) for part in identity.split(rows)]).t()
         assert torch.equal(found, exact.bfloat16())
 
@@ -74,9 +78,46 @@ needs_dot = pytest.mark.skipif(kernels.without_dot() is not None, reason=str(ker
 
 
 @needs_dot
-def test_dot_products_take_some_rows():
-    found = [kernel_of(CPU_INT4, rows, torch.bfloat16, CPU) for rows in (0, 1, 64, 65)]
-    assert found == [REFERENCE, NUMBA, NUMBA, NUMBA_DENSE]
+def test_dot_products_take_all_rows_but_where_tile_units_would_be_faster(monkeypatch):
+    def found():
+        return [kernel_of(CPU_INT4, (192, 576), rows, torch.bfloat16, CPU) for rows in (0, 1, 64, 65, 10**6)]
+
+    monkeypatch.setattr("hf_cptquant.kernels.numba_dot.HAS_TILES", False)
+    assert found() == [REFERENCE, NUMBA, NUMBA, NUMBA, NUMBA]
+    monkeypatch.setattr("hf_cptquant.kernels.numba_dot.HAS_TILES", True)
+    assert found() == [REFERENCE, NUMBA, NUMBA, NUMBA_DENSE, NUMBA_DENSE]
+
+
+@needs_dot
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_dot_products_of_wide_weights_and_any_number_of_rows(bits, symmetric):
+    """Wide enough for several panels, of which the last is another; rows one by one, some together, and in several
+    rounds. Near float64."""
+    in_features = 4700 if bits == 8 else 9600
+    layer = layer_of(
+        LayerScheme(bits, PER_CHANNEL if bits == 8 else 64, symmetric), 130 if bits == 8 else 128, in_features
+    )
+    x = torch.randn(401, in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    quantized = layer.quantized()
+    steps = quantized.integers.view(len(quantized.scale), quantized.scale.shape[1], -1).double()
+    if not symmetric:
+        steps = steps - quantized.zero_point.double().unsqueeze(-1)
+    exact = x.double() @ (steps * quantized.scale.double().unsqueeze(-1)).flatten(1).t()
+    allowed = 2 * (F.linear(x, layer.weight).double() - exact).norm(dim=1)
+    for rows in (1, 2, 3, 7, 9, 17, 401):
+        assert ((layer(x[:rows]).double() - exact[:rows]).norm(dim=1) <= allowed[:rows]).all()
+
+
+@needs_dot
+def test_inputs_that_are_not_finite_reach_their_own_rows_only():
+    for scheme in (LayerScheme(3, 64), LayerScheme(8)):
+        layer, x = layer_of(scheme), torch.randn(30, 576).bfloat16()
+        expected = layer(x)
+        x[7] = torch.inf
+        found = layer(x)
+        assert not found[7].isfinite().any()
+        assert torch.equal(found[torch.arange(30) != 7], expected[torch.arange(30) != 7])
 
 
 @needs_dot
@@ -128,7 +169,7 @@ def test_threads_do_not_change_the_result(scheme):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found[threads] = [layer(x[:rows]) for rows in (1, 2, 6)]
+            found[threads] = [layer(x[:rows]) for rows in (1, 2, 6, 50)]
     finally:
         torch.set_num_threads(before)
     for threads in (2, 5):
@@ -136,14 +177,15 @@ def test_threads_do_not_change_the_result(scheme):
 
 
 def test_few_rows_are_those_of_the_layout():
-    of_planes = [kernel_of(CPU_PLANES, rows, torch.bfloat16, CPU) for rows in (0, 1, 12, 13)]
-    assert of_planes == [REFERENCE, NUMBA, NUMBA, NUMBA_DENSE]
+    def found(layout, *rows):
+        return [kernel_of(layout, (192, 576), each, torch.bfloat16, CPU) for each in rows]
+
     with kernels_of("numba without dot products"):
-        int4 = [kernel_of(CPU_INT4, rows, torch.bfloat16, CPU) for rows in (0, 1, 24, 25)]
-    assert int4 == [REFERENCE, "torch's int4 kernel", "torch's int4 kernel", NUMBA_DENSE]
-    int8 = [kernel_of(CPU_INT8, rows, torch.bfloat16, CPU) for rows in (0, 1, 2, 3, 16, 17)]
-    assert int8 == [REFERENCE, NUMBA, NUMBA, "torch's int8 kernel", "torch's int8 kernel", REFERENCE]
-    assert kernel_of(CPU_PLANES, 1, torch.float32, CPU) == REFERENCE
+        assert found(CPU_PLANES, 0, 1, 12, 13) == [REFERENCE, NUMBA, NUMBA, NUMBA_DENSE]
+        int4, int8 = found(CPU_INT4, 0, 1, 24, 25), found(CPU_INT8, 0, 1, 2, 3, 16, 17)
+        assert int4 == [REFERENCE, "torch's int4 kernel", "torch's int4 kernel", NUMBA_DENSE]
+        assert int8 == [REFERENCE, NUMBA, NUMBA, "torch's int8 kernel", "torch's int8 kernel", REFERENCE]
+    assert kernel_of(CPU_PLANES, (192, 576), 1, torch.float32, CPU) == REFERENCE
 
 
 def test_reason_names_the_way_out_where_numba_is_not_installed(monkeypatch):
@@ -153,7 +195,7 @@ def test_reason_names_the_way_out_where_numba_is_not_installed(monkeypatch):
     try:
         layer = layer_of(LayerScheme(3, 64))
         assert layer.choice.reason.endswith("but is not installed (pip install 'hf-cptquant[cpu]')")
-        assert kernel_of(layer.layout, 1, torch.bfloat16, CPU) == "torch's int4 kernel on bit planes"
+        assert kernel_of(layer.layout, (192, 576), 1, torch.bfloat16, CPU) == "torch's int4 kernel on bit planes"
     finally:
         kernels.without_numba.cache_clear()
 

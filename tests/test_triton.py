@@ -88,7 +88,7 @@ def test_cuda_takes_tritons_kernel_for_every_scheme(machine):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             choice = choose_layout(scheme, 40, 256, CUDA, dtype)
             assert (choice.layout, choice.reason) == (WIRE, "Triton's kernel up to 256 rows, dequantize beyond")
-            found = [kernel_of(WIRE, rows, dtype, CUDA) for rows in (0, 1, 256, 257)]
+            found = [kernel_of(WIRE, (40, 256), rows, dtype, CUDA) for rows in (0, 1, 256, 257)]
             assert found == [TRITON_DENSE, TRITON, TRITON, TRITON_DENSE]
 
 
@@ -109,7 +109,7 @@ def test_reference_says_why_it_is_taken_and_logs_it(device, dtype, pretended, re
     choice = choose_layout(SCHEME, 64, 128, torch.device(device), dtype)
     assert choice.layout == WIRE
     assert choice.reason.startswith(f"no packed kernel for {reason}")
-    assert kernel_of(WIRE, 1, dtype, torch.device(device)) == REFERENCE
+    assert kernel_of(WIRE, (64, 128), 1, dtype, torch.device(device)) == REFERENCE
     if device != "mps":  # torch has no fake tensors there
         with FakeTensorMode():
             QuantLinear(128, 64, SCHEME, dtype=dtype, device=device).settle()

@@ -61,7 +61,7 @@ def test_products_of_modules_err_at_most_twice_as_much_as_torchs_own(weight, row
     x, offset, exact, allowed = product_of(weight, rows, bias, seed)
     module = (QuantLinear, QuantConv1D)[seed % 2].from_quantized(weight, offset)
     assert module.layout == WIRE
-    assert kernel_of(module.layout, rows, x.dtype, x.device) == TRITON
+    assert kernel_of(module.layout, (module.out_features, module.in_features), rows, x.dtype, x.device) == TRITON
     assert norm_of_error(module(x), exact) <= allowed
 
 
@@ -72,7 +72,7 @@ def packed_module() -> QuantLinear:
 
 def test_many_rows_take_the_dense_product():
     module, x = packed_module(), torch.randn(MAX_ROWS_TRITON + 1, 96)
-    assert kernel_of(WIRE, len(x), x.dtype, x.device) == TRITON_DENSE
+    assert kernel_of(WIRE, (40, 96), len(x), x.dtype, x.device) == TRITON_DENSE
     assert torch.equal(module(x), F.linear(x, module.weight))
     assert explain_choice(module) == f"wire: Triton's kernel up to {MAX_ROWS_TRITON} rows, dequantize beyond"
 

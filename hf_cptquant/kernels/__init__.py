@@ -9,7 +9,9 @@ kernel on CUDA reads, too, and the reference everywhere.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,14 +42,20 @@ BY_NUMBA = {NUMBA_PLANES, NUMBA_INT8}
 # With numba its kernels take up to so many rows, and torch's the others up to so many; beyond, numba dequantizes planes
 # (2 cores with AVX-512, 2048 × 2048, relative to bfloat16: 3 bits at 8 rows 1.15, dequantize 0.62, at 16 rows 0.6 and
 # 0.71; torch's int4 at 16 rows 0.85 and 0.71, at 32 rows 0.67 and 0.72; int8 at 1 row 2.1 by numba and 1.0 by torch, at
-# 2 rows 3.3 and 2.5, at 4 rows 1.4 and 2.0). Dot products of bfloat16 beat torch's int4 kernel for any rows, and to
-# dequantize for up to 64 (1 row 3.3 by them and 2.3 by torch, 32 rows 1.2 and 0.75, 64 rows 0.92 and 0.80, 128 rows
-# 0.81 and 0.87); with other planes they beat numba's float32 (3 bits at 1 row 2.4 and 1.75, at 8 rows 1.16 and 0.97),
-# but where groups are split, as in 576 inputs, only with few rows (at 3 rows 1.5 and 1.2, at 8 rows 0.9 and 1.1)
+# 2 rows 3.3 and 2.5, at 4 rows 1.4 and 2.0)
 NUMBA_ROWS = {CPU_INT4: 0, CPU_PLANES: 12, CPU_INT8: 2, NUMBA_PLANES: 12, NUMBA_INT8: 16}
-NUMBA_ROWS_BY_DOT = 64  # with 4 bits
-ROWS_OF_SPLIT_GROUPS = 3
 MAX_ROWS_WITH_NUMBA = {CPU_INT4: 24, CPU_INT8: 16}
+
+# Dot products of bfloat16 beat all these, and the dense product, at any number of rows (128 rows, 2048 × 2048: 3 bits
+# 1.26, 8 bits 1.1, dequantize 0.82; 4096 × 14336: 1.06, 1.1 and 0.77). Up to so many rows integers become bfloat16
+# again for every few rows, and beyond once for all (2048 × 2048, 4 bits: at 12 rows 2.4 and 2.2, at 32 rows 1.6 and
+# 1.7; 3 bits at 1 row 2.9 and 2.1, at 3 rows 2.3 and 3.0; 8 bits at 8 rows 2.2 and 1.8, at 12 rows 1.6 and 1.6);
+# always where the pieces of groups that planes hold together are small, as in 576 inputs (3 bits at 1 row 1.2 and
+# 1.6). Beside tile units (AMX), of which torch's dense product is made, not measured
+ROWS_IN_PASSING = {CPU_INT4: 16, CPU_PLANES: 2, NUMBA_PLANES: 2, CPU_INT8: 8, NUMBA_INT8: 8}
+LEAST_PIECE = 64  # input features
+ROWS_BESIDE_TILES = 64
+LEAST_BY_DOT = 64  # inputs and outputs of weights of 8 bits
 INPUTS = 32  # that numba's kernel of planes takes a multiple of
 REFERENCE = "dequantize, dense product"
 NUMBA, NUMBA_DENSE = "numba", "dequantize by numba, dense product"
@@ -100,14 +108,14 @@ def choose_layout(
         return Choice(WIRE, f"no packed kernel for {missing}: the reference dequantizes at each call")
     if dtype != torch.bfloat16:
         return Choice(WIRE, f"torch's CPU kernels are fast in bfloat16 only, the model is in {dtype}")
-    missing = without_numba()
+    missing, shape = without_numba(), (out_features, in_features)
     if scheme.bits == 8:
         if scheme.group_size != PER_CHANNEL:
             return Choice(WIRE, "kernels for CPUs take 8 bits per channel only")
         if scheme.symmetric and in_features % cpu.INT8_WIDTH == 0:
-            return Choice(CPU_INT8, _reason(CPU_INT8))
+            return Choice(CPU_INT8, _reason(CPU_INT8, shape))
         if missing is None:
-            return Choice(NUMBA_INT8, _reason(NUMBA_INT8))
+            return Choice(NUMBA_INT8, _reason(NUMBA_INT8, shape))
         width = f"multiples of {cpu.INT8_WIDTH} inputs"
         return Choice(WIRE, f"torch's int8 kernel takes {width} without zero points; numba's takes all, but {missing}")
     block = planes.int4_block()
@@ -117,9 +125,9 @@ def choose_layout(
         )
     if scheme.group_size in planes.GROUP_SIZES:
         if scheme.bits == 4:
-            return Choice(CPU_INT4, _reason(CPU_INT4))
+            return Choice(CPU_INT4, _reason(CPU_INT4, shape))
         if scheme.symmetric or (missing and scheme.bits < 4):
-            return Choice(CPU_PLANES, _reason(CPU_PLANES))
+            return Choice(CPU_PLANES, _reason(CPU_PLANES, shape))
     if missing:
         return Choice(
             WIRE,
@@ -130,23 +138,23 @@ def choose_layout(
         return Choice(WIRE, f"numba's kernels read {INPUTS} inputs at a time; this weight has {in_features}")
     if in_features // scheme.groups(in_features) % 2:
         return Choice(WIRE, f"numba's kernels read two inputs of a group at a time, not groups of {scheme.group_size}")
-    return Choice(NUMBA_PLANES, _reason(NUMBA_PLANES))
+    return Choice(NUMBA_PLANES, _reason(NUMBA_PLANES, shape))
 
 
-def _reason(layout: str) -> str:
+def _reason(layout: str, shape: tuple[int, int]) -> str:
     """What a layout is multiplied by on CPUs, as `kernel_of` decides."""
     missing = without_numba()
     if missing:
         rows = MAX_ROWS[layout]
         return f"{KERNELS[layout]} up to {rows} rows, dequantize beyond; numba would be faster, but {missing}"
-    compiled = _numba_rows(layout)
+    compiled = _numba_rows(layout, shape)
+    if compiled == sys.maxsize:
+        return "numba's kernel"
     kernels = [f"numba's kernel up to {compiled} rows"] if compiled else []
     if MAX_ROWS_WITH_NUMBA.get(layout, 0) > compiled:
         kernels.append(f"{KERNELS[layout]} up to {MAX_ROWS_WITH_NUMBA[layout]} rows")
-    if layout not in BY_PLANES:
-        return f"{', '.join(kernels)}, dequantize beyond"
-    told = f"{', '.join(kernels)}, dequantize by numba beyond"
-    missing = without_dot()
+    told = f"{', '.join(kernels)}, dequantize {'by numba ' if layout in BY_PLANES else ''}beyond"
+    missing = without_dot() or _too_small_for_dot(layout, shape)
     return told if missing is None else f"{told}; dot products of bfloat16 would be faster, but {missing}"
 
 
@@ -203,15 +211,32 @@ def without_dot() -> str | None:
     return None
 
 
-def _numba_rows(layout: str) -> int:
-    """Up to how many rows numba's kernel multiplies with a layout."""
-    return NUMBA_ROWS_BY_DOT if layout == CPU_INT4 and without_dot() is None else NUMBA_ROWS[layout]
+def _too_small_for_dot(layout: str, shape: tuple[int, int]) -> str | None:
+    """Why a weight `(outputs, inputs)` is not for dot products, or None where it is."""
+    if layout in BY_INT8 and (min(shape) < LEAST_BY_DOT or shape[1] % 2):
+        return f"with 8 bits they take an even number of inputs, {LEAST_BY_DOT} or more, and as many outputs"
+    return None
 
 
-def kernel_of(layout: str, rows: int, dtype: torch.dtype, device: torch.device) -> str:
+def _by_dot(layout: str, shape: tuple[int, int]) -> bool:
+    """Whether products with a weight `(outputs, inputs)` are dot products of bfloat16."""
+    return without_dot() is None and _too_small_for_dot(layout, shape) is None
+
+
+def _numba_rows(layout: str, shape: tuple[int, int]) -> int:
+    """Up to how many rows numba's kernels multiply with a weight `(outputs, inputs)`."""
+    if not _by_dot(layout, shape):
+        return NUMBA_ROWS[layout]
+    from . import numba_dot
+
+    return ROWS_BESIDE_TILES if numba_dot.HAS_TILES else sys.maxsize
+
+
+def kernel_of(layout: str, shape: tuple[int, int], rows: int, dtype: torch.dtype, device: torch.device) -> str:
     """The kernel that multiplies so many rows with a weight in a layout: `REFERENCE`, or one of torch, numba, Triton.
 
     Args:
+        shape: outputs and inputs of the weight.
         dtype: of inputs and scales, or what they are promoted to.
     """
     if layout == WIRE and (device.type != "cpu" or _interpreted()) and without_triton(device, dtype) is None:
@@ -220,7 +245,7 @@ def kernel_of(layout: str, rows: int, dtype: torch.dtype, device: torch.device) 
         return REFERENCE
     if layout in KERNELS and without_numba() is not None:
         return KERNELS[layout] if rows <= MAX_ROWS[layout] else REFERENCE
-    if rows <= _numba_rows(layout):
+    if rows <= _numba_rows(layout, shape):
         return NUMBA
     if rows <= MAX_ROWS_WITH_NUMBA.get(layout, 0):
         return KERNELS[layout]
@@ -256,7 +281,8 @@ def dense_weight(tensors: PackedTensors, bits: int, in_features: int) -> Tensor:
         return planes.dense_weight(tensors.weight, tensors.scale, tensors.zero_point, in_features)
     if tensors.layout in BY_INT8:
         return cpu.int8_dense(tensors.weight, tensors.scale, tensors.zero_point)
-    if kernel_of(WIRE, 0, tensors.scale.dtype, tensors.weight.device) == TRITON_DENSE:
+    shape = (len(tensors.weight), in_features)
+    if kernel_of(WIRE, shape, 0, tensors.scale.dtype, tensors.weight.device) == TRITON_DENSE:
         from . import triton_kernel
 
         return triton_kernel.dense_weight(tensors.weight, tensors.scale, tensors.zero_point, bits, in_features)
@@ -301,7 +327,8 @@ def multiply(
     """
     in_features = x.shape[-1]
     rows = x.reshape(-1, in_features)
-    kernel = kernel_of(layout, len(rows), torch.promote_types(x.dtype, scale.dtype), x.device)
+    shape = (len(weight), in_features)
+    kernel = kernel_of(layout, shape, len(rows), torch.promote_types(x.dtype, scale.dtype), x.device)
     if kernel == TRITON:
         from . import triton_kernel
 
@@ -333,17 +360,23 @@ def multiply(
 
 
 def _by_numba(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, layout: str) -> Tensor:
-    """The product of few rows by a kernel that numba compiles."""
+    """The product by a kernel that numba compiles."""
     from . import numba_kernel
 
-    if layout in BY_INT8:
-        return numba_kernel.int8_linear(x, weight, scale, zero_point)
-    split = len(scale) % planes.QUARTERS != 0  # groups, by the quarters that bytes of planes hold
-    by_dot = without_dot() is None and (len(x) <= ROWS_OF_SPLIT_GROUPS or not split)
-    if layout != CPU_INT4 and not by_dot:
+    if not _by_dot(layout, (len(weight), x.shape[1])):
+        if layout in BY_INT8:
+            return numba_kernel.int8_linear(x, weight, scale, zero_point)
         return numba_kernel.linear(x, weight, scale, zero_point, bits)
-    from . import numba_dot
+    from . import numba_dot, numba_panels
 
+    if layout in BY_INT8:
+        scale = scale.view(1, -1)
+    quarter, group_size = x.shape[1] // planes.QUARTERS, x.shape[1] // len(scale)
+    whole = layout in {CPU_INT4, *BY_INT8} or math.gcd(quarter, group_size) >= min(LEAST_PIECE, group_size)
+    if not whole or len(x) > ROWS_IN_PASSING[layout]:
+        return numba_panels.linear(x, weight, scale, zero_point, bits)
+    if layout in BY_INT8:
+        return numba_dot.int8_linear(x, weight, scale, zero_point)
     if layout == CPU_INT4:
         return numba_dot.linear(x, weight, scale)
     return numba_dot.planes_linear(x, weight, scale, zero_point, bits)

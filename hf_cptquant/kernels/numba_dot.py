@@ -1,4 +1,4 @@
-"""Products of few rows with bit planes, by the processor's own dot products of bfloat16 (AVX-512).
+"""Products of few rows with packed weights, by the processor's own dot products of bfloat16 (AVX-512).
 
 torch's int4 kernel takes twice as long as it takes to read the weights. Here 64 bytes, two input features of a block of
 64 output features, become bfloat16 by looking their integers up (those of 2 to 6 bits are exact in it); then one
@@ -6,7 +6,8 @@ instruction multiplies 32 of them by inputs and sums in float32. Vectors are wri
 of loops: there it finds a sum for each output feature, and would not keep all of these in registers.
 
 The layout of 4 bits is that of torch's kernel, in which each input feature has bytes of its own, so more rows are taken
-together than with other planes, whose bytes hold four input features.
+together than with other planes, whose bytes hold four input features. Integers of 8 bits, which lie row by row, are
+converted, and multiplied by as many inputs of one row; the lanes of a sum are added in the end.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from .numba_kernel import (
     check_width,
     end_of_groups,
     halves_at,
+    integers_at,
     narrowed,
     run_compiled,
     share_of_thread,
     subtract_zeros,
+    sum_groups,
     widened,
 )
 from .planes import FORMS, QUARTERS
@@ -40,13 +43,18 @@ from .planes import FORMS, QUARTERS
 BLOCK = 64  # output features, of which two lie in each byte
 LANES = 16  # numbers of float32 in a vector
 VECTORS = BLOCK // LANES
-TOGETHER, TOGETHER_BY_PLANES = 4, 3  # rows, of which the sums fit into the registers
+TOGETHER, TOGETHER_BY_PLANES = 4, 2  # rows; of more with planes the sums would not fit into the registers
+OUTPUTS = 4  # of 8 bits that are multiplied together
+AHEAD_OF_ROW = 1024  # bytes
 AHEAD = 8192  # bytes, of planes half of it: the processor itself looks no further than the end of a page of memory
 DOT, FMA, PREFETCH = "llvm.x86.avx512bf16.dpbf16ps.512", "llvm.fma.v16f32", "llvm.prefetch.p0"
+LARGEST_TABLE = 6  # bits of what is looked up
+NARROW_TWO = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
 LOOK_UP, LOOK_UP_IN_TWO = "llvm.x86.avx512.permvar.hi.512", "llvm.x86.avx512.vpermi2var.hi.512"
 
 if not llvmlite.binding.get_host_cpu_features().get("avx512bf16", False):
     raise ImportError("the processor has none (AVX512_BF16)")
+HAS_TILES = llvmlite.binding.get_host_cpu_features().get("amx-bf16", False)  # of which torch's dense products are made
 if llvmlite.binding.llvm_version_info < (16, 0, 0):
     raise ImportError("numba's LLVM has none before version 16")
 
@@ -74,7 +82,7 @@ def _bits_of_bfloat16(number: int) -> int:
     return int(torch.tensor(number, dtype=torch.bfloat16).view(torch.uint16))
 
 
-class _Writer:
+class Writer:
     """Instructions that several places need."""
 
     def __init__(self, builder: Any) -> None:
@@ -130,16 +138,19 @@ class _Writer:
     def shifted_left(self, octets: Any, places: int) -> Any:
         return self.builder.shl(octets, ir.Constant(OCTETS, [places] * 64)) if places else octets
 
-    def steps(self, digits: Any, bits: int) -> list[Any]:
-        """The steps that integers stand for, which are counted from 0, in bytes: 32 of one input feature and 32 of the
-        next → pairs in bfloat16 for 16 output features each, in two vectors."""
+    def steps(self, digits: Any, bits: int, lowest: int) -> list[Any]:
+        """Integers below 2^bits in bytes, 32 of one input feature and 32 of the next → how far they are above the
+        lowest, pairs in bfloat16 for 16 output features each, in two vectors."""
         build, found = self.builder, []
-        entries = [_bits_of_bfloat16(index - 2 ** (bits - 1)) for index in range(2**bits)]
+        order = [each for lane in range(2 * LANES) for each in (lane, 32 + lane)]
+        if bits > LARGEST_TABLE:
+            pairs = build.shuffle_vector(digits, digits, ir.Constant(ir.VectorType(INT32, 64), order))
+            return self.bfloats(build.sub(pairs, ir.Constant(OCTETS, [lowest] * 64)))
+        entries = [_bits_of_bfloat16(index - lowest) for index in range(2**bits)]
         tables = [ir.Constant(HALVES, (entries * 32)[start : start + 32]) for start in range(0, max(32, 2**bits), 32)]
-        for first in (0, LANES):
-            order = [each for lane in range(first, first + LANES) for each in (lane, 32 + lane)]
-            pairs = build.shuffle_vector(digits, digits, ir.Constant(ir.VectorType(INT32, 32), order))
-            wide = build.zext(pairs, HALVES)
+        for start in (0, 32):
+            of_lanes = ir.Constant(ir.VectorType(INT32, 32), order[start : start + 32])
+            wide = build.zext(build.shuffle_vector(digits, digits, of_lanes), HALVES)
             halves = (
                 self.call(LOOK_UP, HALVES, tables[0], wide)
                 if len(tables) == 1
@@ -159,6 +170,47 @@ class _Writer:
             return pieces
         lent = [left(right(piece, 0, 0x11), place) for piece, place in zip(pieces, (2, 1, 0), strict=True)]
         return [*(right(piece, 1, 0x77) for piece in pieces), build.or_(build.or_(lent[0], lent[1]), lent[2])]
+
+    def integers(self, digits: list[Any], widths: tuple[int, ...], place: int) -> Any:
+        """What the digits of all planes are, upper ones first, that begin at a place of each nibble."""
+        found = self.shifted_right(digits[0], place, 15)
+        for octets, width in zip(digits[1:], widths[1:], strict=True):
+            found = self.builder.or_(self.shifted_left(found, width), self.shifted_right(octets, place, 15))
+        return found
+
+    def transposed(self, rows: list[Any]) -> list[Any]:
+        """16 vectors of 16 words → theirs in the first, second, … lane."""
+        mask = [[half * LANES // 2 + lane // 2 + lane % 2 * LANES for lane in range(LANES)] for half in (0, 1)]
+        orders = [ir.Constant(ir.VectorType(INT32, LANES), each) for each in mask]
+        for _ in range(LANES.bit_length() - 1):
+            pairs = zip(rows[: LANES // 2], rows[LANES // 2 :], strict=True)
+            rows = [self.builder.shuffle_vector(*pair, order) for pair in pairs for order in orders]
+        return rows
+
+    def narrowed(self, numbers: Any) -> Any:
+        """16 numbers of float32 → the nearest in bfloat16."""
+        return self.builder.fptrunc(numbers, ir.VectorType(_BFloat(), LANES))
+
+    def bfloats(self, octets: Any) -> list[Any]:
+        """64 integers in bytes → two vectors in bfloat16, which is exact."""
+        build, found = self.builder, []
+        for first in range(0, 64, 2 * LANES):
+            floats = []
+            for start in (first, first + LANES):
+                order = ir.Constant(ir.VectorType(INT32, LANES), list(range(start, start + LANES)))
+                floats.append(build.sitofp(build.sext(build.shuffle_vector(octets, octets, order), WORDS), FLOATS))
+            found.append(self.call(NARROW_TWO, BFLOATS, floats[1], floats[0]))
+        return found
+
+    def sum_of_lanes(self, numbers: Any) -> Any:
+        count = LANES
+        while count > 1:
+            count //= 2
+            orders = (
+                ir.Constant(ir.VectorType(INT32, count), list(range(start, start + count))) for start in (0, count)
+            )
+            numbers = self.builder.fadd(*(self.builder.shuffle_vector(numbers, numbers, order) for order in orders))
+        return self.builder.extract_element(numbers, INT32(0))
 
     def scale_and_shift(self, table: Any, shifted: bool) -> tuple[Any, Any]:
         """Of 16 output features, float32."""
@@ -186,7 +238,7 @@ def _block_product(_typing, rows, entry, octets, table, x, sums, output, in_feat
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
         octets, table, x, sums, output, in_features, out_features, group_size = arguments[2:]
-        write, groups = _Writer(build), build.sdiv(in_features, group_size)
+        write, groups = Writer(build), build.sdiv(in_features, group_size)
         totals, of_group = write.sums(rows, VECTORS), write.sums(rows * chains, VECTORS)
         write.clear(totals)
         with cgutils.for_range(build, groups) as of_groups:
@@ -197,7 +249,7 @@ def _block_product(_typing, rows, entry, octets, table, x, sums, output, in_feat
                 for chain in range(chains):
                     nibbles = write.load_octets(write.at(octets, write.times(feature, BLOCK // 2)), AHEAD)
                     digits = (write.shifted_right(nibbles, place, 15) for place in (0, 4))
-                    steps = [vector for of_place in digits for vector in write.steps(of_place, 4)]
+                    steps = [vector for of_place in digits for vector in write.steps(of_place, 4, 8)]
                     for row in range(rows):
                         of_row = write.at(feature, write.times(in_features, row))
                         write.add_products(of_group[row * chains + chain], steps, x, of_row)
@@ -217,7 +269,7 @@ def _block_product(_typing, rows, entry, octets, table, x, sums, output, in_feat
         for row in range(rows):
             for vector in range(VECTORS):
                 number = write.at(write.times(out_features, row), LANES * vector)
-                narrow = build.fptrunc(build.load(totals[row][vector]), ir.VectorType(_BFloat(), LANES))
+                narrow = write.narrowed(build.load(totals[row][vector]))
                 write.store(narrow, write.at(output, write.times(number, 2)))
         return context.get_dummy_value()
 
@@ -271,7 +323,7 @@ def _planes_product(_typing, rows, bits, upper, lower, quarter, x, in_features, 
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
         *planes, quarter, x, in_features, start, end, sums = arguments[2:]
-        write, bytes_of_quarter = _Writer(build), build.mul(quarter, INT64(BLOCK // 2))
+        write, bytes_of_quarter = Writer(build), build.mul(quarter, INT64(BLOCK // 2))
         for places in passes:
             vectors = 2 * len(places)  # of output features, from these nibbles
             found = write.sums(rows * QUARTERS, vectors)
@@ -285,11 +337,8 @@ def _planes_product(_typing, rows, bits, upper, lower, quarter, x, in_features, 
                 for part in range(QUARTERS):
                     steps = []
                     for place in places:
-                        integers = write.shifted_right(digits[0][part], place, 15)
-                        if len(widths) == 2:
-                            lowest = write.shifted_right(digits[1][part], place, 15)
-                            integers = build.or_(write.shifted_left(integers, widths[1]), lowest)
-                        steps += write.steps(integers, bits)
+                        integers = write.integers([of_plane[part] for of_plane in digits], widths, place)
+                        steps += write.steps(integers, bits, 2 ** (bits - 1))
                     for row in range(rows):
                         of_row = write.at(write.times(quarter, part), feature, write.times(in_features, row))
                         write.add_products(found[row * QUARTERS + part], steps, x, of_row)
@@ -332,8 +381,6 @@ def _planes_multiplier(bits: int, with_zeros: bool) -> Any:
                     end = end_of_groups(start, quarter, group_size)
                     if together == 1:
                         planes_product(1, bits, upper, lower, quarter, x, in_features, start, end, found)
-                    elif together == 2:
-                        planes_product(2, bits, upper, lower, quarter, x, in_features, start, end, found)
                     else:
                         planes_product(
                             TOGETHER_BY_PLANES, bits, upper, lower, quarter, x, in_features, start, end, found
@@ -358,6 +405,98 @@ def _planes_multiplier(bits: int, with_zeros: bool) -> Any:
                         output[j] = narrowed(totals[each * BLOCK + j])
 
     return multiply
+
+
+@intrinsic(prefer_literal=True)
+def _int8_product(_typing, rows, integers, x, in_features, sums):
+    """Σ x·q of some rows with `OUTPUTS` output features of 8 bits.
+
+    Its arguments: rows, known when it is compiled; addresses of the integers, `[outputs, in]`, and of the inputs; input
+    features, 64 at least; address of the sums, float32 `[outputs, rows]`, which are written over.
+    """
+    kinds = signature(types.void, rows, *[types.int64] * 4)
+    rows = rows.literal_value
+
+    def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
+        integers, x, in_features, sums = arguments[1:]
+        write = Writer(build)
+        found = write.sums(OUTPUTS, rows)
+        write.clear(found)
+
+        def add(feature: Any, keep: Any) -> None:
+            for output, of_output in enumerate(found):
+                start = write.at(integers, write.times(in_features, output), feature)
+                halves = write.bfloats(keep(write.load_octets(start, AHEAD_OF_ROW)))
+                for row, place in enumerate(of_output):
+                    of_row = write.at(x, write.times(write.at(write.times(in_features, row), feature), 2))
+                    for half, steps in enumerate(halves):
+                        inputs = write.load(write.at(of_row, 64 * half), BFLOATS)
+                        build.store(write.call(DOT, FLOATS, build.load(place), steps, inputs), place)
+
+        rest = build.and_(in_features, INT64(63))
+        with cgutils.for_range_slice(build, INT64(0), build.sub(in_features, rest), INT64(64)) as (feature, _):
+            add(feature, lambda octets: octets)
+        with build.if_then(build.icmp_signed("!=", rest, INT64(0))):  # the last 64, of which the first are taken
+            taken = write.splat(build.trunc(build.sub(INT64(64), rest), INT8), OCTETS)
+            new = build.icmp_unsigned(">=", ir.Constant(OCTETS, list(range(64))), taken)
+            nothing = ir.Constant(OCTETS, [0] * 64)
+            add(build.sub(in_features, INT64(64)), lambda octets: build.select(new, octets, nothing))
+        for number, place in enumerate(each for of_output in found for each in of_output):
+            write.store(write.sum_of_lanes(build.load(place)), write.at(sums, 4 * number))
+        return context.get_dummy_value()
+
+    return kinds, generate
+
+
+int8_product: Any = _int8_product
+
+
+@lru_cache
+def _int8_multiplier(with_zeros: bool) -> Any:
+    """The compiled function of `int8_linear`. Its argument: addresses of integers, scales, zero points, inputs and
+    outputs; rows, input features, output features."""
+
+    @cfunc(SIGNATURE, cache=True)
+    def multiply(arguments):
+        held = carray(arguments, 8)
+        rows, in_features, out_features = held[5], held[6], held[7]
+        scales, zeros, output = halves_at(held[1]), integers_at(held[2]), halves_at(held[4])
+        sums, of_inputs = np.empty(OUTPUTS * TOGETHER, np.float32), np.zeros(rows, np.float32)
+        if with_zeros:
+            sum_groups(halves_at(held[3]), rows, in_features, of_inputs)
+        found = sums.ctypes.data
+        for part in range(*share_of_thread((out_features + OUTPUTS - 1) // OUTPUTS)):
+            first = min(part * OUTPUTS, out_features - OUTPUTS)  # the last ones may begin among those before
+            integers = held[0] + first * in_features
+            for row in range(0, rows, TOGETHER):
+                together, x = min(TOGETHER, rows - row), held[3] + 2 * row * in_features
+                if together == 1:
+                    int8_product(1, integers, x, in_features, found)
+                elif together == 2:
+                    int8_product(2, integers, x, in_features, found)
+                elif together == 3:
+                    int8_product(3, integers, x, in_features, found)
+                else:
+                    int8_product(TOGETHER, integers, x, in_features, found)
+                for j in range(OUTPUTS):
+                    for each in range(together):
+                        total = sums[j * together + each]
+                        if with_zeros:
+                            total -= np.float32(np.int32(zeros[first + j])) * of_inputs[row + each]
+                        output[(row + each) * out_features + first + j] = narrowed(total * widened(scales[first + j]))
+
+    return multiply
+
+
+def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """As `numba_kernel.int8_linear`, with the same arguments, result and error. The weight is at least 64 wide and has
+    at least `OUTPUTS` output features."""
+    (rows, in_features), (out_features, width) = x.shape, integers.shape
+    check_width(in_features, width)
+    product = x.new_empty(rows, out_features)
+    function = _int8_multiplier(zero_point is not None)
+    run_compiled(function, integers, scale, zero_point, x, product, rows, in_features, out_features)
+    return product
 
 
 def planes_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:

@@ -28,10 +28,10 @@ needs_int4 = pytest.mark.skipif(planes.int4_block() is None, reason="the int4 la
 with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 
 
-def by_numba(scheme, shape, layout, name):
+def by_numba(scheme, shape, layout, name, dtype=torch.bfloat16):
     """A parameter for a scheme that has a layout only where numba is."""
     layout = WIRE if kernels.without_numba() else layout
-    return pytest.param(scheme, shape, torch.bfloat16, layout, marks=needs_int4, id=f"{name}-by-numba")
+    return pytest.param(scheme, shape, dtype, layout, marks=needs_int4, id=f"{name}-by-numba-{str(dtype)[6:]}")
 
 
 # One module for each layout on the CPU: scheme, [out, in], dtype, layout.
@@ -57,7 +57,10 @@ SETTLED = pytest.mark.parametrize(
         by_numba(LayerScheme(8, -1, False), (40, 96), NUMBA_INT8, "8-asym"),
         pytest.param(LayerScheme(8, 32), (40, 96), torch.bfloat16, WIRE, id="wire-8-groups"),
         pytest.param(LayerScheme(3, 32, False), (40, 96), torch.float32, WIRE, id="wire-3-asym"),
-        pytest.param(LayerScheme(4, 32), (64, 96), torch.float16, WIRE, id="wire-4-sym"),
+        pytest.param(LayerScheme(4, 32), (40, 96), torch.float16, WIRE, id="wire-4-sym"),
+        by_numba(LayerScheme(4, 32), (64, 96), NUMBA_PLANES, "4-sym", torch.float16),
+        by_numba(LayerScheme(5, 32), (64, 96), NUMBA_PLANES, "5-sym", torch.float32),
+        by_numba(LayerScheme(8), (40, 96), NUMBA_INT8, "8-sym", torch.float32),
     ],
 )
 
@@ -299,8 +302,6 @@ def test_int8_kernel_takes_small_weights(shape, library):
 @pytest.mark.parametrize(
     ("scheme", "shape", "dtype", "reason"),
     [
-        (LayerScheme(4, 32), (64, 64), torch.float32, r"bfloat16 only.*torch\.float32"),
-        (LayerScheme(8), (64, 64), torch.float16, r"bfloat16 only.*torch\.float16"),
         (LayerScheme(8, 32), (64, 64), torch.bfloat16, r"8 bits per channel only"),
         (LayerScheme(4, 32), (40, 64), torch.bfloat16, r"blocks of .* rows; this weight has 40"),
         (LayerScheme(6, 32), (40, 64), torch.bfloat16, r"blocks of .* rows; this weight has 40"),
@@ -313,6 +314,12 @@ def test_wire_layout_says_why_no_kernel_is_taken(scheme, shape, dtype, reason):
     assert re.search(f"^wire: .*{reason}", explain_choice(module))
 
 
+def test_wire_layout_is_that_of_dtypes_without_a_kernel():
+    module = packed_module(LayerScheme(4, 32), (64, 64), torch.float32).double()
+    assert module.layout == WIRE
+    assert explain_choice(module).endswith("bfloat16, float16 and float32, the model is in torch.float64")
+
+
 @needs_int4
 @pytest.mark.parametrize(
     "scheme", [LayerScheme(3), LayerScheme(4, 16), LayerScheme(5, 32, False), LayerScheme(8, -1, False)], ids=str
@@ -322,6 +329,19 @@ def test_wire_layout_says_that_numba_would_take_the_weight(scheme):
         module = packed_module(scheme, (64, 64), torch.bfloat16)
         assert module.layout == WIRE
         assert re.search("numba's (would take|takes) all, but is left out here$", explain_choice(module))
+        module = packed_module(scheme, (64, 64), torch.float16)
+        assert module.layout == WIRE
+        assert explain_choice(module).endswith("bfloat16 only, the model is in torch.float16; numba is left out here")
+
+
+@needs_int4
+@pytest.mark.parametrize("scheme", [LayerScheme(3, 32, False), LayerScheme(8, -1, False)], ids=str)
+def test_wire_layout_says_that_dot_products_would_take_zero_points(scheme):
+    with kernels_of("numba without dot products"):
+        module = packed_module(scheme, (64, 64), torch.float32)
+        assert module.layout == WIRE
+        reason = "take zero points in torch.float32 by dot products of bfloat16 only, but is left out here"
+        assert explain_choice(module).endswith(reason)
 
 
 @needs_int4

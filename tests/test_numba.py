@@ -89,16 +89,16 @@ def test_dot_products_take_all_rows_but_where_tile_units_would_be_faster(monkeyp
 
 
 @needs_dot
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_dot_products_of_wide_weights_and_any_number_of_rows(bits, symmetric):
+def test_dot_products_of_wide_weights_and_any_number_of_rows(bits, symmetric, dtype):
     """Wide enough for several panels, of which the last is another; rows one by one, some together, and in several
     rounds. Near float64."""
     in_features = 4700 if bits == 8 else 9600
-    layer = layer_of(
-        LayerScheme(bits, PER_CHANNEL if bits == 8 else 64, symmetric), 130 if bits == 8 else 128, in_features
-    )
-    x = torch.randn(401, in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scheme = LayerScheme(bits, PER_CHANNEL if bits == 8 else 64, symmetric)
+    layer = layer_of(scheme, 130 if bits == 8 else 128, in_features).to(dtype)
+    x = torch.randn(401, in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
     quantized = layer.quantized()
     steps = quantized.integers.view(len(quantized.scale), quantized.scale.shape[1], -1).double()
     if not symmetric:
@@ -106,7 +106,24 @@ def test_dot_products_of_wide_weights_and_any_number_of_rows(bits, symmetric):
     exact = x.double() @ (steps * quantized.scale.double().unsqueeze(-1)).flatten(1).t()
     allowed = 2 * (F.linear(x, layer.weight).double() - exact).norm(dim=1)
     for rows in (1, 2, 3, 7, 9, 17, 401):
-        assert ((layer(x[:rows]).double() - exact[:rows]).norm(dim=1) <= allowed[:rows]).all()
+        assert kernel_of(layer.layout, (layer.out_features, in_features), rows, dtype, CPU) == NUMBA
+        found = layer(x[:rows])
+        assert found.dtype == dtype
+        assert ((found.double() - exact[:rows]).norm(dim=1) <= allowed[:rows]).all()
+
+
+@needs_dot
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_inputs_of_bfloat16s_sum_up_to_what_they_are(dtype):
+    from hf_cptquant.kernels.numba_dot import terms_of
+
+    x = torch.randn(3, 1000).to(dtype) * torch.tensor(2.0) ** torch.randint(-12, 12, (3, 1000))
+    x[0, :4] = torch.tensor([0, -0.0, torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal])
+    terms = terms_of(x.to(dtype))
+    assert terms.dtype == torch.bfloat16
+    assert torch.equal(terms.double().sum(1), x.to(dtype).double())
+    x[1, :2] = torch.tensor([torch.inf, torch.nan])
+    assert torch.equal(terms_of(x.to(dtype)).float().sum(1)[1, :2].isfinite(), torch.tensor([False, False]))
 
 
 @needs_dot
@@ -177,15 +194,16 @@ def test_threads_do_not_change_the_result(scheme):
 
 
 def test_few_rows_are_those_of_the_layout():
-    def found(layout, *rows):
-        return [kernel_of(layout, (192, 576), each, torch.bfloat16, CPU) for each in rows]
+    def found(layout, *rows, dtype=torch.bfloat16):
+        return [kernel_of(layout, (192, 576), each, dtype, CPU) for each in rows]
 
     with kernels_of("numba without dot products"):
         assert found(CPU_PLANES, 0, 1, 12, 13) == [REFERENCE, NUMBA, NUMBA, NUMBA_DENSE]
         int4, int8 = found(CPU_INT4, 0, 1, 24, 25), found(CPU_INT8, 0, 1, 2, 3, 16, 17)
         assert int4 == [REFERENCE, "torch's int4 kernel", "torch's int4 kernel", NUMBA_DENSE]
         assert int8 == [REFERENCE, NUMBA, NUMBA, "torch's int8 kernel", "torch's int8 kernel", REFERENCE]
-    assert kernel_of(CPU_PLANES, (192, 576), 1, torch.float32, CPU) == REFERENCE
+        assert found(CPU_PLANES, 1, 12, 13, dtype=torch.float32) == [NUMBA, NUMBA, REFERENCE]
+    assert found(CPU_PLANES, 1, dtype=torch.float64) == [REFERENCE]
 
 
 def test_reason_names_the_way_out_where_numba_is_not_installed(monkeypatch):

@@ -56,6 +56,7 @@ ROWS_IN_PASSING = {CPU_INT4: 16, CPU_PLANES: 2, NUMBA_PLANES: 2, CPU_INT8: 8, NU
 LEAST_PIECE = 64  # input features
 ROWS_BESIDE_TILES = 64
 LEAST_BY_DOT = 64  # inputs and outputs of weights of 8 bits
+BY_NUMBA_IN = (torch.bfloat16, torch.float16, torch.float32)  # the others are sums of two or three of bfloat16
 INPUTS = 32  # that numba's kernel of planes takes a multiple of
 REFERENCE = "dequantize, dense product"
 NUMBA, NUMBA_DENSE = "numba", "dequantize by numba, dense product"
@@ -106,16 +107,21 @@ def choose_layout(
         if missing is None:
             return Choice(WIRE, f"Triton's kernel up to {MAX_ROWS_TRITON} rows, dequantize beyond")
         return Choice(WIRE, f"no packed kernel for {missing}: the reference dequantizes at each call")
-    if dtype != torch.bfloat16:
-        return Choice(WIRE, f"torch's CPU kernels are fast in bfloat16 only, the model is in {dtype}")
-    missing, shape = without_numba(), (out_features, in_features)
+    if dtype not in BY_NUMBA_IN:
+        return Choice(WIRE, f"kernels for CPUs take bfloat16, float16 and float32, the model is in {dtype}")
+    missing, shape, half = without_numba(), (out_features, in_features), dtype == torch.bfloat16
+    if not half and missing:
+        return Choice(WIRE, f"torch's CPU kernels are fast in bfloat16 only, the model is in {dtype}; numba {missing}")
+    by_numba = NUMBA_INT8 if scheme.bits == 8 else NUMBA_PLANES
+    if not half and not scheme.symmetric and (lack := _without_dot(by_numba, shape)):
+        return Choice(WIRE, f"numba's kernels take zero points in {dtype} by dot products of bfloat16 only, but {lack}")
     if scheme.bits == 8:
         if scheme.group_size != PER_CHANNEL:
             return Choice(WIRE, "kernels for CPUs take 8 bits per channel only")
-        if scheme.symmetric and in_features % cpu.INT8_WIDTH == 0:
-            return Choice(CPU_INT8, _reason(CPU_INT8, shape))
+        if half and scheme.symmetric and in_features % cpu.INT8_WIDTH == 0:
+            return Choice(CPU_INT8, _reason(CPU_INT8, shape, dtype))
         if missing is None:
-            return Choice(NUMBA_INT8, _reason(NUMBA_INT8, shape))
+            return Choice(NUMBA_INT8, _reason(NUMBA_INT8, shape, dtype))
         width = f"multiples of {cpu.INT8_WIDTH} inputs"
         return Choice(WIRE, f"torch's int8 kernel takes {width} without zero points; numba's takes all, but {missing}")
     block = planes.int4_block()
@@ -123,11 +129,11 @@ def choose_layout(
         return Choice(
             WIRE, f"torch's int4 kernel lays out blocks of {block or 'unknown'} rows; this weight has {out_features}"
         )
-    if scheme.group_size in planes.GROUP_SIZES:
+    if half and scheme.group_size in planes.GROUP_SIZES:
         if scheme.bits == 4:
-            return Choice(CPU_INT4, _reason(CPU_INT4, shape))
+            return Choice(CPU_INT4, _reason(CPU_INT4, shape, dtype))
         if scheme.symmetric or (missing and scheme.bits < 4):
-            return Choice(CPU_PLANES, _reason(CPU_PLANES, shape))
+            return Choice(CPU_PLANES, _reason(CPU_PLANES, shape, dtype))
     if missing:
         return Choice(
             WIRE,
@@ -138,23 +144,24 @@ def choose_layout(
         return Choice(WIRE, f"numba's kernels read {INPUTS} inputs at a time; this weight has {in_features}")
     if in_features // scheme.groups(in_features) % 2:
         return Choice(WIRE, f"numba's kernels read two inputs of a group at a time, not groups of {scheme.group_size}")
-    return Choice(NUMBA_PLANES, _reason(NUMBA_PLANES, shape))
+    return Choice(NUMBA_PLANES, _reason(NUMBA_PLANES, shape, dtype))
 
 
-def _reason(layout: str, shape: tuple[int, int]) -> str:
+def _reason(layout: str, shape: tuple[int, int], dtype: torch.dtype) -> str:
     """What a layout is multiplied by on CPUs, as `kernel_of` decides."""
     missing = without_numba()
     if missing:
         rows = MAX_ROWS[layout]
         return f"{KERNELS[layout]} up to {rows} rows, dequantize beyond; numba would be faster, but {missing}"
-    compiled = _numba_rows(layout, shape)
+    compiled = _numba_rows(layout, shape, dtype)
     if compiled == sys.maxsize:
         return "numba's kernel"
     kernels = [f"numba's kernel up to {compiled} rows"] if compiled else []
     if MAX_ROWS_WITH_NUMBA.get(layout, 0) > compiled:
         kernels.append(f"{KERNELS[layout]} up to {MAX_ROWS_WITH_NUMBA[layout]} rows")
-    told = f"{', '.join(kernels)}, dequantize {'by numba ' if layout in BY_PLANES else ''}beyond"
-    missing = without_dot() or _too_small_for_dot(layout, shape)
+    by_numba = "by numba " if layout in BY_PLANES and dtype == torch.bfloat16 else ""
+    told = f"{', '.join(kernels)}, dequantize {by_numba}beyond"
+    missing = _without_dot(layout, shape)
     return told if missing is None else f"{told}; dot products of bfloat16 would be faster, but {missing}"
 
 
@@ -211,25 +218,20 @@ def without_dot() -> str | None:
     return None
 
 
-def _too_small_for_dot(layout: str, shape: tuple[int, int]) -> str | None:
-    """Why a weight `(outputs, inputs)` is not for dot products, or None where it is."""
-    if layout in BY_INT8 and (min(shape) < LEAST_BY_DOT or shape[1] % 2):
+def _without_dot(layout: str, shape: tuple[int, int]) -> str | None:
+    """Why products with a weight `(outputs, inputs)` are not dot products of bfloat16, or None where they are."""
+    if without_dot() is None and layout in BY_INT8 and (min(shape) < LEAST_BY_DOT or shape[1] % 2):
         return f"with 8 bits they take an even number of inputs, {LEAST_BY_DOT} or more, and as many outputs"
-    return None
+    return without_dot()
 
 
-def _by_dot(layout: str, shape: tuple[int, int]) -> bool:
-    """Whether products with a weight `(outputs, inputs)` are dot products of bfloat16."""
-    return without_dot() is None and _too_small_for_dot(layout, shape) is None
-
-
-def _numba_rows(layout: str, shape: tuple[int, int]) -> int:
-    """Up to how many rows numba's kernels multiply with a weight `(outputs, inputs)`."""
-    if not _by_dot(layout, shape):
+def _numba_rows(layout: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Up to how many rows of a dtype numba's kernels multiply with a weight `(outputs, inputs)`."""
+    if _without_dot(layout, shape) is not None:
         return NUMBA_ROWS[layout]
     from . import numba_dot
 
-    return ROWS_BESIDE_TILES if numba_dot.HAS_TILES else sys.maxsize
+    return ROWS_BESIDE_TILES if numba_dot.HAS_TILES and dtype == torch.bfloat16 else sys.maxsize
 
 
 def kernel_of(layout: str, shape: tuple[int, int], rows: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -241,12 +243,14 @@ def kernel_of(layout: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
     """
     if layout == WIRE and (device.type != "cpu" or _interpreted()) and without_triton(device, dtype) is None:
         return TRITON if 0 < rows <= MAX_ROWS_TRITON else TRITON_DENSE
-    if layout == WIRE or device.type != "cpu" or dtype != torch.bfloat16 or rows == 0:
+    if layout == WIRE or device.type != "cpu" or dtype not in BY_NUMBA_IN or rows == 0:
+        return REFERENCE
+    if without_numba() is None and rows <= _numba_rows(layout, shape, dtype):
+        return NUMBA
+    if dtype != torch.bfloat16:
         return REFERENCE
     if layout in KERNELS and without_numba() is not None:
         return KERNELS[layout] if rows <= MAX_ROWS[layout] else REFERENCE
-    if rows <= _numba_rows(layout, shape):
-        return NUMBA
     if rows <= MAX_ROWS_WITH_NUMBA.get(layout, 0):
         return KERNELS[layout]
     return NUMBA_DENSE if layout in BY_PLANES else REFERENCE
@@ -345,7 +349,7 @@ def multiply(
             product = planes.linear(rows, weight, scale, group_size)
         else:
             product = cpu.int8_linear(rows, weight, scale)
-        product = product if bias is None else product + bias
+        product = product if bias is None else (product + bias).to(x.dtype)
     elif layout in BY_PLANES:
         product = planes.dense_linear(rows, weight, scale, zero_point, bias)
     elif layout in BY_INT8:
@@ -363,23 +367,25 @@ def _by_numba(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | Non
     """The product by a kernel that numba compiles."""
     from . import numba_kernel
 
-    if not _by_dot(layout, (len(weight), x.shape[1])):
+    if _without_dot(layout, (len(weight), x.shape[1])) is not None:
         if layout in BY_INT8:
             return numba_kernel.int8_linear(x, weight, scale, zero_point)
         return numba_kernel.linear(x, weight, scale, zero_point, bits)
     from . import numba_dot, numba_panels
 
+    count = len(x) * numba_dot.TERMS[x.dtype]
+    in_passing = count <= ROWS_IN_PASSING[CPU_INT4 if bits == 4 else layout]
     if layout in BY_INT8:
-        scale = scale.view(1, -1)
-    quarter, group_size = x.shape[1] // planes.QUARTERS, x.shape[1] // len(scale)
-    whole = layout in {CPU_INT4, *BY_INT8} or math.gcd(quarter, group_size) >= min(LEAST_PIECE, group_size)
-    if not whole or len(x) > ROWS_IN_PASSING[layout]:
-        return numba_panels.linear(x, weight, scale, zero_point, bits)
-    if layout in BY_INT8:
-        return numba_dot.int8_linear(x, weight, scale, zero_point)
-    if layout == CPU_INT4:
+        if in_passing:
+            return numba_dot.int8_linear(x, weight, scale, zero_point)
+        return numba_panels.linear(x, weight, scale.view(1, -1), zero_point, bits)
+    group_size, exact = x.shape[1] // len(scale), x.dtype != torch.bfloat16 or scale.dtype != torch.bfloat16
+    if bits == 4 and in_passing and group_size % 4 == 0 and (zero_point is None or (layout == CPU_INT4 and not exact)):
         return numba_dot.linear(x, weight, scale)
-    return numba_dot.planes_linear(x, weight, scale, zero_point, bits)
+    whole = math.gcd(x.shape[1] // planes.QUARTERS, group_size) >= min(LEAST_PIECE, group_size)
+    if bits != 4 and in_passing and whole and not exact:
+        return numba_dot.planes_linear(x, weight, scale, zero_point, bits)
+    return numba_panels.linear(x, weight, scale, zero_point, bits)
 
 
 linear = torch.library.custom_op("hf_cptquant::linear", multiply, mutates_args=())

@@ -19,27 +19,37 @@ import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import intrinsic
 from torch import Tensor
 
 from .numba_kernel import (
+    ENTRIES,
+    FORMS_OF_SCALES,
+    OF_BFLOAT16,
+    OF_FLOAT16,
+    OF_FLOAT32,
     SIGNATURE,
+    WITH_SHIFTS,
     check_width,
+    dtype_of_outputs,
     end_of_groups,
+    floats_at,
     halves_at,
-    integers_at,
     narrowed,
+    number_at,
     run_compiled,
     share_of_thread,
     subtract_zeros,
     sum_groups,
+    thread_number,
     widened,
 )
 from .planes import FORMS, QUARTERS
 
+TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # numbers of bfloat16 of which inputs are sums, exactly
 BLOCK = 64  # output features, of which two lie in each byte
 LANES = 16  # numbers of float32 in a vector
 VECTORS = BLOCK // LANES
@@ -191,14 +201,15 @@ class Writer:
         """16 numbers of float32 → the nearest in bfloat16."""
         return self.builder.fptrunc(numbers, ir.VectorType(_BFloat(), LANES))
 
-    def bfloats(self, octets: Any) -> list[Any]:
-        """64 integers in bytes → two vectors in bfloat16, which is exact."""
+    def bfloats(self, octets: Any, zero: Any = None) -> list[Any]:
+        """64 integers in bytes, less a zero point in words → two vectors in bfloat16, which is exact."""
         build, found = self.builder, []
         for first in range(0, 64, 2 * LANES):
             floats = []
             for start in (first, first + LANES):
                 order = ir.Constant(ir.VectorType(INT32, LANES), list(range(start, start + LANES)))
-                floats.append(build.sitofp(build.sext(build.shuffle_vector(octets, octets, order), WORDS), FLOATS))
+                words = build.sext(build.shuffle_vector(octets, octets, order), WORDS)
+                floats.append(build.sitofp(words if zero is None else build.sub(words, zero), FLOATS))
             found.append(self.call(NARROW_TWO, BFLOATS, floats[1], floats[0]))
         return found
 
@@ -212,10 +223,14 @@ class Writer:
             numbers = self.builder.fadd(*(self.builder.shuffle_vector(numbers, numbers, order) for order in orders))
         return self.builder.extract_element(numbers, INT32(0))
 
-    def scale_and_shift(self, table: Any, shifted: bool) -> tuple[Any, Any]:
+    def scale_and_shift(self, table: Any, form: int) -> tuple[Any, Any]:
         """Of 16 output features, float32."""
         build = self.builder
-        if not shifted:
+        if form == OF_FLOAT32:
+            return self.load(table, FLOATS), None
+        if form == OF_FLOAT16:
+            return build.fpext(self.load(table, ir.VectorType(ir.HalfType(), LANES)), FLOATS), None
+        if form == OF_BFLOAT16:
             halves = build.zext(self.load(table, ir.VectorType(INT16, LANES)), WORDS)
             return build.bitcast(build.shl(halves, ir.Constant(WORDS, [16] * LANES)), FLOATS), None
         words = self.load(table, WORDS)
@@ -224,20 +239,69 @@ class Writer:
         return build.bitcast(scale, FLOATS), build.bitcast(shift, FLOATS)
 
 
+@njit(inline="always")
+def _upper_half(number):
+    return np.uint16(np.float32(number).view(np.uint32) >> np.uint32(16))
+
+
+@njit(inline="always")
+def _rest(number):
+    """What the upper half leaves; of what is not finite, nothing."""
+    left = np.float32(number - widened(_upper_half(number)))
+    return left if left == left else np.float32(0)
+
+
+@lru_cache
+def _splitter(form: int, terms: int) -> Any:
+    """The compiled function of `terms_of`. Its argument: addresses of inputs and terms; rows, inputs in each."""
+    entry = ENTRIES[form]
+
+    @cfunc(SIGNATURE, cache=True)
+    def split(arguments):
+        held = carray(arguments, 4)
+        rows, in_features, found = held[2], held[3], halves_at(held[1])
+        for row in range(*share_of_thread(rows)):
+            start = row * terms * in_features
+            for i in range(in_features):
+                number = number_at(form, held[0] + entry * (row * in_features + i))
+                second = _rest(number)
+                found[start + i] = _upper_half(number)
+                found[start + in_features + i] = _upper_half(second)
+                if terms == 3:
+                    found[start + 2 * in_features + i] = _upper_half(_rest(second))
+
+    return split
+
+
+def terms_of(x: Tensor) -> Tensor:
+    """Inputs `[rows, in]` as sums of one to three terms in bfloat16 → `[rows, terms, in]`.
+
+    Each term has the upper eight bits of what those before it leave, so nothing is lost; and since products with
+    integers of as many bits are exact, sums are as in float32.
+    """
+    terms = TERMS[x.dtype]
+    if terms == 1:
+        return x.unsqueeze(1)
+    found = x.new_empty(len(x), terms, x.shape[1], dtype=torch.bfloat16)
+    run_compiled(_splitter(FORMS_OF_SCALES[x.dtype], terms), x, found, *x.shape)
+    return found
+
+
 @intrinsic(prefer_literal=True)
-def _block_product(_typing, rows, entry, octets, table, x, sums, output, in_features, out_features, group_size):
+def _block_product(_typing, rows, terms, form, octets, table, x, sums, output, in_features, out_features, group_size):
     """The product of some rows with a block.
 
-    Its arguments: rows, and bytes of an entry of the table, known when it is compiled; addresses of the block's octets,
-    of its scales in the first group, of the inputs, of their sums by groups, and of the outputs; input features, output
-    features, group size.
+    Its arguments: rows, their terms, and the form of the table, known when it is compiled; addresses of the block's
+    octets, of its scales in the first group, of the inputs, of their sums by groups, and of the outputs, in float32
+    where inputs have several terms; input features, output features, group size.
     """
-    kinds = signature(types.void, rows, entry, *[types.int64] * 8)
-    rows, entry, shifted = rows.literal_value, entry.literal_value, entry.literal_value == 4
+    kinds = signature(types.void, rows, terms, form, *[types.int64] * 8)
+    rows, terms, form = rows.literal_value, terms.literal_value, form.literal_value
+    entry, shifted = ENTRIES[form], form == WITH_SHIFTS
     chains = 2 if rows == 1 else 1  # sums of a row that do not wait for each other
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
-        octets, table, x, sums, output, in_features, out_features, group_size = arguments[2:]
+        octets, table, x, sums, output, in_features, out_features, group_size = arguments[3:]
         write, groups = Writer(build), build.sdiv(in_features, group_size)
         totals, of_group = write.sums(rows, VECTORS), write.sums(rows * chains, VECTORS)
         write.clear(totals)
@@ -250,13 +314,14 @@ def _block_product(_typing, rows, entry, octets, table, x, sums, output, in_feat
                     nibbles = write.load_octets(write.at(octets, write.times(feature, BLOCK // 2)), AHEAD)
                     digits = (write.shifted_right(nibbles, place, 15) for place in (0, 4))
                     steps = [vector for of_place in digits for vector in write.steps(of_place, 4, 8)]
-                    for row in range(rows):
-                        of_row = write.at(feature, write.times(in_features, row))
-                        write.add_products(of_group[row * chains + chain], steps, x, of_row)
+                    for term in range(terms):
+                        for row in range(rows):
+                            of_row = write.at(feature, write.times(in_features, row * terms + term))
+                            write.add_products(of_group[row * chains + chain], steps, x, of_row)
                     feature = write.at(feature, 2)
             of_this = write.at(table, write.times(group, write.times(out_features, entry)))
             for vector in range(VECTORS):
-                scale, shift = write.scale_and_shift(write.at(of_this, entry * LANES * vector), shifted)
+                scale, shift = write.scale_and_shift(write.at(of_this, entry * LANES * vector), form)
                 for row in range(rows):
                     found, *others = (build.load(of_group[row * chains + chain][vector]) for chain in range(chains))
                     for other in others:
@@ -269,8 +334,9 @@ def _block_product(_typing, rows, entry, octets, table, x, sums, output, in_feat
         for row in range(rows):
             for vector in range(VECTORS):
                 number = write.at(write.times(out_features, row), LANES * vector)
-                narrow = write.narrowed(build.load(totals[row][vector]))
-                write.store(narrow, write.at(output, write.times(number, 2)))
+                total = build.load(totals[row][vector])
+                place = write.at(output, write.times(number, 2 if terms == 1 else 4))
+                write.store(write.narrowed(total) if terms == 1 else total, place)
         return context.get_dummy_value()
 
     return kinds, generate
@@ -280,29 +346,34 @@ block_product: Any = _block_product  # which to type checkers has the arguments 
 
 
 @lru_cache
-def _multiplier(entry: int) -> Any:
-    """The compiled function of `linear`, for a table with so many bytes of an entry. Its argument: addresses of octets,
-    table, inputs, their sums by groups (float32) and outputs; rows, input features, output features, group size."""
+def _multiplier(form: int, terms: int) -> Any:
+    """The compiled function of `linear`, by the form of the table, and the terms of inputs. Its argument: addresses of
+    octets, table, inputs, their sums by groups (float32, for each thread) and outputs; rows, input features, output
+    features, group size."""
+    entry, shifted, of_output = ENTRIES[form], form == WITH_SHIFTS, 2 if terms == 1 else 4
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
         held = carray(arguments, 9)
         rows, in_features, out_features, group_size = held[5], held[6], held[7], held[8]
         blocks, groups = out_features // BLOCK, in_features // group_size
+        of_groups = held[3] + 4 * thread_number() * rows * groups
+        if shifted:
+            sum_groups(halves_at(held[2]), rows * groups, group_size, floats_at(of_groups))
         for b in range(*share_of_thread(blocks)):
             octets, table = held[0] + b * in_features * (BLOCK // 2), held[1] + entry * BLOCK * b
             for row in range(0, rows, TOGETHER):
-                x, sums = held[2] + 2 * row * in_features, held[3] + 4 * row * groups
-                output = held[4] + 2 * (row * out_features + BLOCK * b)
+                x, sums = held[2] + 2 * row * terms * in_features, of_groups + 4 * row * groups
+                y = held[4] + of_output * (row * out_features + BLOCK * b)
                 if rows - row == 1:
-                    block_product(1, entry, octets, table, x, sums, output, in_features, out_features, group_size)
+                    block_product(1, terms, form, octets, table, x, sums, y, in_features, out_features, group_size)
                 elif rows - row == 2:
-                    block_product(2, entry, octets, table, x, sums, output, in_features, out_features, group_size)
+                    block_product(2, terms, form, octets, table, x, sums, y, in_features, out_features, group_size)
                 elif rows - row == 3:
-                    block_product(3, entry, octets, table, x, sums, output, in_features, out_features, group_size)
+                    block_product(3, terms, form, octets, table, x, sums, y, in_features, out_features, group_size)
                 else:
                     block_product(
-                        TOGETHER, entry, octets, table, x, sums, output, in_features, out_features, group_size
+                        TOGETHER, terms, form, octets, table, x, sums, y, in_features, out_features, group_size
                     )
 
     return multiply
@@ -408,39 +479,55 @@ def _planes_multiplier(bits: int, with_zeros: bool) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _int8_product(_typing, rows, integers, x, in_features, sums):
-    """Σ x·q of some rows with `OUTPUTS` output features of 8 bits.
+def _int8_product(_typing, rows, terms, shifted, integers, zeros, x, in_features, sums):
+    """Σ x·(q − z) of some rows with `OUTPUTS` output features of 8 bits.
 
-    Its arguments: rows, known when it is compiled; addresses of the integers, `[outputs, in]`, and of the inputs; input
-    features, 64 at least; address of the sums, float32 `[outputs, rows]`, which are written over.
+    Its arguments: rows, their terms, and whether there are zero points, known when it is compiled; addresses of the
+    integers, `[outputs, in]`, of the zero points, int8 `[outputs]`, and of the inputs; input features, 64 at least;
+    address of the sums, float32 `[outputs, rows]`, which are written over.
     """
-    kinds = signature(types.void, rows, *[types.int64] * 4)
-    rows = rows.literal_value
+    kinds = signature(types.void, rows, terms, shifted, *[types.int64] * 5)
+    rows, terms, shifted = rows.literal_value, terms.literal_value, shifted.literal_value
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
-        integers, x, in_features, sums = arguments[1:]
-        write = Writer(build)
+        integers, zeros, x, in_features, sums = arguments[3:]
+        write, of_outputs = Writer(build), [None] * OUTPUTS
+        if shifted:
+            of_outputs = [
+                write.splat(build.sext(write.load(write.at(zeros, output), INT8), INT32), WORDS)
+                for output in range(OUTPUTS)
+            ]
         found = write.sums(OUTPUTS, rows)
         write.clear(found)
 
         def add(feature: Any, keep: Any) -> None:
             for output, of_output in enumerate(found):
                 start = write.at(integers, write.times(in_features, output), feature)
-                halves = write.bfloats(keep(write.load_octets(start, AHEAD_OF_ROW)))
-                for row, place in enumerate(of_output):
-                    of_row = write.at(x, write.times(write.at(write.times(in_features, row), feature), 2))
+                halves = keep(write.bfloats(write.load_octets(start, AHEAD_OF_ROW), of_outputs[output]))
+                for number, place in (
+                    (row * terms + term, of_output[row]) for term in range(terms) for row in range(rows)
+                ):
+                    of_row = write.at(x, write.times(write.at(write.times(in_features, number), feature), 2))
                     for half, steps in enumerate(halves):
                         inputs = write.load(write.at(of_row, 64 * half), BFLOATS)
                         build.store(write.call(DOT, FLOATS, build.load(place), steps, inputs), place)
 
         rest = build.and_(in_features, INT64(63))
         with cgutils.for_range_slice(build, INT64(0), build.sub(in_features, rest), INT64(64)) as (feature, _):
-            add(feature, lambda octets: octets)
+            add(feature, lambda halves: halves)
         with build.if_then(build.icmp_signed("!=", rest, INT64(0))):  # the last 64, of which the first are taken
-            taken = write.splat(build.trunc(build.sub(INT64(64), rest), INT8), OCTETS)
-            new = build.icmp_unsigned(">=", ir.Constant(OCTETS, list(range(64))), taken)
-            nothing = ir.Constant(OCTETS, [0] * 64)
-            add(build.sub(in_features, INT64(64)), lambda octets: build.select(new, octets, nothing))
+
+            def rest_of(halves: list[Any]) -> list[Any]:
+                taken = write.splat(build.trunc(build.sub(INT64(64), rest), INT16), HALVES)
+                found = []
+                for first, half in zip((0, 32), halves, strict=True):
+                    numbers = ir.Constant(HALVES, list(range(first, first + 32)))
+                    new = build.icmp_unsigned(">=", numbers, taken)
+                    kept = build.select(new, build.bitcast(half, HALVES), ir.Constant(HALVES, [0] * 32))
+                    found.append(build.bitcast(kept, BFLOATS))
+                return found
+
+            add(build.sub(in_features, INT64(64)), rest_of)
         for number, place in enumerate(each for of_output in found for each in of_output):
             write.store(write.sum_of_lanes(build.load(place)), write.at(sums, 4 * number))
         return context.get_dummy_value()
@@ -452,51 +539,62 @@ int8_product: Any = _int8_product
 
 
 @lru_cache
-def _int8_multiplier(with_zeros: bool) -> Any:
-    """The compiled function of `int8_linear`. Its argument: addresses of integers, scales, zero points, inputs and
-    outputs; rows, input features, output features."""
+def _int8_multiplier(form: int, terms: int, shifted: int) -> Any:
+    """The compiled function of `int8_linear`, by the form of scales, the terms of inputs, and whether there are zero
+    points. Its argument: addresses of integers, scales, zero points, inputs and outputs; rows, input features, output
+    features."""
+    entry = ENTRIES[form]
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
         held = carray(arguments, 8)
         rows, in_features, out_features = held[5], held[6], held[7]
-        scales, zeros, output = halves_at(held[1]), integers_at(held[2]), halves_at(held[4])
-        sums, of_inputs = np.empty(OUTPUTS * TOGETHER, np.float32), np.zeros(rows, np.float32)
-        if with_zeros:
-            sum_groups(halves_at(held[3]), rows, in_features, of_inputs)
+        narrow, wide = halves_at(held[4]), floats_at(held[4])
+        sums = np.empty(OUTPUTS * TOGETHER, np.float32)
         found = sums.ctypes.data
         for part in range(*share_of_thread((out_features + OUTPUTS - 1) // OUTPUTS)):
             first = min(part * OUTPUTS, out_features - OUTPUTS)  # the last ones may begin among those before
-            integers = held[0] + first * in_features
+            integers, zeros = held[0] + first * in_features, held[2] + first
             for row in range(0, rows, TOGETHER):
-                together, x = min(TOGETHER, rows - row), held[3] + 2 * row * in_features
+                together, x = min(TOGETHER, rows - row), held[3] + 2 * row * terms * in_features
                 if together == 1:
-                    int8_product(1, integers, x, in_features, found)
+                    int8_product(1, terms, shifted, integers, zeros, x, in_features, found)
                 elif together == 2:
-                    int8_product(2, integers, x, in_features, found)
+                    int8_product(2, terms, shifted, integers, zeros, x, in_features, found)
                 elif together == 3:
-                    int8_product(3, integers, x, in_features, found)
+                    int8_product(3, terms, shifted, integers, zeros, x, in_features, found)
                 else:
-                    int8_product(TOGETHER, integers, x, in_features, found)
+                    int8_product(TOGETHER, terms, shifted, integers, zeros, x, in_features, found)
                 for j in range(OUTPUTS):
+                    scale = number_at(form, held[1] + entry * (first + j))
                     for each in range(together):
-                        total = sums[j * together + each]
-                        if with_zeros:
-                            total -= np.float32(np.int32(zeros[first + j])) * of_inputs[row + each]
-                        output[(row + each) * out_features + first + j] = narrowed(total * widened(scales[first + j]))
+                        total, place = sums[j * together + each] * scale, (row + each) * out_features + first + j
+                        if terms == 1:
+                            narrow[place] = narrowed(total)
+                        else:
+                            wide[place] = total
 
     return multiply
 
 
 def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """As `numba_kernel.int8_linear`, with the same arguments, result and error. The weight is at least 64 wide and has
-    at least `OUTPUTS` output features."""
+    """`x` `[rows, in]` in bfloat16, float16 or float32 times a per-channel int8 weight → `[rows, out]`, for few rows.
+
+    Args:
+        integers: int8 `[out, in]`, at least 64 × 64.
+        scale: `[out, 1]`, of any of these dtypes, too.
+        zero_point: int8 `[1, out]`, or None.
+
+    Raises:
+        ValueError: the inputs have another width than the weight.
+    """
     (rows, in_features), (out_features, width) = x.shape, integers.shape
     check_width(in_features, width)
-    product = x.new_empty(rows, out_features)
-    function = _int8_multiplier(zero_point is not None)
-    run_compiled(function, integers, scale, zero_point, x, product, rows, in_features, out_features)
-    return product
+    terms = terms_of(x)
+    product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))
+    function = _int8_multiplier(FORMS_OF_SCALES[scale.dtype], terms.shape[1], int(zero_point is not None))
+    run_compiled(function, integers, scale, zero_point, terms, product, rows, in_features, out_features)
+    return product.to(x.dtype)
 
 
 def planes_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
@@ -512,20 +610,22 @@ def planes_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor
 
 
 def linear(x: Tensor, packed: Tensor, table: Tensor) -> Tensor:
-    """`x` bfloat16 `[rows, in]`, contiguous, times a weight in the layout of torch's int4 kernel → `[rows, out]`.
+    """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times a weight in the layout of torch's int4 kernel
+    → `[rows, out]`.
 
     Args:
-        packed, table: as `planes.linear` takes them.
+        packed: uint8 `[out, in / 2]`.
+        table: scales of any of these dtypes `[groups, out]`, or those of bfloat16 and shifts `[groups, out, 2]`, where
+            inputs are bfloat16, too: shifts are rounded.
 
     Raises:
         ValueError: the inputs have another width than the weight.
     """
-    (rows, in_features), shifted = x.shape, table.dim() == 3
+    (rows, in_features), (groups, out_features), shifted = x.shape, table.shape[:2], table.dim() == 3
     check_width(in_features, 2 * packed.shape[1])
-    product = x.new_empty(rows, len(packed))
-    group_size = in_features // len(table)
-    sums = x.float().view(rows, -1, group_size).sum(-1) if shifted else None
-    run_compiled(
-        _multiplier(4 if shifted else 2), packed, table, x, sums, product, rows, in_features, len(packed), group_size
-    )
-    return product
+    terms = terms_of(x)
+    product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))
+    sums = x.new_empty(torch.get_num_threads(), rows, groups, dtype=torch.float32) if shifted else None
+    function = _multiplier(WITH_SHIFTS if shifted else FORMS_OF_SCALES[table.dtype], terms.shape[1])
+    run_compiled(function, packed, table, terms, sums, product, rows, in_features, out_features, in_features // groups)
+    return product.to(x.dtype)

@@ -23,6 +23,7 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
@@ -33,6 +34,9 @@ from .planes import FORMS, known_block
 
 LEAST_BLOCKS = 4  # of a tile, or the dense product would be slow for its shape
 SIGNATURE = types.void(types.CPointer(types.int64))
+OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, WITH_SHIFTS = range(4)  # scales in a table, or those of bfloat16 beside shifts
+FORMS_OF_SCALES = {torch.bfloat16: OF_BFLOAT16, torch.float16: OF_FLOAT16, torch.float32: OF_FLOAT32}
+ENTRIES = (2, 2, 4, 4)  # bytes, by these forms
 
 _found = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
 if _found is None:
@@ -94,6 +98,25 @@ def share_of_thread(count):
 def widened(half):
     """The bits of a bfloat16 → its number."""
     return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
+
+
+@intrinsic(prefer_literal=True)
+def _number_at(_typing, form, address):
+    """A number in the form that scales have, known when it is compiled, as float32."""
+    form = form.literal_value
+
+    def generate(_context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
+        kind = {OF_BFLOAT16: ir.IntType(16), OF_FLOAT16: ir.HalfType(), OF_FLOAT32: ir.FloatType()}[form]
+        number = build.load(build.inttoptr(arguments[1], kind.as_pointer()), align=ENTRIES[form])
+        if form == OF_BFLOAT16:
+            word = build.zext(number, ir.IntType(32))
+            return build.bitcast(build.shl(word, ir.IntType(32)(16)), ir.FloatType())
+        return number if form == OF_FLOAT32 else build.fpext(number, ir.FloatType())
+
+    return types.float32(types.literal(form), types.int64), generate
+
+
+number_at: Any = _number_at  # which to type checkers has the arguments of its typing function
 
 
 @njit(inline="always")
@@ -254,11 +277,13 @@ def subtract_zeros(totals, first, block, scales, zeros, sums, groups, out_featur
 
 
 @lru_cache
-def _multiplier(bits: int, block: int, with_zeros: bool) -> Any:
-    """The compiled function of `linear`. Its argument: addresses of planes, scales, zero points, inputs (float32),
-    their sums by groups (float32) and outputs; rows, input features, output features, group size."""
+def _multiplier(bits: int, block: int, with_zeros: bool, form: int, wide: bool) -> Any:
+    """The compiled function of `linear`, which writes float32 or bfloat16. Its argument: addresses of planes, scales,
+    zero points, inputs (float32), their sums by groups (float32) and outputs; rows, input features, output features,
+    group size."""
     half, lowest = block // 2, 2 ** (bits - 1)
     upper_width, lower_width = (*FORMS[bits].widths, 0)[:2]
+    entry = ENTRIES[form]
 
     @cfunc(SIGNATURE, cache=True, fastmath={"contract"})
     def multiply(arguments):
@@ -285,9 +310,9 @@ def _multiplier(bits: int, block: int, with_zeros: bool) -> Any:
                     if together == 4:
                         for part in range(4):
                             group = (start + part * quarter) // group_size
-                            of_group = halves_at(held[1] + 2 * (group * out_features + b * block))
+                            of_group = held[1] + entry * (group * out_features + b * block)
                             for j in range(block):
-                                scales[part * block + j] = widened(of_group[j])
+                                scales[part * block + j] = number_at(form, of_group + entry * j)
                         _sum_of_rows(
                             x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, scales, sums
                         )
@@ -295,9 +320,9 @@ def _multiplier(bits: int, block: int, with_zeros: bool) -> Any:
                         _sum_of_row(x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, sums)
                         for part in range(4):
                             group = (start + part * quarter) // group_size
-                            of_group = halves_at(held[1] + 2 * (group * out_features + b * block))
+                            of_group = held[1] + entry * (group * out_features + b * block)
                             for j in range(block):
-                                totals[j] += sums[part * block + j] * widened(of_group[j])
+                                totals[j] += sums[part * block + j] * number_at(form, of_group + entry * j)
                     start = end
                 for each in range(together):
                     if together == 4:
@@ -308,9 +333,12 @@ def _multiplier(bits: int, block: int, with_zeros: bool) -> Any:
                             totals, 0, block, held[1] + 2 * block * b, held[2] + block * b,
                             held[4] + 4 * (row + each) * groups, groups, out_features,
                         )  # fmt: skip
-                    output = halves_at(held[5] + 2 * ((row + each) * out_features + b * block))
+                    first = (row + each) * out_features + b * block
                     for j in range(block):
-                        output[j] = narrowed(totals[j])
+                        if wide:
+                            floats_at(held[5])[first + j] = totals[j]
+                        else:
+                            halves_at(held[5])[first + j] = narrowed(totals[j])
                 row += together
 
     return multiply
@@ -366,22 +394,24 @@ def _dequantizer(bits: int, block: int, shifted: bool, with_zeros: bool) -> Any:
 
 
 @lru_cache
-def _int8_multiplier(with_zeros: bool) -> Any:
-    """The compiled function of `int8_linear`. Its argument: addresses of integers, scales, zero points, inputs
-    (float32), their sums (float32) and outputs; rows, input features, output features."""
+def _int8_multiplier(with_zeros: bool, form: int, wide: bool) -> Any:
+    """The compiled function of `int8_linear`, which writes float32 or bfloat16. Its argument: addresses of integers,
+    scales, zero points, inputs (float32), their sums (float32) and outputs; rows, input features, output features."""
+
+    entry = ENTRIES[form]
 
     @cfunc(SIGNATURE, cache=True, fastmath={"contract", "reassoc"})  # else a sum would be no vector
     def multiply(arguments):
         held = carray(arguments, 9)
         rows, in_features, out_features = held[6], held[7], held[8]
-        scales, zeros, sums = halves_at(held[1]), integers_at(held[2]), floats_at(held[4])
+        zeros, sums = integers_at(held[2]), floats_at(held[4])
         start, stop = share_of_thread(out_features)
         half = (stop - start + 1) // 2  # of the outputs: two are read at a time, far from one another
         for j in range(start, start + half):
             other = min(j + half, stop - 1)
             first, second = integers_at(held[0] + j * in_features), integers_at(held[0] + other * in_features)
             for row in range(rows):
-                x, output = floats_at(held[3] + 4 * row * in_features), halves_at(held[5] + 2 * row * out_features)
+                x = floats_at(held[3] + 4 * row * in_features)
                 of_first = of_second = np.float32(0)
                 for i in range(in_features):
                     of_first += x[i] * np.float32(np.int32(first[i]))
@@ -389,10 +419,21 @@ def _int8_multiplier(with_zeros: bool) -> Any:
                 if with_zeros:
                     of_first -= sums[row] * np.float32(np.int32(zeros[j]))
                     of_second -= sums[row] * np.float32(np.int32(zeros[other]))
-                output[j] = narrowed(of_first * widened(scales[j]))
-                output[other] = narrowed(of_second * widened(scales[other]))
+                of_first *= number_at(form, held[1] + entry * j)
+                of_second *= number_at(form, held[1] + entry * other)
+                if wide:
+                    output = floats_at(held[5] + 4 * row * out_features)
+                    output[j], output[other] = of_first, of_second
+                else:
+                    rounded = halves_at(held[5] + 2 * row * out_features)
+                    rounded[j], rounded[other] = narrowed(of_first), narrowed(of_second)
 
     return multiply
+
+
+def dtype_of_outputs(dtype: torch.dtype) -> torch.dtype:
+    """In which compiled code writes them, for inputs of a dtype: bfloat16 or float32."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 def check_width(in_features: int, width: int) -> None:
@@ -402,26 +443,28 @@ def check_width(in_features: int, width: int) -> None:
 
 
 def linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
-    """`x` bfloat16 `[rows, in]`, contiguous, times planes → `[rows, out]`, for few rows; summed in float32.
+    """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times planes → `[rows, out]`, for few rows; summed
+    in float32.
 
     Args:
         packed: as `planes.linear` takes it.
-        scales: bfloat16 `[groups, out]`.
-        zero_points: int8 `[groups, out]`, or None.
+        scales: of any of these dtypes, `[groups, out]`.
+        zero_points: int8 `[groups, out]`, where inputs and scales are bfloat16; or None.
 
     Raises:
         ValueError: the inputs have another width than the weight.
     """
     rows, in_features = x.shape
     check_width(in_features, 8 * packed.shape[1] // bits)
-    inputs, product = x.float(), x.new_empty(rows, len(packed))
+    inputs, product = x.float(), x.new_empty(rows, len(packed), dtype=dtype_of_outputs(x.dtype))
     group_size = in_features // len(scales)
     sums = None if zero_points is None else inputs.view(rows, -1, group_size).sum(-1)
-    function = _multiplier(bits, known_block(), zero_points is not None)
+    wide, form = product.dtype == torch.float32, FORMS_OF_SCALES[scales.dtype]
+    function = _multiplier(bits, known_block(), zero_points is not None, form, wide)
     run_compiled(
         function, packed, scales, zero_points, inputs, sums, product, rows, in_features, len(packed), group_size
     )
-    return product
+    return product.to(x.dtype)
 
 
 def dense_linear(
@@ -458,19 +501,21 @@ def dense_linear(
 
 
 def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """`x` bfloat16 `[rows, in]`, contiguous, times a per-channel int8 weight → `[rows, out]`, for few rows.
+    """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times a per-channel int8 weight → `[rows, out]`,
+    for few rows.
 
     Args:
-        integers, scale: as `cpu.int8_linear` takes them.
-        zero_point: int8 `[1, out]`, or None.
+        integers: int8 `[out, in]`.
+        scale: of any of these dtypes, `[out, 1]`.
+        zero_point: int8 `[1, out]`, where inputs and scales are bfloat16; or None.
 
     Raises:
         ValueError: the inputs have another width than the weight.
     """
     (rows, in_features), (out_features, width) = x.shape, integers.shape
     check_width(in_features, width)
-    inputs, product = x.float(), x.new_empty(rows, out_features)
-    sums = None if zero_point is None else inputs.sum(-1)
-    function = _int8_multiplier(zero_point is not None)
+    inputs, product = x.float(), x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))
+    sums, wide = None if zero_point is None else inputs.sum(-1), product.dtype == torch.float32
+    function = _int8_multiplier(zero_point is not None, FORMS_OF_SCALES[scale.dtype], wide)
     run_compiled(function, integers, scale, zero_point, inputs, sums, product, rows, in_features, out_features)
-    return product
+    return product.to(x.dtype)

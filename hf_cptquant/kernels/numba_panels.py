@@ -20,10 +20,28 @@ from numba.core.typing import signature
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .numba_dot import AHEAD, BFLOATS, BLOCK, FLOATS, FMA, INT8, INT64, LANES, OCTETS, VECTORS, WORDS, Writer
+from .numba_dot import (
+    AHEAD,
+    BFLOATS,
+    BLOCK,
+    FLOATS,
+    FMA,
+    INT8,
+    INT64,
+    LANES,
+    OCTETS,
+    VECTORS,
+    WORDS,
+    Writer,
+    terms_of,
+)
 from .numba_kernel import (
+    ENTRIES,
+    FORMS_OF_SCALES,
     SIGNATURE,
+    WITH_SHIFTS,
     check_width,
+    dtype_of_outputs,
     end_of_groups,
     floats_at,
     halves_at,
@@ -32,7 +50,6 @@ from .numba_kernel import (
     run_compiled,
     share_of_thread,
     thread_number,
-    widened,
     words_at,
 )
 from .planes import FORMS, QUARTERS
@@ -124,17 +141,18 @@ def _fill_from_int8(_typing, shifted, integers, zeros, in_features, panel):
 
 
 @intrinsic(prefer_literal=True)
-def _panel_product(_typing, rows, panel, scales, x, in_features, totals, groups, group_size):
+def _panel_product(_typing, rows, terms, panel, scales, x, in_features, totals, groups, group_size):
     """Add the product of some rows with a panel to their totals.
 
-    Its arguments: rows, known when it is compiled; addresses of the panel; of its scales, float32 `[groups, block]`; of
-    the inputs, and how many a row has; of the totals, float32 `[rows, block]`; groups of the panel, and their size.
+    Its arguments: rows, and their terms, known when it is compiled; addresses of the panel; of its scales, float32
+    `[groups, block]`; of the terms of inputs, and how many inputs a row has; of the totals, float32 `[rows, block]`;
+    groups of the panel, and their size.
     """
-    kinds = signature(types.void, rows, *[types.int64] * 7)
-    rows = rows.literal_value
+    kinds = signature(types.void, rows, terms, *[types.int64] * 7)
+    rows, terms = rows.literal_value, terms.literal_value
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
-        panel, scales, x, in_features, totals, groups, group_size = arguments[1:]
+        panel, scales, x, in_features, totals, groups, group_size = arguments[2:]
         write, vectors = Writer(build), [(row, vector) for row in range(rows) for vector in range(VECTORS)]
         found, of_group = write.sums(rows, VECTORS), write.sums(rows, VECTORS)
         places = {(row, vector): write.at(totals, 4 * (BLOCK * row + LANES * vector)) for row, vector in vectors}
@@ -147,8 +165,10 @@ def _panel_product(_typing, rows, panel, scales, x, in_features, totals, groups,
             with cgutils.for_range_slice(build, start, write.at(start, group_size), INT64(2)) as (feature, _):
                 pair = write.at(panel, write.times(feature, PAIR // 2))
                 steps = [write.load(write.at(pair, 4 * LANES * vector), BFLOATS) for vector in range(VECTORS)]
-                for row in range(rows):
-                    write.add_products(of_group[row], steps, x, write.at(feature, write.times(in_features, row)))
+                for term in range(terms):
+                    for row in range(rows):
+                        of_row = write.at(feature, write.times(in_features, row * terms + term))
+                        write.add_products(of_group[row], steps, x, of_row)
             of_this = write.at(scales, write.times(group, 4 * BLOCK))
             scale = [write.load(write.at(of_this, 4 * LANES * vector), FLOATS) for vector in range(VECTORS)]
             for row, vector in vectors:
@@ -161,9 +181,28 @@ def _panel_product(_typing, rows, panel, scales, x, in_features, totals, groups,
     return kinds, generate
 
 
+@intrinsic(prefer_literal=True)
+def _widen_scales(_typing, form, table, scales):
+    """Write the scales of a block in one group as float32. The form of the table, known when it is compiled; addresses
+    of the block's part of it, and of the scales."""
+    kinds = signature(types.void, form, types.int64, types.int64)
+    form = form.literal_value
+
+    def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
+        _, table, scales = arguments
+        write = Writer(build)
+        for first in range(0, BLOCK, LANES):
+            scale, _ = write.scale_and_shift(write.at(table, ENTRIES[form] * first), form)
+            write.store(scale, write.at(scales, 4 * first))
+        return context.get_dummy_value()
+
+    return kinds, generate
+
+
 fill_from_planes: Any = _fill_from_planes  # which to type checkers have the arguments of their typing functions
 fill_from_int8: Any = _fill_from_int8
 panel_product: Any = _panel_product
+widen_scales: Any = _widen_scales
 
 
 @njit(inline="always")
@@ -200,11 +239,11 @@ def _fill_with_int8(shifted, integers, zeros, in_features, start, end, panel):
 
 @njit(inline="always")
 def _fill_with_planes(
-    bits, shifted, parts, every, upper, lower, words, zeros, added, length, groups, group_size, out_features,
+    bits, shifted, parts, in_words, upper, lower, words, zeros, added, length, groups, group_size, out_features,
     start, end, panel,
 ):  # fmt: skip
     """Write input features start … end of each part of a block into a panel. Addresses of the block's planes, and of
-    its zero points in the first group: of words where every second number of the table is a scale, else of bytes."""
+    its zero points in the first group, in words or in bytes."""
     place = start
     while place < end:
         until = end
@@ -212,7 +251,7 @@ def _fill_with_planes(
             until = min(end, end_of_groups(place, length, group_size))
             for part in range(parts):
                 group = (part * length + place) // group_size
-                if every == 2:
+                if in_words:
                     _zeros_of_words(words_at(words), groups, group, added, 2 * BLOCK * part)
                 else:
                     of_group = integers_at(zeros + group * out_features)
@@ -223,35 +262,37 @@ def _fill_with_planes(
 
 
 @njit(inline="always")
-def _multiply_tiles(panel, scales, x, rows, first_tile, end_tile, tiles, in_features, totals, groups, group_size):
+def _multiply_tiles(
+    terms, panel, scales, x, rows, first_tile, end_tile, tiles, in_features, totals, groups, group_size
+):
     """Add the products of some of the tiles of rows with a panel to their totals."""
     first_row = rows * first_tile // tiles
     for tile in range(first_tile, end_tile):
         row = rows * tile // tiles
         together = rows * (tile + 1) // tiles - row
-        inputs, to = x + 2 * row * in_features, totals + 4 * BLOCK * (row - first_row)
+        inputs, to = x + 2 * row * terms * in_features, totals + 4 * BLOCK * (row - first_row)
         if together == 6:
-            panel_product(6, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(6, terms, panel, scales, inputs, in_features, to, groups, group_size)
         elif together == 5:
-            panel_product(5, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(5, terms, panel, scales, inputs, in_features, to, groups, group_size)
         elif together == 4:
-            panel_product(4, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(4, terms, panel, scales, inputs, in_features, to, groups, group_size)
         elif together == 3:
-            panel_product(3, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(3, terms, panel, scales, inputs, in_features, to, groups, group_size)
         elif together == 2:
-            panel_product(2, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(2, terms, panel, scales, inputs, in_features, to, groups, group_size)
         else:
-            panel_product(1, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(1, terms, panel, scales, inputs, in_features, to, groups, group_size)
 
 
 @lru_cache
-def _multiplier(bits: int, every: int, shifted: int) -> Any:
-    """The compiled function of `linear`, for a table of which every so-manieth number is a scale, without or with zero
-    points. Its argument: addresses of integers, table, zero points, inputs, outputs, and of each thread's totals, panel
-    and scales; rows, input features, output features, group size; input features that a panel takes of each part,
-    and its bytes."""
+def _multiplier(bits: int, form: int, shifted: int, terms: int) -> Any:
+    """The compiled function of `linear`, by bits, the form of the table, whether there are zero points, and the terms
+    of inputs. Its argument: addresses of integers, table, zero points, terms, outputs, and of each thread's totals,
+    panel and scales; rows, input features, output features, group size; input features that a panel takes of each
+    part, and its bytes."""
     upper_width, lower_width = (8, 0) if bits == 8 else (*FORMS[bits].widths, 0)[:2]
-    all_parts = parts_of(bits)
+    all_parts, entry, in_words = parts_of(bits), ENTRIES[form], form == WITH_SHIFTS
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
@@ -262,7 +303,7 @@ def _multiplier(bits: int, every: int, shifted: int) -> Any:
         parts = 1 if step == length else all_parts  # of a panel, one behind the other
         totals, panel = held[5] + thread * OF_TOTALS, held[6] + thread * held[13]
         scales = held[7] + 4 * thread * BLOCK * all_groups
-        table, sums, of_panel = halves_at(held[1]), floats_at(totals), floats_at(scales)
+        sums = floats_at(totals)
         added = np.empty(2 * all_parts * BLOCK, np.uint8)
         done, last = share_of_thread(blocks * tiles)
         while done < last:
@@ -284,36 +325,40 @@ def _multiplier(bits: int, every: int, shifted: int) -> Any:
                     upper, lower = held[0] + b * of_block * upper_width, blocks * upper_width + b * lower_width
                     words, zeros = held[2] + b * BLOCK // 2 * all_groups, held[2] + first
                     _fill_with_planes(
-                        bits, shifted, all_parts, every, upper, held[0] + lower * of_block, words, zeros, added, length,
-                        all_groups, group_size, out_features, start, end, panel,
+                        bits, shifted, all_parts, in_words, upper, held[0] + lower * of_block, words, zeros, added,
+                        length, all_groups, group_size, out_features, start, end, panel,
                     )  # fmt: skip
                 for part in range(parts):
                     feature, count = part * length + start, (end - start) * (all_parts // parts)
                     group, groups, size = feature // group_size, max(1, count // group_size), min(count, group_size)
                     for each in range(groups):
-                        for j in range(BLOCK):
-                            number = (group + each) * out_features + first + j
-                            of_panel[each * BLOCK + j] = widened(table[every * number])
+                        place = (group + each) * out_features + first
+                        widen_scales(form, held[1] + entry * place, scales + 4 * BLOCK * each)
                     columns, x = panel + 2 * BLOCK * part * (end - start), held[3] + 2 * feature
                     _multiply_tiles(
-                        columns, scales, x, rows, first_tile, end_tile, tiles, in_features, totals, groups, size
+                        terms, columns, scales, x, rows, first_tile, end_tile, tiles, in_features, totals, groups, size
                     )
                 start = end
             for row in range(first_row, end_row):
-                y = halves_at(held[4] + 2 * (row * out_features + first))
+                place, start = row * out_features + first, (row - first_row) * BLOCK
+                narrow, wide = halves_at(held[4]), floats_at(held[4])
                 for j in range(BLOCK):
-                    y[j] = narrowed(sums[(row - first_row) * BLOCK + j])
+                    if terms == 1:
+                        narrow[place + j] = narrowed(sums[start + j])
+                    else:
+                        wide[place + j] = sums[start + j]
 
     return multiply
 
 
 def linear(x: Tensor, integers: Tensor, table: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
-    """`x` bfloat16 `[rows, in]`, contiguous, times a packed weight → `[rows, out]`; summed in float32.
+    """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times a packed weight → `[rows, out]`; summed in
+    float32.
 
     Args:
         integers: planes as `planes.linear` takes them; or those of 8 bits, int8 `[out, in]`, at least 64 × 64 and with
             an even number of inputs.
-        table: bfloat16 scales `[groups, out]`, or with shifts `[groups, out, 2]`.
+        table: scales of any of these dtypes `[groups, out]`, or those of bfloat16 with shifts `[groups, out, 2]`.
         zero_points: int8 `[groups, out]`; with shifts in the table the words of the wire format; or None.
 
     Raises:
@@ -322,16 +367,19 @@ def linear(x: Tensor, integers: Tensor, table: Tensor, zero_points: Tensor | Non
     rows, in_features = x.shape
     check_width(in_features, 8 * integers.shape[1] // bits)
     (groups, out_features), threads = table.shape[:2], torch.get_num_threads()
+    terms, shifted = terms_of(x), int(zero_points is not None)
     group_size, parts = in_features // groups, parts_of(bits)
     length, unit = in_features // parts, WIDTH if bits == 8 else group_size
-    step = min(length, PANEL // parts // unit * unit)
-    if not step or (bits != 8 and length % group_size):  # a panel has whole groups
+    most = PANEL if bits < 8 or terms.shape[1] == 1 else WIDTH  # sums of many numbers would round too often
+    step = min(length, most // parts // unit * unit)
+    if not step or (bits < 8 and length % group_size):  # a panel has whole groups
         step = length
-    product, totals = x.new_empty(rows, out_features), x.new_empty(threads * OF_TOTALS, dtype=torch.uint8)
+    form = WITH_SHIFTS if table.dim() == 3 else FORMS_OF_SCALES[table.dtype]
+    product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))
     of_panel = 2 * BLOCK * parts * (step + WIDTH)  # the last panel takes what is too little for one more, too
-    panels = x.new_empty(threads * of_panel, dtype=torch.uint8)
+    totals, panels = (x.new_empty(threads * count, dtype=torch.uint8) for count in (OF_TOTALS, of_panel))
     scales = x.new_empty(threads, groups, BLOCK, dtype=torch.float32)
-    function = _multiplier(bits, table.dim() - 1, int(zero_points is not None))
+    function = _multiplier(bits, form, shifted, terms.shape[1])
     numbers = (rows, in_features, out_features, group_size, step, of_panel)
-    run_compiled(function, integers, table, zero_points, x, product, totals, panels, scales, *numbers)
-    return product
+    run_compiled(function, integers, table, zero_points, terms, product, totals, panels, scales, *numbers)
+    return product.to(x.dtype)

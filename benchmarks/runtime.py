@@ -1,7 +1,7 @@
 """How fast packed layers and models run beside bfloat16, and beside other libraries' layers, on this machine.
 
-Products: one linear layer, by shape, scheme and rows, as a ratio to `nn.Linear` in bfloat16 (2: twice as fast). The
-calls go round over so many copies of each layer that no weight is still in the cache. Models: SmolLM2-135M, and random
+Products: one linear layer, by shape, scheme and rows, as a ratio to `nn.Linear` in bfloat16 (2: twice as fast), and
+some in float16 and float32 as ratios to that in the same. The calls go round over so many copies of each layer that no weight is still in the cache. Models: SmolLM2-135M, and random
 weights in the shape of Llama-3.2-1B; each in processes of its own (the best of two rounds), in bfloat16, with 4 bits in
 groups of 64 and a few blocks at 8 bits (about 4.5 bits per weight), and with the embedding, which is the head, too, at
 8 bits besides. Decoding reads all weights for every token, so its speed is also given as a share of the bandwidth with
@@ -60,6 +60,7 @@ GROUP_SIZE = 64
 SCHEMES = (LayerScheme(2, GROUP_SIZE), LayerScheme(3, GROUP_SIZE), LayerScheme(4, GROUP_SIZE),
            LayerScheme(4, GROUP_SIZE, False), LayerScheme(5, GROUP_SIZE), LayerScheme(6, GROUP_SIZE),
            LayerScheme(6, GROUP_SIZE, False), LayerScheme(8), LayerScheme(8, PER_CHANNEL, False))  # fmt: skip
+SHAPES_IN_OTHERS, SCHEMES_IN_OTHERS = ("768x768", "2048x2048"), (SCHEMES[1], SCHEMES[2], SCHEMES[3], SCHEMES[7])
 OUT_OF_CACHE = 2**26  # bytes over which the copies of a layer go round
 PROMPT, TOKENS = 256, 24
 LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -79,20 +80,20 @@ def installed(distribution: str) -> str | None:
         return None
 
 
-def dense_layer(shape: tuple[int, int]) -> nn.Linear:
-    """A random layer in bfloat16 without a bias."""
-    layer = nn.Linear(shape[1], shape[0], bias=False, device="meta").bfloat16().to_empty(device="cpu")
-    layer.weight = nn.Parameter(torch.randn(shape, dtype=torch.bfloat16) * 0.05, requires_grad=False)
+def dense_layer(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    """A random layer without a bias."""
+    layer = nn.Linear(shape[1], shape[0], bias=False, device="meta", dtype=dtype).to_empty(device="cpu")
+    layer.weight = nn.Parameter(torch.randn(shape, dtype=dtype) * 0.05, requires_grad=False)
     return layer
 
 
-def packed_layer(scheme: LayerScheme, shape: tuple[int, int]) -> QuantLinear:
+def packed_layer(scheme: LayerScheme, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> QuantLinear:
     """A packed layer of random integers."""
     low, high = integer_range(scheme.bits)
     groups = (shape[0], scheme.groups(shape[1]))
     integers = torch.randint(low, high + 1, shape, dtype=torch.int8)
     zero_point = None if scheme.symmetric else torch.randint(low, high + 1, groups, dtype=torch.int8)
-    scale = (0.005 * (0.5 + torch.rand(groups))).bfloat16()
+    scale = (0.005 * (0.5 + torch.rand(groups))).to(dtype)
     return QuantLinear.from_quantized(QuantizedWeight(integers, scale, zero_point, scheme), None)
 
 
@@ -107,8 +108,10 @@ def calls(layers: Sequence[nn.Module], x: Tensor) -> list[Callable[[], Tensor]]:
 
 
 @torch.no_grad()
-def products(makers: Makers, shapes: Sequence[str], budget: float) -> dict[str, Any]:
-    """Shape → kind of layer → rows → speed relative to bfloat16, and the milliseconds of bfloat16.
+def products(
+    makers: Makers, shapes: Sequence[str], budget: float, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """Shape → kind of layer → rows → speed relative to the dense layer, and the milliseconds of that.
 
     Args:
         makers: kind → a function of a shape that gives what makes a layer, and how many bytes its weight has.
@@ -119,28 +122,29 @@ def products(makers: Makers, shapes: Sequence[str], budget: float) -> dict[str, 
     for name in shapes:
         out_features, in_features = map(int, name.split("x"))
         shape = (out_features, in_features)
-        dense = copies_of(lambda shape=shape: dense_layer(shape), 2 * shape[0] * shape[1])
+        name_of_dense = str(dtype).removeprefix("torch.")
+        dense = copies_of(lambda shape=shape: dense_layer(shape, dtype), dtype.itemsize * shape[0] * shape[1])
         kinds = {kind: copies_of(*make(shape)) for kind, make in makers.items()}
-        of_shape: dict[str, Any] = {"bfloat16, ms": {}, **{kind: {} for kind in kinds}}
+        of_shape: dict[str, Any] = {f"{name_of_dense}, ms": {}, **{kind: {} for kind in kinds}}
         for rows in ROWS:
-            x = torch.randn(rows, shape[1]).bfloat16()
-            layers = {"bfloat16": dense, **kinds}
+            x = torch.randn(rows, shape[1]).to(dtype)
+            layers = {name_of_dense: dense, **kinds}
             seconds = median_seconds({kind: calls(layers[kind], x) for kind in layers}, budget)
-            of_shape["bfloat16, ms"][str(rows)] = round(1000 * seconds["bfloat16"], 4)
+            of_shape[f"{name_of_dense}, ms"][str(rows)] = round(1000 * seconds[name_of_dense], 4)
             for kind in kinds:
-                of_shape[kind][str(rows)] = round(seconds["bfloat16"] / seconds[kind], 3)
+                of_shape[kind][str(rows)] = round(seconds[name_of_dense] / seconds[kind], 3)
         found[name] = of_shape
     return found
 
 
-def our_layers() -> Makers:
+def our_layers(schemes: Sequence[LayerScheme] = SCHEMES, dtype: torch.dtype = torch.bfloat16) -> Makers:
     """Makers of packed layers by scheme."""
 
     def maker(scheme: LayerScheme, shape: tuple[int, int]) -> tuple[Callable[[], nn.Module], int]:
-        layer = packed_layer(scheme, shape)
-        return partial(copy.deepcopy, layer), scheme.nbytes(*shape, 2)
+        layer = packed_layer(scheme, shape, dtype)
+        return partial(copy.deepcopy, layer), scheme.nbytes(*shape, dtype.itemsize)
 
-    return {str(scheme): partial(maker, scheme) for scheme in SCHEMES}
+    return {str(scheme): partial(maker, scheme) for scheme in schemes}
 
 
 def peer_layers(name: str) -> Makers:
@@ -357,6 +361,12 @@ def main() -> None:
         "overhead_microseconds": overhead(),
         "models": models(arguments.models, peers, bandwidth),
         "products": products(our_layers(), arguments.shapes, arguments.seconds),
+        "products in others": {
+            str(dtype).removeprefix("torch."): products(
+                our_layers(SCHEMES_IN_OTHERS, dtype), SHAPES_IN_OTHERS, arguments.seconds, dtype
+            )
+            for dtype in (torch.float16, torch.float32)
+        },
         "peers": {name: child(*peer, name) for name in peers},
         "peer_versions": {**versions, "llama.cpp": installed("llama-cpp-python")},
         "seconds": round(time.perf_counter() - start, 1),

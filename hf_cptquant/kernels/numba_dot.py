@@ -274,14 +274,14 @@ def _splitter(form: int, terms: int) -> Any:
 
 
 def terms_of(x: Tensor) -> Tensor:
-    """Inputs `[rows, in]` as sums of one to three terms in bfloat16 → `[rows, terms, in]`.
+    """Inputs `[rows, in]` as sums of two or three terms in bfloat16 → `[rows, terms, in]`; or as they are.
 
     Each term has the upper eight bits of what those before it leave, so nothing is lost; and since products with
     integers of as many bits are exact, sums are as in float32.
     """
     terms = TERMS[x.dtype]
     if terms == 1:
-        return x.unsqueeze(1)
+        return x
     found = x.new_empty(len(x), terms, x.shape[1], dtype=torch.bfloat16)
     run_compiled(_splitter(FORMS_OF_SCALES[x.dtype], terms), x, found, *x.shape)
     return found
@@ -590,11 +590,11 @@ def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor |
     """
     (rows, in_features), (out_features, width) = x.shape, integers.shape
     check_width(in_features, width)
-    terms = terms_of(x)
+    terms = TERMS[x.dtype]
     product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))
-    function = _int8_multiplier(FORMS_OF_SCALES[scale.dtype], terms.shape[1], int(zero_point is not None))
-    run_compiled(function, integers, scale, zero_point, terms, product, rows, in_features, out_features)
-    return product.to(x.dtype)
+    function = _int8_multiplier(FORMS_OF_SCALES[scale.dtype], terms, int(zero_point is not None))
+    run_compiled(function, integers, scale, zero_point, terms_of(x), product, rows, in_features, out_features)
+    return product if terms == 1 else product.to(x.dtype)
 
 
 def planes_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
@@ -623,9 +623,9 @@ def linear(x: Tensor, packed: Tensor, table: Tensor) -> Tensor:
     """
     (rows, in_features), (groups, out_features), shifted = x.shape, table.shape[:2], table.dim() == 3
     check_width(in_features, 2 * packed.shape[1])
-    terms = terms_of(x)
+    terms, inputs = TERMS[x.dtype], terms_of(x)
     product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))
     sums = x.new_empty(torch.get_num_threads(), rows, groups, dtype=torch.float32) if shifted else None
-    function = _multiplier(WITH_SHIFTS if shifted else FORMS_OF_SCALES[table.dtype], terms.shape[1])
-    run_compiled(function, packed, table, terms, sums, product, rows, in_features, out_features, in_features // groups)
-    return product.to(x.dtype)
+    function = _multiplier(WITH_SHIFTS if shifted else FORMS_OF_SCALES[table.dtype], terms)
+    run_compiled(function, packed, table, inputs, sums, product, rows, in_features, out_features, in_features // groups)
+    return product if terms == 1 else product.to(x.dtype)

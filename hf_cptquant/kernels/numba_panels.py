@@ -30,6 +30,7 @@ from .numba_dot import (
     INT64,
     LANES,
     OCTETS,
+    TERMS,
     VECTORS,
     WORDS,
     Writer,
@@ -367,10 +368,10 @@ def linear(x: Tensor, integers: Tensor, table: Tensor, zero_points: Tensor | Non
     rows, in_features = x.shape
     check_width(in_features, 8 * integers.shape[1] // bits)
     (groups, out_features), threads = table.shape[:2], torch.get_num_threads()
-    terms, shifted = terms_of(x), int(zero_points is not None)
+    terms, shifted = TERMS[x.dtype], int(zero_points is not None)
     group_size, parts = in_features // groups, parts_of(bits)
     length, unit = in_features // parts, WIDTH if bits == 8 else group_size
-    most = PANEL if bits < 8 or terms.shape[1] == 1 else WIDTH  # sums of many numbers would round too often
+    most = PANEL if bits < 8 or terms == 1 else WIDTH  # sums of many numbers would round too often
     step = min(length, most // parts // unit * unit)
     if not step or (bits < 8 and length % group_size):  # a panel has whole groups
         step = length
@@ -379,7 +380,7 @@ def linear(x: Tensor, integers: Tensor, table: Tensor, zero_points: Tensor | Non
     of_panel = 2 * BLOCK * parts * (step + WIDTH)  # the last panel takes what is too little for one more, too
     totals, panels = (x.new_empty(threads * count, dtype=torch.uint8) for count in (OF_TOTALS, of_panel))
     scales = x.new_empty(threads, groups, BLOCK, dtype=torch.float32)
-    function = _multiplier(bits, form, shifted, terms.shape[1])
+    function = _multiplier(bits, form, shifted, terms)
     numbers = (rows, in_features, out_features, group_size, step, of_panel)
-    run_compiled(function, integers, table, zero_points, terms, product, totals, panels, scales, *numbers)
-    return product.to(x.dtype)
+    run_compiled(function, integers, table, zero_points, terms_of(x), product, totals, panels, scales, *numbers)
+    return product if terms == 1 else product.to(x.dtype)

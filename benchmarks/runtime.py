@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 import torch
 from environment import environment
+from gguf import GGUFReader
 from timing import median_seconds
 from torch import Tensor, nn
 from transformers import (
@@ -315,10 +316,13 @@ def models(names: Sequence[str], peers: Sequence[str], bandwidth: float) -> dict
                 file = Path(work, "model.gguf")
                 AutoTokenizer.from_pretrained(original).save_pretrained(quantized)
                 export_gguf(quantized, file)
+                of_file = {"read_bytes_per_token": sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)}
                 settings = (str(torch.get_num_threads()), str(PROMPT), str(TOKENS))
                 commands["llama.cpp"] = (str(LLAMA_CPP_PEER), str(file), *settings)
             rounds = [{kind: child(*command) for kind, command in commands.items()} for _ in range(ROUNDS)]
         found[name] = {kind: best([figures[kind] for figures in rounds]) for kind in commands}
+        if "llama.cpp" in commands:
+            found[name]["llama.cpp"] |= of_file
         for kind, figures in found[name].items():
             if kind in bits:
                 figures["bits_per_weight"] = round(bits[kind], 4)

@@ -39,7 +39,14 @@ SETTLED = pytest.mark.parametrize(
     ("scheme", "shape", "dtype", "layout"),
     [
         pytest.param(LayerScheme(4, 32), (64, 96), torch.bfloat16, INT4, marks=needs_int4, id="int4-sym"),
-        pytest.param(LayerScheme(4, 64, False), (128, 128), torch.bfloat16, INT4, marks=needs_int4, id="int4-asym"),
+        pytest.param(
+            LayerScheme(4, 64, False),
+            (128, 128),
+            torch.bfloat16,
+            INT4 if kernels.without_dot() else NUMBA_PLANES,
+            marks=needs_int4,
+            id="int4-asym",
+        ),
         pytest.param(LayerScheme(2, 64), (64, 128), torch.bfloat16, PLANES, marks=needs_int4, id="planes-2-sym"),
         pytest.param(LayerScheme(5, 32), (64, 96), torch.bfloat16, PLANES, marks=needs_int4, id="planes-5-sym"),
         pytest.param(LayerScheme(6, 32), (128, 96), torch.bfloat16, PLANES, marks=needs_int4, id="planes-6-sym"),

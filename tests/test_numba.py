@@ -140,7 +140,7 @@ def test_inputs_that_are_not_finite_reach_their_own_rows_only():
 @needs_dot
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_dot_products_are_of_the_integers_times_the_scale(symmetric):
-    """One row alone, and two to four together. With zero points the shift is rounded, as torch's kernel wants it."""
+    """One row alone, and two to four together."""
     layer = layer_of(LayerScheme(4, 64, symmetric))
     quantized, identity = layer.quantized(), torch.eye(576, dtype=torch.bfloat16)
     zeros = 0 if symmetric else quantized.zero_point.double().unsqueeze(-1)
@@ -148,11 +148,7 @@ def test_dot_products_are_of_the_integers_times_the_scale(symmetric):
     exact = ((quantized.integers.view(192, -1, 64).double() - zeros) * scale).view(192, -1)
     for rows in (1, 2, 3, 4):
         found = torch.cat([layer(part) for part in identity.split(rows)]).t()
-        if symmetric:
-            assert torch.equal(found, exact.bfloat16())
-        else:
-            shift = (zeros * scale).abs().view(192, -1).repeat_interleave(64, 1)
-            assert ((found - exact).abs() <= 2**-8 * (exact.abs() + shift)).all()
+        assert torch.equal(found, exact.bfloat16())
 
 
 @needs_dot

@@ -52,7 +52,7 @@ MAX_ROWS_WITH_NUMBA = {CPU_INT4: 24, CPU_INT8: 16}
 # 1.7; 3 bits at 1 row 2.9 and 2.1, at 3 rows 2.3 and 3.0; 8 bits at 8 rows 2.2 and 1.8, at 12 rows 1.6 and 1.6);
 # always where the pieces of groups that planes hold together are small, as in 576 inputs (3 bits at 1 row 1.2 and
 # 1.6). Beside tile units (AMX), of which torch's dense product is made, not measured
-ROWS_IN_PASSING = {CPU_INT4: 16, CPU_PLANES: 2, NUMBA_PLANES: 2, CPU_INT8: 8, NUMBA_INT8: 8}
+ROWS_IN_PASSING = {2: 2, 3: 2, 4: 16, 5: 2, 6: 2, 8: 8}  # by bits
 LEAST_PIECE = 64  # input features
 ROWS_BESIDE_TILES = 64
 LEAST_BY_DOT = 64  # inputs and outputs of weights of 8 bits
@@ -130,7 +130,7 @@ def choose_layout(
             WIRE, f"torch's int4 kernel lays out blocks of {block or 'unknown'} rows; this weight has {out_features}"
         )
     if half and scheme.group_size in planes.GROUP_SIZES:
-        if scheme.bits == 4:
+        if scheme.bits == 4 and (scheme.symmetric or without_dot()):
             return Choice(CPU_INT4, _reason(CPU_INT4, shape, dtype))
         if scheme.symmetric or (missing and scheme.bits < 4):
             return Choice(CPU_PLANES, _reason(CPU_PLANES, shape, dtype))
@@ -373,17 +373,17 @@ def _by_numba(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | Non
         return numba_kernel.linear(x, weight, scale, zero_point, bits)
     from . import numba_dot, numba_panels
 
-    count = len(x) * numba_dot.TERMS[x.dtype]
-    in_passing = count <= ROWS_IN_PASSING[CPU_INT4 if bits == 4 else layout]
-    if layout in BY_INT8:
-        if in_passing:
+    few = len(x) * numba_dot.TERMS[x.dtype] <= ROWS_IN_PASSING[bits]
+    if bits == 8:
+        if few:
             return numba_dot.int8_linear(x, weight, scale, zero_point)
         return numba_panels.linear(x, weight, scale.view(1, -1), zero_point, bits)
-    group_size, exact = x.shape[1] // len(scale), x.dtype != torch.bfloat16 or scale.dtype != torch.bfloat16
-    if bits == 4 and in_passing and group_size % 4 == 0 and (zero_point is None or (layout == CPU_INT4 and not exact)):
-        return numba_dot.linear(x, weight, scale)
-    whole = math.gcd(x.shape[1] // planes.QUARTERS, group_size) >= min(LEAST_PIECE, group_size)
-    if bits != 4 and in_passing and whole and not exact:
+    group_size, in_bfloat16 = x.shape[1] // len(scale), x.dtype == scale.dtype == torch.bfloat16
+    kept = zero_point is None or in_bfloat16  # else sums in float32 would lose what their difference shows
+    if bits == 4 and few and kept and group_size % 4 == 0:
+        return numba_dot.linear(x, weight, scale, zero_point)
+    piece = math.gcd(x.shape[1] // planes.QUARTERS, group_size)
+    if bits != 4 and few and in_bfloat16 and piece >= min(LEAST_PIECE, group_size):
         return numba_dot.planes_linear(x, weight, scale, zero_point, bits)
     return numba_panels.linear(x, weight, scale, zero_point, bits)
 

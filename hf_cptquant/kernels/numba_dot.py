@@ -28,11 +28,9 @@ from torch import Tensor
 from .numba_kernel import (
     ENTRIES,
     FORMS_OF_SCALES,
-    OF_BFLOAT16,
     OF_FLOAT16,
     OF_FLOAT32,
     SIGNATURE,
-    WITH_SHIFTS,
     check_width,
     dtype_of_outputs,
     end_of_groups,
@@ -223,20 +221,20 @@ class Writer:
             numbers = self.builder.fadd(*(self.builder.shuffle_vector(numbers, numbers, order) for order in orders))
         return self.builder.extract_element(numbers, INT32(0))
 
-    def scale_and_shift(self, table: Any, form: int) -> tuple[Any, Any]:
+    def scales(self, place: Any, form: int) -> Any:
         """Of 16 output features, float32."""
         build = self.builder
         if form == OF_FLOAT32:
-            return self.load(table, FLOATS), None
+            return self.load(place, FLOATS)
         if form == OF_FLOAT16:
-            return build.fpext(self.load(table, ir.VectorType(ir.HalfType(), LANES)), FLOATS), None
-        if form == OF_BFLOAT16:
-            halves = build.zext(self.load(table, ir.VectorType(INT16, LANES)), WORDS)
-            return build.bitcast(build.shl(halves, ir.Constant(WORDS, [16] * LANES)), FLOATS), None
-        words = self.load(table, WORDS)
-        scale = build.shl(words, ir.Constant(WORDS, [16] * LANES))
-        shift = build.and_(words, ir.Constant(WORDS, [0xFFFF0000] * LANES))
-        return build.bitcast(scale, FLOATS), build.bitcast(shift, FLOATS)
+            return build.fpext(self.load(place, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
+        halves = build.zext(self.load(place, ir.VectorType(INT16, LANES)), WORDS)
+        return build.bitcast(build.shl(halves, ir.Constant(WORDS, [16] * LANES)), FLOATS)
+
+    def shift(self, zeros: Any, scale: Any) -> Any:
+        """What a sum of inputs counts for 16 output features, from the address of their zero points, int8."""
+        wide = self.builder.sext(self.load(zeros, ir.VectorType(INT8, LANES)), WORDS)
+        return self.builder.fneg(self.builder.fmul(self.builder.sitofp(wide, FLOATS), scale))
 
 
 @njit(inline="always")
@@ -288,20 +286,21 @@ def terms_of(x: Tensor) -> Tensor:
 
 
 @intrinsic(prefer_literal=True)
-def _block_product(_typing, rows, terms, form, octets, table, x, sums, output, in_features, out_features, group_size):
+def _block_product(
+    _typing, rows, terms, form, shifted, octets, scales, zeros, x, sums, output, in_features, out_features, group_size
+):
     """The product of some rows with a block.
 
-    Its arguments: rows, their terms, and the form of the table, known when it is compiled; addresses of the block's
-    octets, of its scales in the first group, of the inputs, of their sums by groups, and of the outputs, in float32
-    where inputs have several terms; input features, output features, group size.
+    Its arguments: rows, their terms, the form of scales, and whether there are zero points, known when it is compiled;
+    addresses of the block's octets, of its scales and zero points in the first group, of the inputs, of their sums by
+    groups, and of the outputs, in float32 where inputs have several terms; input features, output features, group size.
     """
-    kinds = signature(types.void, rows, terms, form, *[types.int64] * 8)
-    rows, terms, form = rows.literal_value, terms.literal_value, form.literal_value
-    entry, shifted = ENTRIES[form], form == WITH_SHIFTS
+    kinds = signature(types.void, rows, terms, form, shifted, *[types.int64] * 9)
+    rows, terms, form, shifted = (each.literal_value for each in (rows, terms, form, shifted))
     chains = 2 if rows == 1 else 1  # sums of a row that do not wait for each other
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
-        octets, table, x, sums, output, in_features, out_features, group_size = arguments[3:]
+        octets, scales, zeros, x, sums, output, in_features, out_features, group_size = arguments[4:]
         write, groups = Writer(build), build.sdiv(in_features, group_size)
         totals, of_group = write.sums(rows, VECTORS), write.sums(rows * chains, VECTORS)
         write.clear(totals)
@@ -319,9 +318,10 @@ def _block_product(_typing, rows, terms, form, octets, table, x, sums, output, i
                             of_row = write.at(feature, write.times(in_features, row * terms + term))
                             write.add_products(of_group[row * chains + chain], steps, x, of_row)
                     feature = write.at(feature, 2)
-            of_this = write.at(table, write.times(group, write.times(out_features, entry)))
             for vector in range(VECTORS):
-                scale, shift = write.scale_and_shift(write.at(of_this, entry * LANES * vector), form)
+                place = write.at(write.times(group, out_features), LANES * vector)
+                scale = write.scales(write.at(scales, write.times(place, ENTRIES[form])), form)
+                shift = write.shift(write.at(zeros, place), scale) if shifted else None
                 for row in range(rows):
                     found, *others = (build.load(of_group[row * chains + chain][vector]) for chain in range(chains))
                     for other in others:
@@ -346,35 +346,46 @@ block_product: Any = _block_product  # which to type checkers has the arguments 
 
 
 @lru_cache
-def _multiplier(form: int, terms: int) -> Any:
-    """The compiled function of `linear`, by the form of the table, and the terms of inputs. Its argument: addresses of
-    octets, table, inputs, their sums by groups (float32, for each thread) and outputs; rows, input features, output
-    features, group size."""
-    entry, shifted, of_output = ENTRIES[form], form == WITH_SHIFTS, 2 if terms == 1 else 4
+def _multiplier(form: int, shifted: int, terms: int) -> Any:
+    """The compiled function of `linear`, by the form of scales, whether there are zero points, and the terms of inputs.
+    Its argument: addresses of octets, scales, zero points, inputs, their sums by groups (float32, for each thread) and
+    outputs; rows, input features, output features, group size."""
+    entry, of_output = ENTRIES[form], 2 if terms == 1 else 4
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
-        held = carray(arguments, 9)
-        rows, in_features, out_features, group_size = held[5], held[6], held[7], held[8]
+        held = carray(arguments, 10)
+        rows, in_features, out_features, group_size = held[6], held[7], held[8], held[9]
         blocks, groups = out_features // BLOCK, in_features // group_size
-        of_groups = held[3] + 4 * thread_number() * rows * groups
+        of_groups = held[4] + 4 * thread_number() * rows * groups
         if shifted:
-            sum_groups(halves_at(held[2]), rows * groups, group_size, floats_at(of_groups))
+            sum_groups(halves_at(held[3]), rows * groups, group_size, floats_at(of_groups))
         for b in range(*share_of_thread(blocks)):
-            octets, table = held[0] + b * in_features * (BLOCK // 2), held[1] + entry * BLOCK * b
+            octets = held[0] + b * in_features * (BLOCK // 2)
+            scales, zeros = held[1] + entry * BLOCK * b, held[2] + BLOCK * b
             for row in range(0, rows, TOGETHER):
-                x, sums = held[2] + 2 * row * terms * in_features, of_groups + 4 * row * groups
-                y = held[4] + of_output * (row * out_features + BLOCK * b)
+                x, sums = held[3] + 2 * row * terms * in_features, of_groups + 4 * row * groups
+                y = held[5] + of_output * (row * out_features + BLOCK * b)
                 if rows - row == 1:
-                    block_product(1, terms, form, octets, table, x, sums, y, in_features, out_features, group_size)
+                    block_product(
+                        1, terms, form, shifted, octets, scales, zeros, x, sums, y, in_features,
+                        out_features, group_size,
+                    )  # fmt: skip
                 elif rows - row == 2:
-                    block_product(2, terms, form, octets, table, x, sums, y, in_features, out_features, group_size)
+                    block_product(
+                        2, terms, form, shifted, octets, scales, zeros, x, sums, y, in_features,
+                        out_features, group_size,
+                    )  # fmt: skip
                 elif rows - row == 3:
-                    block_product(3, terms, form, octets, table, x, sums, y, in_features, out_features, group_size)
+                    block_product(
+                        3, terms, form, shifted, octets, scales, zeros, x, sums, y, in_features,
+                        out_features, group_size,
+                    )  # fmt: skip
                 else:
                     block_product(
-                        TOGETHER, terms, form, octets, table, x, sums, y, in_features, out_features, group_size
-                    )
+                        TOGETHER, terms, form, shifted, octets, scales, zeros, x, sums, y, in_features,
+                        out_features, group_size,
+                    )  # fmt: skip
 
     return multiply
 
@@ -609,23 +620,24 @@ def planes_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor
     return product
 
 
-def linear(x: Tensor, packed: Tensor, table: Tensor) -> Tensor:
+def linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensor:
     """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times a weight in the layout of torch's int4 kernel
     → `[rows, out]`.
 
     Args:
         packed: uint8 `[out, in / 2]`.
-        table: scales of any of these dtypes `[groups, out]`, or those of bfloat16 and shifts `[groups, out, 2]`, where
-            inputs are bfloat16, too: shifts are rounded.
+        scales: of any of these dtypes, `[groups, out]`.
+        zero_points: int8 `[groups, out]`, where inputs are bfloat16; or None.
 
     Raises:
         ValueError: the inputs have another width than the weight.
     """
-    (rows, in_features), (groups, out_features), shifted = x.shape, table.shape[:2], table.dim() == 3
+    (rows, in_features), (groups, out_features), shifted = x.shape, scales.shape, int(zero_points is not None)
     check_width(in_features, 2 * packed.shape[1])
     terms, inputs = TERMS[x.dtype], terms_of(x)
     product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))
     sums = x.new_empty(torch.get_num_threads(), rows, groups, dtype=torch.float32) if shifted else None
-    function = _multiplier(WITH_SHIFTS if shifted else FORMS_OF_SCALES[table.dtype], terms)
-    run_compiled(function, packed, table, inputs, sums, product, rows, in_features, out_features, in_features // groups)
+    function = _multiplier(FORMS_OF_SCALES[scales.dtype], shifted, terms)
+    numbers = (rows, in_features, out_features, in_features // groups)
+    run_compiled(function, packed, scales, zero_points, inputs, sums, product, *numbers)
     return product if terms == 1 else product.to(x.dtype)

@@ -34,9 +34,9 @@ from .planes import FORMS, known_block
 
 LEAST_BLOCKS = 4  # of a tile, or the dense product would be slow for its shape
 SIGNATURE = types.void(types.CPointer(types.int64))
-OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, WITH_SHIFTS = range(4)  # scales in a table, or those of bfloat16 beside shifts
+OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32 = range(3)  # scales
 FORMS_OF_SCALES = {torch.bfloat16: OF_BFLOAT16, torch.float16: OF_FLOAT16, torch.float32: OF_FLOAT32}
-ENTRIES = (2, 2, 4, 4)  # bytes, by these forms
+ENTRIES = (2, 2, 4)  # bytes, by these forms
 
 _found = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
 if _found is None:
@@ -79,7 +79,7 @@ def _pointer_to(dtype: Any) -> Any:
 
 
 _octets_at, integers_at = _pointer_to(types.uint8), _pointer_to(types.int8)
-halves_at, words_at, floats_at = _pointer_to(types.uint16), _pointer_to(types.uint32), _pointer_to(types.float32)
+halves_at, _words_at, floats_at = _pointer_to(types.uint16), _pointer_to(types.uint32), _pointer_to(types.float32)
 
 
 @njit(inline="always")
@@ -357,7 +357,7 @@ def _dequantizer(bits: int, block: int, shifted: bool, with_zeros: bool) -> Any:
         held = carray(arguments, 9)
         first, count, in_features, out_features, group_size = held[4], held[5], held[6], held[7], held[8]
         quarter, groups, blocks = in_features // 4, in_features // group_size, out_features // block
-        words = words_at(held[2])
+        words = _words_at(held[2])
         integers = np.empty(4 * block, np.uint8)
         scales, zeros = np.empty(4 * block, np.float32), np.empty(4 * block, np.float32)
         for each in range(*share_of_thread(count)):

@@ -40,7 +40,6 @@ from .numba_kernel import (
     ENTRIES,
     FORMS_OF_SCALES,
     SIGNATURE,
-    WITH_SHIFTS,
     check_width,
     dtype_of_outputs,
     end_of_groups,
@@ -51,7 +50,6 @@ from .numba_kernel import (
     run_compiled,
     share_of_thread,
     thread_number,
-    words_at,
 )
 from .planes import FORMS, QUARTERS
 
@@ -183,18 +181,17 @@ def _panel_product(_typing, rows, terms, panel, scales, x, in_features, totals, 
 
 
 @intrinsic(prefer_literal=True)
-def _widen_scales(_typing, form, table, scales):
-    """Write the scales of a block in one group as float32. The form of the table, known when it is compiled; addresses
-    of the block's part of it, and of the scales."""
+def _widen_scales(_typing, form, scales, widened):
+    """Write the scales of a block in one group as float32. Their form, known when it is compiled; addresses of both."""
     kinds = signature(types.void, form, types.int64, types.int64)
     form = form.literal_value
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
-        _, table, scales = arguments
+        _, scales, widened = arguments
         write = Writer(build)
         for first in range(0, BLOCK, LANES):
-            scale, _ = write.scale_and_shift(write.at(table, ENTRIES[form] * first), form)
-            write.store(scale, write.at(scales, 4 * first))
+            found = write.scales(write.at(scales, ENTRIES[form] * first), form)
+            write.store(found, write.at(widened, 4 * first))
         return context.get_dummy_value()
 
     return kinds, generate
@@ -207,19 +204,9 @@ widen_scales: Any = _widen_scales
 
 
 @njit(inline="always")
-def _zeros_of_words(words, groups, group, added, start):
-    """What is to be added to integers of four bits counted from 0, for zero points in the words of the wire format, of
-    which each has those of eight output features. `words` begin with the block's."""
-    for k in range(BLOCK // 8):
-        word, to = words[k * groups + group], start + k // 4 * BLOCK + k % 4 * 8
-        for n in range(8):
-            value = np.uint8(np.uint32(15) - np.uint32(np.uint32(word >> np.uint32(4 * n)) & np.uint32(15)))
-            added[to + n] = added[to + n + BLOCK // 2] = value
-
-
-@njit(inline="always")
-def _zeros_of_integers(zeros, most, added, start):
-    """The same for zero points in bytes, of integers that are counted from 0 up to most / 2."""
+def _zeros_to_add(zeros, most, added, start):
+    """What is to be added to integers that are counted from 0 up to `most`, for their zero points; so that they stay
+    above 0 and are `most` above what they stand for."""
     for half in range(2):
         to = start + half * BLOCK
         for j in range(BLOCK // 2):
@@ -240,11 +227,10 @@ def _fill_with_int8(shifted, integers, zeros, in_features, start, end, panel):
 
 @njit(inline="always")
 def _fill_with_planes(
-    bits, shifted, parts, in_words, upper, lower, words, zeros, added, length, groups, group_size, out_features,
-    start, end, panel,
-):  # fmt: skip
+    bits, shifted, parts, upper, lower, zeros, added, length, group_size, out_features, start, end, panel
+):
     """Write input features start … end of each part of a block into a panel. Addresses of the block's planes, and of
-    its zero points in the first group, in words or in bytes."""
+    its zero points in the first group."""
     place = start
     while place < end:
         until = end
@@ -252,11 +238,8 @@ def _fill_with_planes(
             until = min(end, end_of_groups(place, length, group_size))
             for part in range(parts):
                 group = (part * length + place) // group_size
-                if in_words:
-                    _zeros_of_words(words_at(words), groups, group, added, 2 * BLOCK * part)
-                else:
-                    of_group = integers_at(zeros + group * out_features)
-                    _zeros_of_integers(of_group, (1 << bits) - 1, added, 2 * BLOCK * part)
+                of_group = integers_at(zeros + group * out_features)
+                _zeros_to_add(of_group, (1 << bits) - 1, added, 2 * BLOCK * part)
         to = panel + 2 * BLOCK * (place - start)
         fill_from_planes(bits, shifted, upper, lower, added.ctypes.data, length, place, until, end - start, to)
         place = until
@@ -288,12 +271,12 @@ def _multiply_tiles(
 
 @lru_cache
 def _multiplier(bits: int, form: int, shifted: int, terms: int) -> Any:
-    """The compiled function of `linear`, by bits, the form of the table, whether there are zero points, and the terms
-    of inputs. Its argument: addresses of integers, table, zero points, terms, outputs, and of each thread's totals,
-    panel and scales; rows, input features, output features, group size; input features that a panel takes of each
+    """The compiled function of `linear`, by bits, the form of scales, whether there are zero points, and the terms of
+    inputs. Its argument: addresses of integers, scales, zero points, terms, outputs, and of each thread's totals, panel
+    and its scales; rows, input features, output features, group size; input features that a panel takes of each
     part, and its bytes."""
     upper_width, lower_width = (8, 0) if bits == 8 else (*FORMS[bits].widths, 0)[:2]
-    all_parts, entry, in_words = parts_of(bits), ENTRIES[form], form == WITH_SHIFTS
+    all_parts, entry = parts_of(bits), ENTRIES[form]
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
@@ -324,10 +307,9 @@ def _multiplier(bits: int, form: int, shifted: int, terms: int) -> Any:
                 else:
                     of_block = in_features * BLOCK // 8  # bytes for each bit
                     upper, lower = held[0] + b * of_block * upper_width, blocks * upper_width + b * lower_width
-                    words, zeros = held[2] + b * BLOCK // 2 * all_groups, held[2] + first
                     _fill_with_planes(
-                        bits, shifted, all_parts, in_words, upper, held[0] + lower * of_block, words, zeros, added,
-                        length, all_groups, group_size, out_features, start, end, panel,
+                        bits, shifted, all_parts, upper, held[0] + lower * of_block, held[2] + first, added, length,
+                        group_size, out_features, start, end, panel,
                     )  # fmt: skip
                 for part in range(parts):
                     feature, count = part * length + start, (end - start) * (all_parts // parts)
@@ -352,22 +334,22 @@ def _multiplier(bits: int, form: int, shifted: int, terms: int) -> Any:
     return multiply
 
 
-def linear(x: Tensor, integers: Tensor, table: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
+def linear(x: Tensor, integers: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
     """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times a packed weight → `[rows, out]`; summed in
     float32.
 
     Args:
         integers: planes as `planes.linear` takes them; or those of 8 bits, int8 `[out, in]`, at least 64 × 64 and with
             an even number of inputs.
-        table: scales of any of these dtypes `[groups, out]`, or those of bfloat16 with shifts `[groups, out, 2]`.
-        zero_points: int8 `[groups, out]`; with shifts in the table the words of the wire format; or None.
+        scales: of any of these dtypes, `[groups, out]`.
+        zero_points: int8 `[groups, out]`, or None.
 
     Raises:
         ValueError: the inputs have another width than the weight.
     """
     rows, in_features = x.shape
     check_width(in_features, 8 * integers.shape[1] // bits)
-    (groups, out_features), threads = table.shape[:2], torch.get_num_threads()
+    (groups, out_features), threads = scales.shape, torch.get_num_threads()
     terms, shifted = TERMS[x.dtype], int(zero_points is not None)
     group_size, parts = in_features // groups, parts_of(bits)
     length, unit = in_features // parts, WIDTH if bits == 8 else group_size
@@ -375,12 +357,11 @@ def linear(x: Tensor, integers: Tensor, table: Tensor, zero_points: Tensor | Non
     step = min(length, most // parts // unit * unit)
     if not step or (bits < 8 and length % group_size):  # a panel has whole groups
         step = length
-    form = WITH_SHIFTS if table.dim() == 3 else FORMS_OF_SCALES[table.dtype]
     product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))
     of_panel = 2 * BLOCK * parts * (step + WIDTH)  # the last panel takes what is too little for one more, too
     totals, panels = (x.new_empty(threads * count, dtype=torch.uint8) for count in (OF_TOTALS, of_panel))
-    scales = x.new_empty(threads, groups, BLOCK, dtype=torch.float32)
-    function = _multiplier(bits, form, shifted, terms)
+    widened = x.new_empty(threads, groups, BLOCK, dtype=torch.float32)
+    function = _multiplier(bits, FORMS_OF_SCALES[scales.dtype], shifted, terms)
     numbers = (rows, in_features, out_features, group_size, step, of_panel)
-    run_compiled(function, integers, table, zero_points, terms_of(x), product, totals, panels, scales, *numbers)
+    run_compiled(function, integers, scales, zero_points, terms_of(x), product, totals, panels, widened, *numbers)
     return product if terms == 1 else product.to(x.dtype)

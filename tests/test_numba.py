@@ -112,6 +112,18 @@ def test_dot_products_of_wide_weights_and_any_number_of_rows(bits, symmetric, dt
         assert ((found.double() - exact[:rows]).norm(dim=1) <= allowed[:rows]).all()
 
 
+@pytest.mark.parametrize("library", LIBRARIES[:2])
+@pytest.mark.parametrize("scheme", [LayerScheme(3, 64), LayerScheme(4, 64, False), LayerScheme(8)], ids=str)
+def test_inputs_wider_than_the_scales_are_multiplied_by_the_dequantized_weight(scheme, library):
+    """So that a model that is dequantized, as adapters want it to be merged, computes the same."""
+    x = torch.randn(20, 576)
+    with kernels_of(library):
+        layer = layer_of(scheme)
+        for rows in (1, 20):
+            expected = F.linear(x[:rows], layer.weight.float())
+            assert torch.allclose(layer(x[:rows]), expected, rtol=1e-5, atol=1e-4)
+
+
 @needs_dot
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_inputs_of_bfloat16s_sum_up_to_what_they_are(dtype):

@@ -8,8 +8,8 @@ processes of its own (the best of two rounds), in bfloat16, with 4 bits in group
 weights for every token, so its speed is also given as a share of the bandwidth with which memory is copied. Without
 numba, torch's kernels alone are measured. Peers are measured where they are installed:
 
-    uv run --with torchao --with optimum-quanto --with hqq --with bitsandbytes --with llama-cpp-python \\
-        python benchmarks/runtime.py
+    uv run --with torchao --with optimum-quanto --with hqq --with bitsandbytes --with gptqmodel \\
+        --with llama-cpp-python python benchmarks/runtime.py
 
 `OMP_NUM_THREADS` chooses the threads. The last line printed is JSON.
 """
@@ -71,7 +71,9 @@ MODELS = ("SmolLM2-135M-Instruct", "Llama-1B, random")
 ROUNDS = 2
 KINDS = {"packed with the embedding": True, "packed": False}  # and whether it is; the last is for llama.cpp, too
 Makers = dict[str, Callable[[tuple[int, int]], tuple[Callable[[], nn.Module], int]]]
-PEERS = {"torchao": "torchao", "quanto": "optimum-quanto", "hqq": "hqq", "bitsandbytes": "bitsandbytes"}
+PEERS = {"torchao": "torchao", "quanto": "optimum-quanto", "hqq": "hqq", "bitsandbytes": "bitsandbytes",
+         "GPTQModel": "gptqmodel"}  # fmt: skip
+OF_MODELS = ("torchao", "quanto", "hqq", "bitsandbytes")  # peers that quantize without calibration
 
 
 def installed(distribution: str) -> str | None:
@@ -174,6 +176,17 @@ def peer_layers(name: str) -> Makers:
         def make(shape: tuple[int, int], bits: int) -> nn.Module:
             settings = BaseQuantizeConfig(nbits=bits, group_size=GROUP_SIZE)
             return HQQLinear(dense_layer(shape), settings, compute_dtype=torch.bfloat16, device="cpu")
+    elif name == "GPTQModel":
+        from gptqmodel.nn_modules.qlinear.torch_cpu_avx512 import TorchCpuAvx512Linear  # its fastest on CPUs
+
+        def make(shape: tuple[int, int], bits: int) -> nn.Module:
+            sizes = {"in_features": shape[1], "out_features": shape[0], "group_size": GROUP_SIZE}
+            layer = TorchCpuAvx512Linear(bits=bits, sym=True, desc_act=False, bias=False, **sizes)
+            layer.qweight.random_()
+            layer.qzeros.fill_(-(2**31) + 0x08888888)  # 8 in each nibble
+            layer.scales.fill_(0.01)
+            layer.post_init()
+            return layer.eval()
     else:
         from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -182,11 +195,12 @@ def peer_layers(name: str) -> Makers:
             layer.weight = Params4bit(dense_layer(shape).weight.data, False, blocksize=GROUP_SIZE, quant_type="nf4")
             return layer.to("cpu")
 
-    widths = (4,) if name == "bitsandbytes" else (4, 8)  # its 8 bits quantize the inputs, too
+    widths = (4,) if name in ("bitsandbytes", "GPTQModel") else (4, 8)  # 8 bits quantize the inputs, too, or are slow
 
     def maker(bits: int, shape: tuple[int, int]) -> tuple[Callable[[], nn.Module], int]:
-        again = partial(make, shape, bits) if name == "quanto" else partial(copy.deepcopy, make(shape, bits))
-        return again, shape[0] * shape[1] * bits // 8  # layers of quanto cannot be copied
+        alike = name in ("quanto", "GPTQModel")  # whose layers cannot be copied, or are made when they are called
+        again = partial(make, shape, bits) if alike else partial(copy.deepcopy, make(shape, bits))
+        return again, shape[0] * shape[1] * bits // 8
 
     return {f"{bits} bits": partial(maker, bits) for bits in widths}
 
@@ -364,7 +378,7 @@ def main() -> None:
         "kernels": {str(scheme): explain_choice(packed_layer(scheme, (2048, 2048))) for scheme in SCHEMES},
         "copy_bandwidth_gb_per_second": round(bandwidth / 1e9, 2),
         "overhead_microseconds": overhead(),
-        "models": models(arguments.models, peers, bandwidth),
+        "models": models(arguments.models, [name for name in peers if name in OF_MODELS], bandwidth),
         "products": products(our_layers(), arguments.shapes, arguments.seconds),
         "products in others": {
             str(dtype).removeprefix("torch."): products(

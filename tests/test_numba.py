@@ -139,6 +139,18 @@ def test_inputs_of_bfloat16s_sum_up_to_what_they_are(dtype):
 
 
 @needs_dot
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("bits", "group_size"), [(2, 256), (3, 128), (4, 64), (4, 128), (5, 64), (6, 64), (8, PER_CHANNEL)]
+)
+def test_zero_points_take_a_byte_and_no_more(bits, group_size, dtype):
+    scheme = LayerScheme(bits, group_size, False)
+    layer = layer_of(scheme, 192, 1024).to(dtype)
+    held = sum(tensor.nbytes for tensor in (layer.weight_packed, layer.weight_scale, layer.weight_zero_point))
+    assert held <= 1.02 * scheme.nbytes(192, 1024, dtype.itemsize)
+
+
+@needs_dot
 def test_inputs_that_are_not_finite_reach_their_own_rows_only():
     for scheme in (LayerScheme(3, 64), LayerScheme(8)):
         layer, x = layer_of(scheme), torch.randn(30, 576).bfloat16()

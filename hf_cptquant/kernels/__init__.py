@@ -52,7 +52,7 @@ MAX_ROWS_WITH_NUMBA = {CPU_INT4: 24, CPU_INT8: 16}
 # 1.7; 3 bits at 1 row 2.9 and 2.1, at 3 rows 2.3 and 3.0; 8 bits at 8 rows 2.2 and 1.8, at 12 rows 1.6 and 1.6);
 # always where the pieces of groups that planes hold together are small, as in 576 inputs (3 bits at 1 row 1.2 and
 # 1.6). Beside tile units (AMX), of which torch's dense product is made, not measured
-ROWS_IN_PASSING = {2: 2, 3: 2, 4: 16, 5: 2, 6: 2, 8: 8}  # by bits
+ROWS_IN_PASSING = {2: 1, 3: 1, 4: 16, 5: 1, 6: 1, 8: 8}  # by bits
 LEAST_PIECE = 64  # input features
 ROWS_BESIDE_TILES = 64
 LEAST_BY_DOT = 64  # inputs and outputs of weights of 8 bits

@@ -5,9 +5,10 @@ torch's int4 kernel takes twice as long as it takes to read the weights. Here 64
 instruction multiplies 32 of them by inputs and sums in float32. Vectors are written out, since LLVM does not make them
 of loops: there it finds a sum for each output feature, and would not keep all of these in registers.
 
-The layout of 4 bits is that of torch's kernel, in which each input feature has bytes of its own, so more rows are taken
-together than with other planes, whose bytes hold four input features. Integers of 8 bits, which lie row by row, are
-converted, and multiplied by as many inputs of one row; the lanes of a sum are added in the end.
+The layout of 4 bits is that of torch's kernel, in which each input feature has bytes of its own, so some rows are
+taken together; with other planes, whose bytes hold four input features, the sums of one fill the registers. Integers
+of 8 bits, which lie row by row, are converted, and multiplied by as many inputs of one row; the lanes of a sum are
+added in the end.
 """
 
 from __future__ import annotations
@@ -51,9 +52,8 @@ TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # numbers of bf
 BLOCK = 64  # output features, of which two lie in each byte
 LANES = 16  # numbers of float32 in a vector
 VECTORS = BLOCK // LANES
-TOGETHER, TOGETHER_BY_PLANES = 4, 2  # rows; of more with planes the sums would not fit into the registers
+TOGETHER = 4  # rows, of which the sums fit into the registers
 OUTPUTS = 4  # of 8 bits that are multiplied together
-AHEAD_OF_ROW = 1024  # bytes
 AHEAD = 8192  # bytes, of planes half of it: the processor itself looks no further than the end of a page of memory
 DOT, FMA, PREFETCH = "llvm.x86.avx512bf16.dpbf16ps.512", "llvm.fma.v16f32", "llvm.prefetch.p0"
 LARGEST_TABLE = 6  # bits of what is looked up
@@ -111,8 +111,8 @@ class Writer:
     def load(self, address: Any, kind: Any) -> Any:
         return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=1)
 
-    def load_octets(self, address: Any, ahead: int) -> Any:
-        """64 bytes, and those so far ahead are asked for."""
+    def load_octets(self, address: Any, ahead: Any) -> Any:
+        """64 bytes, and those so many bytes ahead are asked for."""
         later = self.builder.inttoptr(self.at(address, ahead), INT8.as_pointer())
         self.call(PREFETCH, ir.VoidType(), later, INT32(0), INT32(3), INT32(1))  # to read; keep it near; data
         return self.load(address, OCTETS)
@@ -391,42 +391,34 @@ def _multiplier(form: int, shifted: int, terms: int) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _planes_product(_typing, rows, bits, upper, lower, quarter, x, in_features, start, end, sums):
-    """Σ x·q of some rows with a block of planes, over input features start … end of each quarter.
+def _planes_product(_typing, bits, upper, lower, quarter, x, start, end, sums):
+    """Σ x·q of a row with a block of planes, over input features start … end of each quarter.
 
-    Its arguments: rows, and bits, known when it is compiled; addresses of the block's planes, how many input features a
-    quarter has; address of the inputs, and how many a row has; start, and end; address of the sums, float32
-    `[rows, 4 quarters, block]`, which are written over.
+    Its arguments: bits, known when it is compiled; addresses of the block's planes, how many input features a quarter
+    has; address of the inputs; start, and end; address of the sums, float32 `[4 quarters, block]`, which are written
+    over.
     """
-    kinds = signature(types.void, rows, bits, *[types.int64] * 8)
-    rows, bits = rows.literal_value, bits.literal_value
+    kinds = signature(types.void, bits, *[types.int64] * 7)
+    bits = bits.literal_value
     widths = FORMS[bits].widths
-    passes = [(0, 4)] if rows == 1 else [(0,), (4,)]  # over the nibbles, of which the sums fit into the registers
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
-        *planes, quarter, x, in_features, start, end, sums = arguments[2:]
+        *planes, quarter, x, start, end, sums = arguments[1:]
         write, bytes_of_quarter = Writer(build), build.mul(quarter, INT64(BLOCK // 2))
-        for places in passes:
-            vectors = 2 * len(places)  # of output features, from these nibbles
-            found = write.sums(rows * QUARTERS, vectors)
-            write.clear(found)
-            with cgutils.for_range_slice(build, start, end, INT64(2)) as (feature, _):
-                digits = []
-                for plane, width in zip(planes, widths, strict=False):
-                    first = write.at(plane, write.times(feature, BLOCK // 2))
-                    starts = [write.at(first, write.times(bytes_of_quarter, piece)) for piece in range(width)]
-                    digits.append(write.spread(width, [write.load_octets(each, AHEAD // 2) for each in starts]))
-                for part in range(QUARTERS):
-                    steps = []
-                    for place in places:
-                        integers = write.integers([of_plane[part] for of_plane in digits], widths, place)
-                        steps += write.steps(integers, bits, 2 ** (bits - 1))
-                    for row in range(rows):
-                        of_row = write.at(write.times(quarter, part), feature, write.times(in_features, row))
-                        write.add_products(found[row * QUARTERS + part], steps, x, of_row)
-            for number, of_quarter in enumerate(found):
-                for vector, place in enumerate(of_quarter, start=places[0] // 2):
-                    write.store(build.load(place), write.at(sums, 4 * (number * BLOCK + vector * LANES)))
+        found = write.sums(QUARTERS, VECTORS)
+        write.clear(found)
+        with cgutils.for_range_slice(build, start, end, INT64(2)) as (feature, _):
+            digits = []
+            for plane, width in zip(planes, widths, strict=False):
+                first = write.at(plane, write.times(feature, BLOCK // 2))
+                starts = [write.at(first, write.times(bytes_of_quarter, piece)) for piece in range(width)]
+                digits.append(write.spread(width, [write.load_octets(each, AHEAD // 2) for each in starts]))
+            for part in range(QUARTERS):
+                integers = (write.integers([each[part] for each in digits], widths, place) for place in (0, 4))
+                steps = [vector for each in integers for vector in write.steps(each, bits, 2 ** (bits - 1))]
+                write.add_products(found[part], steps, x, write.at(write.times(quarter, part), feature))
+        for number, place in enumerate(each for of_quarter in found for each in of_quarter):
+            write.store(build.load(place), write.at(sums, 4 * LANES * number))
         return context.get_dummy_value()
 
     return kinds, generate
@@ -446,45 +438,33 @@ def _planes_multiplier(bits: int, with_zeros: bool) -> Any:
         held = carray(arguments, 10)
         rows, in_features, out_features, group_size = held[6], held[7], held[8], held[9]
         quarter, groups, blocks = in_features // QUARTERS, in_features // group_size, out_features // BLOCK
-        sums, totals = (
-            np.empty(TOGETHER_BY_PLANES * QUARTERS * BLOCK, np.float32),
-            np.empty(TOGETHER_BY_PLANES * BLOCK, np.float32),
-        )
+        sums, totals = np.empty(QUARTERS * BLOCK, np.float32), np.empty(BLOCK, np.float32)
         found, bytes_of_plane = sums.ctypes.data, quarter * (BLOCK // 2)
         for b in range(*share_of_thread(blocks)):
             upper = held[0] + b * bytes_of_plane * upper_width
             lower = held[0] + (blocks * upper_width + b * lower_width) * bytes_of_plane
-            for row in range(0, rows, TOGETHER_BY_PLANES):
-                together, x = min(TOGETHER_BY_PLANES, rows - row), held[3] + 2 * row * in_features
-                for j in range(together * BLOCK):
+            for row in range(rows):
+                for j in range(BLOCK):
                     totals[j] = np.float32(0)
                 start = 0
                 while start < quarter:
                     end = end_of_groups(start, quarter, group_size)
-                    if together == 1:
-                        planes_product(1, bits, upper, lower, quarter, x, in_features, start, end, found)
-                    else:
-                        planes_product(
-                            TOGETHER_BY_PLANES, bits, upper, lower, quarter, x, in_features, start, end, found
-                        )
-                    for each in range(together):
-                        for part in range(QUARTERS):
-                            group = (start + part * quarter) // group_size
-                            of_group = halves_at(held[1] + 2 * (group * out_features + b * BLOCK))
-                            for j in range(BLOCK):
-                                totals[each * BLOCK + j] += sums[(QUARTERS * each + part) * BLOCK + j] * widened(
-                                    of_group[j]
-                                )
+                    x = held[3] + 2 * row * in_features
+                    planes_product(bits, upper, lower, quarter, x, start, end, found)
+                    for part in range(QUARTERS):
+                        group = (start + part * quarter) // group_size
+                        of_group = halves_at(held[1] + 2 * (group * out_features + b * BLOCK))
+                        for j in range(BLOCK):
+                            totals[j] += sums[part * BLOCK + j] * widened(of_group[j])
                     start = end
-                for each in range(together):
-                    if with_zeros:
-                        subtract_zeros(
-                            totals, each * BLOCK, BLOCK, held[1] + 2 * BLOCK * b, held[2] + BLOCK * b,
-                            held[4] + 4 * (row + each) * groups, groups, out_features,
-                        )  # fmt: skip
-                    output = halves_at(held[5] + 2 * ((row + each) * out_features + b * BLOCK))
-                    for j in range(BLOCK):
-                        output[j] = narrowed(totals[each * BLOCK + j])
+                if with_zeros:
+                    subtract_zeros(
+                        totals, BLOCK, held[1] + 2 * BLOCK * b, held[2] + BLOCK * b, held[4] + 4 * row * groups,
+                        groups, out_features,
+                    )  # fmt: skip
+                output = halves_at(held[5] + 2 * (row * out_features + b * BLOCK))
+                for j in range(BLOCK):
+                    output[j] = narrowed(totals[j])
 
     return multiply
 
@@ -514,7 +494,8 @@ def _int8_product(_typing, rows, terms, shifted, integers, zeros, x, in_features
         def add(feature: Any, keep: Any) -> None:
             for output, of_output in enumerate(found):
                 start = write.at(integers, write.times(in_features, output), feature)
-                halves = keep(write.bfloats(write.load_octets(start, AHEAD_OF_ROW), of_outputs[output]))
+                octets = write.load_octets(start, write.times(in_features, OUTPUTS))  # and those of the next outputs
+                halves = keep(write.bfloats(octets, of_outputs[output]))
                 for number, place in (
                     (row * terms + term, of_output[row]) for term in range(terms) for row in range(rows)
                 ):

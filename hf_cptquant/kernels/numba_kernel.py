@@ -264,16 +264,16 @@ def _sum_of_rows(x, quarter, upper, lower, upper_width, lower_width, lowest, hal
 
 
 @njit(inline="always")
-def subtract_zeros(totals, first, block, scales, zeros, sums, groups, out_features):
-    """From the products of a row with a block, which begin at some place, Σ z·s·Σx by groups. Addresses of the block's
-    scales and zero points in the first group, and of the sums of the row's inputs."""
+def subtract_zeros(totals, block, scales, zeros, sums, groups, out_features):
+    """From the products of a row with a block, Σ z·s·Σx by groups. Addresses of the block's scales and zero points in
+    the first group, and of the sums of the row's inputs."""
     of_inputs = floats_at(sums)
     for group in range(groups):
         of_group = halves_at(scales + 2 * group * out_features)
         of_zeros = integers_at(zeros + group * out_features)
         for j in range(block):
             zero = np.float32(np.int32(of_zeros[j])) * of_inputs[group]
-            totals[first + j] -= zero * widened(of_group[j])
+            totals[j] -= zero * widened(of_group[j])
 
 
 @lru_cache
@@ -330,7 +330,7 @@ def _multiplier(bits: int, block: int, with_zeros: bool, form: int, wide: bool) 
                             totals[j] = sums[each * block + j]
                     if with_zeros:
                         subtract_zeros(
-                            totals, 0, block, held[1] + 2 * block * b, held[2] + block * b,
+                            totals, block, held[1] + 2 * block * b, held[2] + block * b,
                             held[4] + 4 * (row + each) * groups, groups, out_features,
                         )  # fmt: skip
                     first = (row + each) * out_features + b * block

@@ -3,7 +3,7 @@
 `numba_dot` looks integers up again for every few rows. Here those of a block of 64 output features are looked up once
 for all rows: they are written to a panel, which stays in the cache, in the order that the instruction takes them. Then
 six rows at a time are multiplied with it, whose sums fill the registers. The integers are exact in bfloat16, scales
-multiply the sums of each group, and zero points those of the inputs; nothing is rounded but inputs and outputs.
+multiply the sums of each group, and zero points are taken off the integers; nothing is rounded but the sums.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ from .numba_kernel import (
 )
 from .planes import FORMS, QUARTERS
 
-TOGETHER = 6  # rows, of which the sums fit into the registers
 TOGETHER = 6  # rows, of which the sums fit into the registers
 TILES = 64  # of so many rows, that are multiplied with a panel before it is filled anew
 OF_TOTALS = 4 * TILES * TOGETHER * BLOCK  # bytes
@@ -122,7 +121,7 @@ def _fill_from_int8(_typing, shifted, integers, zeros, in_features, panel):
         integers, zeros, in_features, panel = arguments[1:]
         write, bits = Writer(build), lambda count: ir.Constant(WORDS, [count] * LANES)
         starts = [write.at(integers, write.times(in_features, row)) for row in range(LANES)]
-        rows = [build.bitcast(write.load_octets(start, AHEAD_OF_ROW), WORDS) for start in starts]
+        rows = [build.bitcast(write.load_octets(start, write.times(in_features, LANES)), WORDS) for start in starts]
         of_outputs = build.sext(write.load(zeros, ir.VectorType(INT8, LANES)), WORDS) if shifted else None
         for number, four in enumerate(write.transposed(rows)):
             found = []  # the bits of these input features in float32, of which the upper half is all that there is

@@ -1,7 +1,7 @@
 """How fast packed layers and models run beside bfloat16, and beside other libraries' layers, on this machine.
 
 Products: one linear layer, by shape, scheme and rows, as a ratio to `nn.Linear` in bfloat16 (2: twice as fast), and
-some in float16 and float32 as ratios to that in the same. The calls go round over so many copies of each layer that
+some in float16 as ratios to that in the same. The calls go round over so many copies of each layer that
 no weight is still in the cache. Models: SmolLM2-135M, and random weights in the shape of Llama-3.2-1B; each in
 processes of its own (the best of two rounds), in bfloat16, with 4 bits in groups of 64 and a few blocks at 8 bits
 (about 4.5 bits per weight), and with the embedding, which is the head, too, at 8 bits besides. Decoding reads all
@@ -384,7 +384,7 @@ def main() -> None:
             str(dtype).removeprefix("torch."): products(
                 our_layers(SCHEMES_IN_OTHERS, dtype), SHAPES_IN_OTHERS, arguments.seconds, dtype
             )
-            for dtype in (torch.float16, torch.float32)
+            for dtype in (torch.float16,)
         },
         "peers": {name: child(*peer, name) for name in peers},
         "peer_versions": {**versions, "llama.cpp": installed("llama-cpp-python")},

@@ -260,7 +260,7 @@ def runtime_table(result: dict[str, Any]) -> str:
         f" {result['numba']}, transformers {versions['transformers']}; {result['machine']}."
     )
     folded = ["<details><summary>One product, times as fast as in bfloat16</summary>", "", *products, "", "</details>"]
-    summary = "<details><summary>In float16 and float32, times as fast as dense layers in the same</summary>"
+    summary = "<details><summary>In float16, times as fast as dense layers in the same</summary>"
     of_others = [summary, "", *in_others, "", "</details>"]
     return "\n".join([*models, "", *folded, "", *of_others, "", told])
 

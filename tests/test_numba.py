@@ -89,7 +89,7 @@ def test_dot_products_take_all_rows_but_where_tile_units_would_be_faster(monkeyp
 
 
 @needs_dot
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_dot_products_of_wide_weights_and_any_number_of_rows(bits, symmetric, dtype):
@@ -125,21 +125,21 @@ def test_inputs_wider_than_the_scales_are_multiplied_by_the_dequantized_weight(s
 
 
 @needs_dot
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_inputs_of_bfloat16s_sum_up_to_what_they_are(dtype):
+def test_inputs_in_float16_are_sums_of_bfloat16():
     from hf_cptquant.kernels.numba_dot import terms_of
 
-    x = torch.randn(3, 1000).to(dtype) * torch.tensor(2.0) ** torch.randint(-12, 12, (3, 1000))
-    x[0, :4] = torch.tensor([0, -0.0, torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal])
-    terms = terms_of(x.to(dtype))
+    x = (torch.randn(3, 1000) * torch.tensor(2.0) ** torch.randint(-12, 12, (3, 1000))).half()
+    limits = torch.finfo(torch.float16)
+    x[0, :5] = torch.tensor([0, -0.0, limits.max, limits.smallest_normal, limits.smallest_normal * limits.eps])
+    terms = terms_of(x)
     assert terms.dtype == torch.bfloat16
-    assert torch.equal(terms.double().sum(1), x.to(dtype).double())
+    assert torch.equal(terms.double().sum(1), x.double())
     x[1, :2] = torch.tensor([torch.inf, torch.nan])
-    assert torch.equal(terms_of(x.to(dtype)).float().sum(1)[1, :2].isfinite(), torch.tensor([False, False]))
+    assert not terms_of(x).float().sum(1)[1, :2].isfinite().any()
 
 
 @needs_dot
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("bits", "group_size"), [(2, 256), (3, 128), (4, 64), (4, 128), (5, 64), (6, 64), (8, PER_CHANNEL)]
 )
@@ -222,8 +222,8 @@ def test_few_rows_are_those_of_the_layout():
         int4, int8 = found(CPU_INT4, 0, 1, 24, 25), found(CPU_INT8, 0, 1, 2, 3, 16, 17)
         assert int4 == [REFERENCE, "torch's int4 kernel", "torch's int4 kernel", NUMBA_DENSE]
         assert int8 == [REFERENCE, NUMBA, NUMBA, "torch's int8 kernel", "torch's int8 kernel", REFERENCE]
-        assert found(CPU_PLANES, 1, 12, 13, dtype=torch.float32) == [NUMBA, NUMBA, REFERENCE]
-    assert found(CPU_PLANES, 1, dtype=torch.float64) == [REFERENCE]
+        assert found(CPU_PLANES, 1, 12, 13, dtype=torch.float16) == [NUMBA, NUMBA, REFERENCE]
+    assert found(CPU_PLANES, 1, dtype=torch.float32) == [REFERENCE]
 
 
 def test_reason_names_the_way_out_where_numba_is_not_installed(monkeypatch):

@@ -56,7 +56,7 @@ ROWS_IN_PASSING = {2: 1, 3: 1, 4: 16, 5: 1, 6: 1, 8: 8}  # by bits
 LEAST_PIECE = 64  # input features
 ROWS_BESIDE_TILES = 64
 LEAST_BY_DOT = 64  # inputs and outputs of weights of 8 bits
-BY_NUMBA_IN = (torch.bfloat16, torch.float16, torch.float32)  # the others are sums of two or three of bfloat16
+BY_NUMBA_IN = (torch.bfloat16, torch.float16)  # the latter are sums of two numbers of the former
 INPUTS = 32  # that numba's kernel of planes takes a multiple of
 REFERENCE = "dequantize, dense product"
 NUMBA, NUMBA_DENSE = "numba", "dequantize by numba, dense product"
@@ -108,7 +108,7 @@ def choose_layout(
             return Choice(WIRE, f"Triton's kernel up to {MAX_ROWS_TRITON} rows, dequantize beyond")
         return Choice(WIRE, f"no packed kernel for {missing}: the reference dequantizes at each call")
     if dtype not in BY_NUMBA_IN:
-        return Choice(WIRE, f"kernels for CPUs take bfloat16, float16 and float32, the model is in {dtype}")
+        return Choice(WIRE, f"kernels for CPUs take bfloat16 and float16, the model is in {dtype}")
     missing, shape, half = without_numba(), (out_features, in_features), dtype == torch.bfloat16
     if not half and missing:
         return Choice(WIRE, f"torch's CPU kernels are fast in bfloat16 only, the model is in {dtype}; numba {missing}")

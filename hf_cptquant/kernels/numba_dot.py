@@ -27,10 +27,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .numba_kernel import (
-    ENTRIES,
+    ENTRY,
     FORMS_OF_SCALES,
     OF_FLOAT16,
-    OF_FLOAT32,
     SIGNATURE,
     check_width,
     dtype_of_outputs,
@@ -48,7 +47,7 @@ from .numba_kernel import (
 )
 from .planes import FORMS, QUARTERS
 
-TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # numbers of bfloat16 of which inputs are sums, exactly
+TERMS = {torch.bfloat16: 1, torch.float16: 2}  # numbers of bfloat16 of which inputs are sums, exactly
 BLOCK = 64  # output features, of which two lie in each byte
 LANES = 16  # numbers of float32 in a vector
 VECTORS = BLOCK // LANES
@@ -224,8 +223,6 @@ class Writer:
     def scales(self, place: Any, form: int) -> Any:
         """Of 16 output features, float32."""
         build = self.builder
-        if form == OF_FLOAT32:
-            return self.load(place, FLOATS)
         if form == OF_FLOAT16:
             return build.fpext(self.load(place, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
         halves = build.zext(self.load(place, ir.VectorType(INT16, LANES)), WORDS)
@@ -249,39 +246,29 @@ def _rest(number):
     return left if left == left else np.float32(0)
 
 
-@lru_cache
-def _splitter(form: int, terms: int) -> Any:
-    """The compiled function of `terms_of`. Its argument: addresses of inputs and terms; rows, inputs in each."""
-    entry = ENTRIES[form]
-
-    @cfunc(SIGNATURE, cache=True)
-    def split(arguments):
-        held = carray(arguments, 4)
-        rows, in_features, found = held[2], held[3], halves_at(held[1])
-        for row in range(*share_of_thread(rows)):
-            start = row * terms * in_features
-            for i in range(in_features):
-                number = number_at(form, held[0] + entry * (row * in_features + i))
-                second = _rest(number)
-                found[start + i] = _upper_half(number)
-                found[start + in_features + i] = _upper_half(second)
-                if terms == 3:
-                    found[start + 2 * in_features + i] = _upper_half(_rest(second))
-
-    return split
+@cfunc(SIGNATURE, cache=True)
+def _split(arguments):
+    """The work of `terms_of`. Addresses of inputs and terms; rows, inputs in each."""
+    held = carray(arguments, 4)
+    rows, in_features, found = held[2], held[3], halves_at(held[1])
+    for row in range(*share_of_thread(rows)):
+        start = 2 * row * in_features
+        for i in range(in_features):
+            number = number_at(OF_FLOAT16, held[0] + 2 * (row * in_features + i))
+            found[start + i] = _upper_half(number)
+            found[start + in_features + i] = _upper_half(_rest(number))
 
 
 def terms_of(x: Tensor) -> Tensor:
-    """Inputs `[rows, in]` as sums of two or three terms in bfloat16 → `[rows, terms, in]`; or as they are.
+    """Inputs `[rows, in]` in float16 as sums of two terms in bfloat16 → `[rows, 2, in]`; those in bfloat16 as they are.
 
-    Each term has the upper eight bits of what those before it leave, so nothing is lost; and since products with
-    integers of as many bits are exact, sums are as in float32.
+    The first has the upper eight bits, and the second the others, so nothing is lost.
     """
     terms = TERMS[x.dtype]
     if terms == 1:
         return x
     found = x.new_empty(len(x), terms, x.shape[1], dtype=torch.bfloat16)
-    run_compiled(_splitter(FORMS_OF_SCALES[x.dtype], terms), x, found, *x.shape)
+    run_compiled(_split, x, found, *x.shape)
     return found
 
 
@@ -320,7 +307,7 @@ def _block_product(
                     feature = write.at(feature, 2)
             for vector in range(VECTORS):
                 place = write.at(write.times(group, out_features), LANES * vector)
-                scale = write.scales(write.at(scales, write.times(place, ENTRIES[form])), form)
+                scale = write.scales(write.at(scales, write.times(place, ENTRY)), form)
                 shift = write.shift(write.at(zeros, place), scale) if shifted else None
                 for row in range(rows):
                     found, *others = (build.load(of_group[row * chains + chain][vector]) for chain in range(chains))
@@ -350,7 +337,7 @@ def _multiplier(form: int, shifted: int, terms: int) -> Any:
     """The compiled function of `linear`, by the form of scales, whether there are zero points, and the terms of inputs.
     Its argument: addresses of octets, scales, zero points, inputs, their sums by groups (float32, for each thread) and
     outputs; rows, input features, output features, group size."""
-    entry, of_output = ENTRIES[form], 2 if terms == 1 else 4
+    of_output = 2 if terms == 1 else 4
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
@@ -362,7 +349,7 @@ def _multiplier(form: int, shifted: int, terms: int) -> Any:
             sum_groups(halves_at(held[3]), rows * groups, group_size, floats_at(of_groups))
         for b in range(*share_of_thread(blocks)):
             octets = held[0] + b * in_features * (BLOCK // 2)
-            scales, zeros = held[1] + entry * BLOCK * b, held[2] + BLOCK * b
+            scales, zeros = held[1] + ENTRY * BLOCK * b, held[2] + BLOCK * b
             for row in range(0, rows, TOGETHER):
                 x, sums = held[3] + 2 * row * terms * in_features, of_groups + 4 * row * groups
                 y = held[5] + of_output * (row * out_features + BLOCK * b)
@@ -535,7 +522,6 @@ def _int8_multiplier(form: int, terms: int, shifted: int) -> Any:
     """The compiled function of `int8_linear`, by the form of scales, the terms of inputs, and whether there are zero
     points. Its argument: addresses of integers, scales, zero points, inputs and outputs; rows, input features, output
     features."""
-    entry = ENTRIES[form]
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
@@ -558,7 +544,7 @@ def _int8_multiplier(form: int, terms: int, shifted: int) -> Any:
                 else:
                     int8_product(TOGETHER, terms, shifted, integers, zeros, x, in_features, found)
                 for j in range(OUTPUTS):
-                    scale = number_at(form, held[1] + entry * (first + j))
+                    scale = number_at(form, held[1] + ENTRY * (first + j))
                     for each in range(together):
                         total, place = sums[j * together + each] * scale, (row + each) * out_features + first + j
                         if terms == 1:
@@ -570,7 +556,7 @@ def _int8_multiplier(form: int, terms: int, shifted: int) -> Any:
 
 
 def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """`x` `[rows, in]` in bfloat16, float16 or float32 times a per-channel int8 weight → `[rows, out]`, for few rows.
+    """`x` `[rows, in]` in bfloat16 or float16 times a per-channel int8 weight → `[rows, out]`, for few rows.
 
     Args:
         integers: int8 `[out, in]`, at least 64 × 64.
@@ -602,7 +588,7 @@ def planes_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor
 
 
 def linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensor:
-    """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times a weight in the layout of torch's int4 kernel
+    """`x` `[rows, in]` in bfloat16 or float16, contiguous, times a weight in the layout of torch's int4 kernel
     → `[rows, out]`.
 
     Args:

@@ -37,7 +37,7 @@ from .numba_dot import (
     terms_of,
 )
 from .numba_kernel import (
-    ENTRIES,
+    ENTRY,
     FORMS_OF_SCALES,
     SIGNATURE,
     check_width,
@@ -189,7 +189,7 @@ def _widen_scales(_typing, form, scales, widened):
         _, scales, widened = arguments
         write = Writer(build)
         for first in range(0, BLOCK, LANES):
-            found = write.scales(write.at(scales, ENTRIES[form] * first), form)
+            found = write.scales(write.at(scales, ENTRY * first), form)
             write.store(found, write.at(widened, 4 * first))
         return context.get_dummy_value()
 
@@ -275,7 +275,7 @@ def _multiplier(bits: int, form: int, shifted: int, terms: int) -> Any:
     and its scales; rows, input features, output features, group size; input features that a panel takes of each
     part, and its bytes."""
     upper_width, lower_width = (8, 0) if bits == 8 else (*FORMS[bits].widths, 0)[:2]
-    all_parts, entry = parts_of(bits), ENTRIES[form]
+    all_parts = parts_of(bits)
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
@@ -315,7 +315,7 @@ def _multiplier(bits: int, form: int, shifted: int, terms: int) -> Any:
                     group, groups, size = feature // group_size, max(1, count // group_size), min(count, group_size)
                     for each in range(groups):
                         place = (group + each) * out_features + first
-                        widen_scales(form, held[1] + entry * place, scales + 4 * BLOCK * each)
+                        widen_scales(form, held[1] + ENTRY * place, scales + 4 * BLOCK * each)
                     columns, x = panel + 2 * BLOCK * part * (end - start), held[3] + 2 * feature
                     _multiply_tiles(
                         terms, columns, scales, x, rows, first_tile, end_tile, tiles, in_features, totals, groups, size
@@ -334,8 +334,7 @@ def _multiplier(bits: int, form: int, shifted: int, terms: int) -> Any:
 
 
 def linear(x: Tensor, integers: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
-    """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times a packed weight → `[rows, out]`; summed in
-    float32.
+    """`x` `[rows, in]` in bfloat16 or float16, contiguous, times a packed weight → `[rows, out]`; summed in float32.
 
     Args:
         integers: planes as `planes.linear` takes them; or those of 8 bits, int8 `[out, in]`, at least 64 × 64 and with
@@ -352,8 +351,7 @@ def linear(x: Tensor, integers: Tensor, scales: Tensor, zero_points: Tensor | No
     terms, shifted = TERMS[x.dtype], int(zero_points is not None)
     group_size, parts = in_features // groups, parts_of(bits)
     length, unit = in_features // parts, WIDTH if bits == 8 else group_size
-    most = PANEL if bits < 8 or terms == 1 else WIDTH  # sums of many numbers would round too often
-    step = min(length, most // parts // unit * unit)
+    step = min(length, PANEL // parts // unit * unit)
     if not step or (bits < 8 and length % group_size):  # a panel has whole groups
         step = length
     product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))

@@ -62,7 +62,7 @@ GROUP_SIZE = 64
 SCHEMES = (LayerScheme(2, GROUP_SIZE), LayerScheme(3, GROUP_SIZE), LayerScheme(4, GROUP_SIZE),
            LayerScheme(4, GROUP_SIZE, False), LayerScheme(5, GROUP_SIZE), LayerScheme(6, GROUP_SIZE),
            LayerScheme(6, GROUP_SIZE, False), LayerScheme(8), LayerScheme(8, PER_CHANNEL, False))  # fmt: skip
-SHAPES_IN_OTHERS, SCHEMES_IN_OTHERS = ("768x768", "2048x2048"), (SCHEMES[1], SCHEMES[2], SCHEMES[3], SCHEMES[7])
+SHAPES_IN_FLOAT16, SCHEMES_IN_FLOAT16 = ("768x768", "2048x2048"), (SCHEMES[1], SCHEMES[2], SCHEMES[3], SCHEMES[7])
 OUT_OF_CACHE = 2**26  # bytes over which the copies of a layer go round
 PROMPT, TOKENS = 256, 24
 LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -380,12 +380,9 @@ def main() -> None:
         "overhead_microseconds": overhead(),
         "models": models(arguments.models, [name for name in peers if name in OF_MODELS], bandwidth),
         "products": products(our_layers(), arguments.shapes, arguments.seconds),
-        "products in others": {
-            str(dtype).removeprefix("torch."): products(
-                our_layers(SCHEMES_IN_OTHERS, dtype), SHAPES_IN_OTHERS, arguments.seconds, dtype
-            )
-            for dtype in (torch.float16,)
-        },
+        "products in float16": products(
+            our_layers(SCHEMES_IN_FLOAT16, torch.float16), SHAPES_IN_FLOAT16, arguments.seconds, torch.float16
+        ),
         "peers": {name: child(*peer, name) for name in peers},
         "peer_versions": {**versions, "llama.cpp": installed("llama-cpp-python")},
         "seconds": round(time.perf_counter() - start, 1),

@@ -93,10 +93,8 @@ def _fill_from_planes(_typing, bits, shifted, upper, lower, zeros, length, start
                 number = build.sub(write.at(write.times(part_of_panel, part), feature), start)
                 first = write.at(panel, write.times(number, PAIR // 2))
                 for place in (0, 1):
-                    integers, lowest = (
-                        write.integers([each[part] for each in digits], widths, 4 * place),
-                        2 ** (bits - 1),
-                    )
+                    integers = write.integers([each[part] for each in digits], widths, 4 * place)
+                    lowest = 2 ** (bits - 1)
                     if shifted:
                         of_this = write.load(write.at(zeros, BLOCK * (2 * part + place)), OCTETS)
                         integers, lowest = build.add(integers, of_this), 2**bits - 1

@@ -1,7 +1,7 @@
 """How fast packed layers and models run beside bfloat16, and beside other libraries' layers, on this machine.
 
 Products: one linear layer, by shape, scheme and rows, as a ratio to `nn.Linear` in bfloat16 (2: twice as fast), and
-some in float16 as ratios to that in the same. The calls go round over so many copies of each layer that
+some in float16 and float32 as ratios to that in the same. The calls go round over so many copies of each layer that
 no weight is still in the cache. Models: SmolLM2-135M, and random weights in the shape of Llama-3.2-1B; each in
 processes of its own (the best of two rounds), in bfloat16, with 4 bits in groups of 64 and a few blocks at 8 bits
 (about 4.5 bits per weight), and with the embedding, which is the head, too, at 8 bits besides. Decoding reads all
@@ -62,7 +62,7 @@ GROUP_SIZE = 64
 SCHEMES = (LayerScheme(2, GROUP_SIZE), LayerScheme(3, GROUP_SIZE), LayerScheme(4, GROUP_SIZE),
            LayerScheme(4, GROUP_SIZE, False), LayerScheme(5, GROUP_SIZE), LayerScheme(6, GROUP_SIZE),
            LayerScheme(6, GROUP_SIZE, False), LayerScheme(8), LayerScheme(8, PER_CHANNEL, False))  # fmt: skip
-SHAPES_IN_FLOAT16, SCHEMES_IN_FLOAT16 = ("768x768", "2048x2048"), (SCHEMES[1], SCHEMES[2], SCHEMES[3], SCHEMES[7])
+SHAPES_IN_OTHERS, SCHEMES_IN_OTHERS = ("768x768", "2048x2048"), (SCHEMES[1], SCHEMES[2], SCHEMES[3], SCHEMES[7])
 OUT_OF_CACHE = 2**26  # bytes over which the copies of a layer go round
 PROMPT, TOKENS = 256, 24
 LLAMA_1B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -380,9 +380,12 @@ def main() -> None:
         "overhead_microseconds": overhead(),
         "models": models(arguments.models, [name for name in peers if name in OF_MODELS], bandwidth),
         "products": products(our_layers(), arguments.shapes, arguments.seconds),
-        "products in float16": products(
-            our_layers(SCHEMES_IN_FLOAT16, torch.float16), SHAPES_IN_FLOAT16, arguments.seconds, torch.float16
-        ),
+        "products in others": {
+            str(dtype).removeprefix("torch."): products(
+                our_layers(SCHEMES_IN_OTHERS, dtype), SHAPES_IN_OTHERS, arguments.seconds, dtype
+            )
+            for dtype in (torch.float16, torch.float32)
+        },
         "peers": {name: child(*peer, name) for name in peers},
         "peer_versions": {**versions, "llama.cpp": installed("llama-cpp-python")},
         "seconds": round(time.perf_counter() - start, 1),

@@ -244,23 +244,24 @@ def runtime_table(result: dict[str, Any]) -> str:
             if not kind.endswith("bfloat16, ms"):
                 ratios = " | ".join(f"{found[count]:.2f}" for count in rows)
                 products.append(f"| {shape.replace('x', ' × ')} | {kind} | {ratios} |")
-    in_float16 = [
+    in_others = [
         f"| outputs × inputs | scheme | rows: {' | '.join(rows)} |",
         f"|---|---{'|---' * len(rows)}|",
     ]
-    for shape, kinds in result["products in float16"].items():
-        for kind, found in kinds.items():
-            if not kind.endswith("ms"):
-                ratios = " | ".join(f"{found[count]:.2f}" for count in rows)
-                in_float16.append(f"| {shape.replace('x', ' × ')} | {kind} | {ratios} |")
+    for dtype, shapes in result["products in others"].items():
+        for shape, kinds in shapes.items():
+            for kind, found in kinds.items():
+                if not kind.endswith("ms"):
+                    ratios = " | ".join(f"{found[count]:.2f}" for count in rows)
+                    in_others.append(f"| {shape.replace('x', ' × ')}, {dtype} | {kind} | {ratios} |")
     versions = result["versions"]
     told = (
         f"Copy bandwidth {result['copy_bandwidth_gb_per_second']:.0f} GB/s; torch {versions['torch']}, numba"
         f" {result['numba']}, transformers {versions['transformers']}; {result['machine']}."
     )
     folded = ["<details><summary>One product, times as fast as in bfloat16</summary>", "", *products, "", "</details>"]
-    summary = "<details><summary>In float16, times as fast as dense layers in the same</summary>"
-    of_others = [summary, "", *in_float16, "", "</details>"]
+    summary = "<details><summary>In float16 and float32, times as fast as dense layers in the same</summary>"
+    of_others = [summary, "", *in_others, "", "</details>"]
     return "\n".join([*models, "", *folded, "", *of_others, "", told])
 
 

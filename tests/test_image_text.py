@@ -144,7 +144,8 @@ def test_the_vision_tower_is_packed_if_it_is_asked_for(bits, folder, text, tmp_p
     for name in tower:
         packed, weight = model.get_submodule(name), original.get_submodule(name).weight
         assert packed.quantized().scheme.bits == bits
-        scale = packed.weight_scale.repeat_interleave(weight.shape[1] // packed.weight_scale.shape[1], 1)
+        scale = packed.quantized().scale
+        scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
         nearest = (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         torch.testing.assert_close(packed.weight, nearest * scale, msg=name)
     language = {name: module for name, module in packed_modules(model).items() if name not in tower}

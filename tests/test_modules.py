@@ -66,8 +66,8 @@ SETTLED = pytest.mark.parametrize(
         pytest.param(LayerScheme(3, 32, False), (40, 96), torch.float32, WIRE, id="wire-3-asym"),
         pytest.param(LayerScheme(4, 32), (40, 96), torch.float16, WIRE, id="wire-4-sym"),
         by_numba(LayerScheme(4, 32), (64, 96), NUMBA_PLANES, "4-sym", torch.float16),
-        by_numba(LayerScheme(5, 32), (64, 96), NUMBA_PLANES, "5-sym", torch.float16),
-        by_numba(LayerScheme(8), (40, 96), NUMBA_INT8, "8-sym", torch.float16),
+        by_numba(LayerScheme(5, 32), (64, 96), NUMBA_PLANES, "5-sym", torch.float32),
+        by_numba(LayerScheme(8), (40, 96), NUMBA_INT8, "8-sym", torch.float32),
     ],
 )
 
@@ -323,9 +323,9 @@ def test_wire_layout_says_why_no_kernel_is_taken(scheme, shape, dtype, reason):
 
 
 def test_wire_layout_is_that_of_dtypes_without_a_kernel():
-    module = packed_module(LayerScheme(4, 32), (64, 64), torch.float32)
+    module = packed_module(LayerScheme(4, 32), (64, 64), torch.float32).double()
     assert module.layout == WIRE
-    assert explain_choice(module).endswith("bfloat16 and float16, the model is in torch.float32")
+    assert explain_choice(module).endswith("bfloat16, float16 and float32, the model is in torch.float64")
 
 
 @needs_int4
@@ -346,9 +346,9 @@ def test_wire_layout_says_that_numba_would_take_the_weight(scheme):
 @pytest.mark.parametrize("scheme", [LayerScheme(3, 32, False), LayerScheme(8, -1, False)], ids=str)
 def test_wire_layout_says_that_dot_products_would_take_zero_points(scheme):
     with kernels_of("numba without dot products"):
-        module = packed_module(scheme, (64, 64), torch.float16)
+        module = packed_module(scheme, (64, 64), torch.float32)
         assert module.layout == WIRE
-        reason = "take zero points in torch.float16 by dot products of bfloat16 only, but is left out here"
+        reason = "take zero points in torch.float32 by dot products of bfloat16 only, but is left out here"
         assert explain_choice(module).endswith(reason)
 
 

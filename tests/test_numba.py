@@ -11,7 +11,18 @@ from conftest import LIBRARIES, kernels_of
 
 from hf_cptquant import kernels
 from hf_cptquant.grid import QuantizedWeight, integer_range
-from hf_cptquant.kernels import CPU_INT4, CPU_INT8, CPU_PLANES, NUMBA, NUMBA_DENSE, REFERENCE, kernel_of, planes
+from hf_cptquant.kernels import (
+    CPU_INT4,
+    CPU_INT8,
+    CPU_PLANES,
+    NUMBA,
+    NUMBA_DENSE,
+    NUMBA_INT8,
+    REFERENCE,
+    ROWS_IN_FLOAT32,
+    kernel_of,
+    planes,
+)
 from hf_cptquant.modules import QuantLinear
 from hf_cptquant.plan import PER_CHANNEL, LayerScheme
 
@@ -89,7 +100,7 @@ def test_dot_products_take_all_rows_but_where_tile_units_would_be_faster(monkeyp
 
 
 @needs_dot
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_dot_products_of_wide_weights_and_any_number_of_rows(bits, symmetric, dtype):
@@ -106,7 +117,8 @@ def test_dot_products_of_wide_weights_and_any_number_of_rows(bits, symmetric, dt
     exact = x.double() @ (steps * quantized.scale.double().unsqueeze(-1)).flatten(1).t()
     allowed = 2 * (F.linear(x, layer.weight).double() - exact).norm(dim=1)
     for rows in (1, 2, 3, 7, 9, 17, 401):
-        assert kernel_of(layer.layout, (layer.out_features, in_features), rows, dtype, CPU) == NUMBA
+        expected = REFERENCE if dtype == torch.float32 and rows > ROWS_IN_FLOAT32 else NUMBA
+        assert kernel_of(layer.layout, (layer.out_features, in_features), rows, dtype, CPU) == expected
         found = layer(x[:rows])
         assert found.dtype == dtype
         assert ((found.double() - exact[:rows]).norm(dim=1) <= allowed[:rows]).all()
@@ -125,21 +137,26 @@ def test_inputs_wider_than_the_scales_are_multiplied_by_the_dequantized_weight(s
 
 
 @needs_dot
-def test_inputs_in_float16_are_sums_of_bfloat16():
-    from hf_cptquant.kernels.numba_dot import terms_of
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_inputs_of_bfloat16s_sum_up_to_what_they_are(dtype):
+    from hf_cptquant.kernels.numba_dot import TERMS, terms_of
 
-    x = (torch.randn(3, 1000) * torch.tensor(2.0) ** torch.randint(-12, 12, (3, 1000))).half()
-    limits = torch.finfo(torch.float16)
-    x[0, :5] = torch.tensor([0, -0.0, limits.max, limits.smallest_normal, limits.smallest_normal * limits.eps])
-    terms = terms_of(x)
-    assert terms.dtype == torch.bfloat16
-    assert torch.equal(terms.double().sum(1), x.double())
+    def sums_of(x):
+        terms = terms_of(x)
+        assert terms.dtype == torch.bfloat16
+        return terms.double().view(3, TERMS[dtype], 1000).sum(1)
+
+    x = (torch.randn(3, 1000) * torch.tensor(2.0) ** torch.randint(-12, 12, (3, 1000))).to(dtype)
+    x[0, :4] = torch.tensor([0, -0.0, torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal])
+    if dtype == torch.float16:
+        x[0, 4] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert torch.equal(sums_of(x), x.double())
     x[1, :2] = torch.tensor([torch.inf, torch.nan])
-    assert not terms_of(x).float().sum(1)[1, :2].isfinite().any()
+    assert not sums_of(x)[1, :2].isfinite().any()
 
 
 @needs_dot
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("bits", "group_size"), [(2, 256), (3, 128), (4, 64), (4, 128), (5, 64), (6, 64), (8, PER_CHANNEL)]
 )
@@ -223,7 +240,9 @@ def test_few_rows_are_those_of_the_layout():
         assert int4 == [REFERENCE, "torch's int4 kernel", "torch's int4 kernel", NUMBA_DENSE]
         assert int8 == [REFERENCE, NUMBA, NUMBA, "torch's int8 kernel", "torch's int8 kernel", REFERENCE]
         assert found(CPU_PLANES, 1, 12, 13, dtype=torch.float16) == [NUMBA, NUMBA, REFERENCE]
-    assert found(CPU_PLANES, 1, dtype=torch.float32) == [REFERENCE]
+        assert found(CPU_PLANES, 1, 8, 9, dtype=torch.float32) == [NUMBA, NUMBA, REFERENCE]
+        assert found(NUMBA_INT8, 1, 8, 9, dtype=torch.float32) == [NUMBA, NUMBA, REFERENCE]
+    assert found(CPU_PLANES, 1, dtype=torch.float64) == [REFERENCE]
 
 
 def test_reason_names_the_way_out_where_numba_is_not_installed(monkeypatch):

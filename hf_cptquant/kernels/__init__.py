@@ -56,7 +56,8 @@ ROWS_IN_PASSING = {2: 1, 3: 1, 4: 16, 5: 1, 6: 1, 8: 8}  # by bits
 LEAST_PIECE = 64  # input features
 ROWS_BESIDE_TILES = 64
 LEAST_BY_DOT = 64  # inputs and outputs of weights of 8 bits
-BY_NUMBA_IN = (torch.bfloat16, torch.float16)  # the latter are sums of two numbers of the former
+ROWS_IN_FLOAT32 = 8  # of decoding; beyond, a product is the dense one with its very roundings, as nothing else is
+BY_NUMBA_IN = (torch.bfloat16, torch.float16, torch.float32)  # the others are sums of two or three of bfloat16
 INPUTS = 32  # that numba's kernel of planes takes a multiple of
 REFERENCE = "dequantize, dense product"
 NUMBA, NUMBA_DENSE = "numba", "dequantize by numba, dense product"
@@ -108,7 +109,7 @@ def choose_layout(
             return Choice(WIRE, f"Triton's kernel up to {MAX_ROWS_TRITON} rows, dequantize beyond")
         return Choice(WIRE, f"no packed kernel for {missing}: the reference dequantizes at each call")
     if dtype not in BY_NUMBA_IN:
-        return Choice(WIRE, f"kernels for CPUs take bfloat16 and float16, the model is in {dtype}")
+        return Choice(WIRE, f"kernels for CPUs take bfloat16, float16 and float32, the model is in {dtype}")
     missing, shape, half = without_numba(), (out_features, in_features), dtype == torch.bfloat16
     if not half and missing:
         return Choice(WIRE, f"torch's CPU kernels are fast in bfloat16 only, the model is in {dtype}; numba {missing}")
@@ -227,7 +228,10 @@ def _without_dot(layout: str, shape: tuple[int, int]) -> str | None:
 
 def _numba_rows(layout: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Up to how many rows of a dtype numba's kernels multiply with a weight `(outputs, inputs)`."""
-    if _without_dot(layout, shape) is not None:
+    missing = _without_dot(layout, shape)
+    if dtype == torch.float32:
+        return ROWS_IN_FLOAT32 if missing is None else min(ROWS_IN_FLOAT32, NUMBA_ROWS[layout])
+    if missing is not None:
         return NUMBA_ROWS[layout]
     from . import numba_dot
 

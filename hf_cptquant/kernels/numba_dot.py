@@ -27,9 +27,10 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .numba_kernel import (
-    ENTRY,
+    ENTRIES,
     FORMS_OF_SCALES,
     OF_FLOAT16,
+    OF_FLOAT32,
     SIGNATURE,
     check_width,
     dtype_of_outputs,
@@ -47,7 +48,7 @@ from .numba_kernel import (
 )
 from .planes import FORMS, QUARTERS
 
-TERMS = {torch.bfloat16: 1, torch.float16: 2}  # numbers of bfloat16 of which inputs are sums, exactly
+TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # numbers of bfloat16 of which inputs are sums, exactly
 BLOCK = 64  # output features, of which two lie in each byte
 LANES = 16  # numbers of float32 in a vector
 VECTORS = BLOCK // LANES
@@ -223,6 +224,8 @@ class Writer:
     def scales(self, place: Any, form: int) -> Any:
         """Of 16 output features, float32."""
         build = self.builder
+        if form == OF_FLOAT32:
+            return self.load(place, FLOATS)
         if form == OF_FLOAT16:
             return build.fpext(self.load(place, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
         halves = build.zext(self.load(place, ir.VectorType(INT16, LANES)), WORDS)
@@ -246,44 +249,62 @@ def _rest(number):
     return left if left == left else np.float32(0)
 
 
-@cfunc(SIGNATURE, cache=True)
-def _split(arguments):
-    """The work of `terms_of`. Addresses of inputs and terms; rows, inputs in each."""
-    held = carray(arguments, 4)
-    rows, in_features, found = held[2], held[3], halves_at(held[1])
-    for row in range(*share_of_thread(rows)):
-        start = 2 * row * in_features
-        for i in range(in_features):
-            number = number_at(OF_FLOAT16, held[0] + 2 * (row * in_features + i))
-            found[start + i] = _upper_half(number)
-            found[start + in_features + i] = _upper_half(_rest(number))
+@lru_cache
+def _splitter(form: int, terms: int) -> Any:
+    """The compiled function of `terms_of`. Its argument: addresses of inputs and terms; rows, inputs in each."""
+    entry = ENTRIES[form]
+
+    @cfunc(SIGNATURE, cache=True)
+    def split(arguments):
+        held = carray(arguments, 4)
+        rows, in_features, found = held[2], held[3], halves_at(held[1])
+        for row in range(*share_of_thread(rows)):
+            start = row * terms * in_features
+            for i in range(in_features):
+                number = number_at(form, held[0] + entry * (row * in_features + i))
+                second = _rest(number)
+                found[start + i] = _upper_half(number)
+                found[start + in_features + i] = _upper_half(second)
+                if terms == 3:
+                    found[start + 2 * in_features + i] = _upper_half(_rest(second))
+
+    return split
 
 
 def terms_of(x: Tensor) -> Tensor:
-    """Inputs `[rows, in]` in float16 as sums of two terms in bfloat16 → `[rows, 2, in]`; those in bfloat16 as they are.
+    """Inputs `[rows, in]` as sums of terms in bfloat16 → `[rows · terms, in]`, those of a row behind one another; or as
+    they are, which are bfloat16 already.
 
-    The first has the upper eight bits, and the second the others, so nothing is lost.
+    Each has the next eight bits of a number, so nothing is lost. They are rows to the kernels: in a sum of its own each
+    is rounded by its own size, where a common sum would be rounded as often as there are terms.
     """
     terms = TERMS[x.dtype]
     if terms == 1:
         return x
-    found = x.new_empty(len(x), terms, x.shape[1], dtype=torch.bfloat16)
-    run_compiled(_split, x, found, *x.shape)
+    found = x.new_empty(len(x) * terms, x.shape[1], dtype=torch.bfloat16)
+    run_compiled(_splitter(FORMS_OF_SCALES[x.dtype], terms), x, found, *x.shape)
     return found
+
+
+def sums_of_terms(products: Tensor, dtype: torch.dtype) -> Tensor:
+    """Products of the terms of inputs, float32 `[rows · terms, out]` → of the inputs, `[rows, out]` in their dtype; or
+    as they are, which are bfloat16 already."""
+    terms = TERMS[dtype]
+    return products if terms == 1 else products.view(-1, terms, products.shape[1]).sum(1).to(dtype)
 
 
 @intrinsic(prefer_literal=True)
 def _block_product(
-    _typing, rows, terms, form, shifted, octets, scales, zeros, x, sums, output, in_features, out_features, group_size
+    _typing, rows, form, shifted, wide, octets, scales, zeros, x, sums, output, in_features, out_features, group_size
 ):
     """The product of some rows with a block.
 
-    Its arguments: rows, their terms, the form of scales, and whether there are zero points, known when it is compiled;
-    addresses of the block's octets, of its scales and zero points in the first group, of the inputs, of their sums by
-    groups, and of the outputs, in float32 where inputs have several terms; input features, output features, group size.
+    Its arguments: rows, the form of scales, whether there are zero points, and whether outputs are float32 or bfloat16,
+    known when it is compiled; addresses of the block's octets, of its scales and zero points in the first group, of the
+    inputs, of their sums by groups, and of the outputs; input features, output features, group size.
     """
-    kinds = signature(types.void, rows, terms, form, shifted, *[types.int64] * 9)
-    rows, terms, form, shifted = (each.literal_value for each in (rows, terms, form, shifted))
+    kinds = signature(types.void, rows, form, shifted, wide, *[types.int64] * 9)
+    rows, form, shifted, wide = (each.literal_value for each in (rows, form, shifted, wide))
     chains = 2 if rows == 1 else 1  # sums of a row that do not wait for each other
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
@@ -300,14 +321,13 @@ def _block_product(
                     nibbles = write.load_octets(write.at(octets, write.times(feature, BLOCK // 2)), AHEAD)
                     digits = (write.shifted_right(nibbles, place, 15) for place in (0, 4))
                     steps = [vector for of_place in digits for vector in write.steps(of_place, 4, 8)]
-                    for term in range(terms):
-                        for row in range(rows):
-                            of_row = write.at(feature, write.times(in_features, row * terms + term))
-                            write.add_products(of_group[row * chains + chain], steps, x, of_row)
+                    for row in range(rows):
+                        of_row = write.at(feature, write.times(in_features, row))
+                        write.add_products(of_group[row * chains + chain], steps, x, of_row)
                     feature = write.at(feature, 2)
             for vector in range(VECTORS):
                 place = write.at(write.times(group, out_features), LANES * vector)
-                scale = write.scales(write.at(scales, write.times(place, ENTRY)), form)
+                scale = write.scales(write.at(scales, write.times(place, ENTRIES[form])), form)
                 shift = write.shift(write.at(zeros, place), scale) if shifted else None
                 for row in range(rows):
                     found, *others = (build.load(of_group[row * chains + chain][vector]) for chain in range(chains))
@@ -322,8 +342,8 @@ def _block_product(
             for vector in range(VECTORS):
                 number = write.at(write.times(out_features, row), LANES * vector)
                 total = build.load(totals[row][vector])
-                place = write.at(output, write.times(number, 2 if terms == 1 else 4))
-                write.store(write.narrowed(total) if terms == 1 else total, place)
+                place = write.at(output, write.times(number, 4 if wide else 2))
+                write.store(total if wide else write.narrowed(total), place)
         return context.get_dummy_value()
 
     return kinds, generate
@@ -333,11 +353,11 @@ block_product: Any = _block_product  # which to type checkers has the arguments 
 
 
 @lru_cache
-def _multiplier(form: int, shifted: int, terms: int) -> Any:
-    """The compiled function of `linear`, by the form of scales, whether there are zero points, and the terms of inputs.
-    Its argument: addresses of octets, scales, zero points, inputs, their sums by groups (float32, for each thread) and
-    outputs; rows, input features, output features, group size."""
-    of_output = 2 if terms == 1 else 4
+def _multiplier(form: int, shifted: int, wide: int) -> Any:
+    """The compiled function of `linear`, by the form of scales, whether there are zero points, and whether outputs are
+    float32. Its argument: addresses of octets, scales, zero points, inputs, their sums by groups (float32, for each
+    thread) and outputs; rows, input features, output features, group size."""
+    entry, of_output = ENTRIES[form], 4 if wide else 2
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
@@ -349,28 +369,28 @@ def _multiplier(form: int, shifted: int, terms: int) -> Any:
             sum_groups(halves_at(held[3]), rows * groups, group_size, floats_at(of_groups))
         for b in range(*share_of_thread(blocks)):
             octets = held[0] + b * in_features * (BLOCK // 2)
-            scales, zeros = held[1] + ENTRY * BLOCK * b, held[2] + BLOCK * b
+            scales, zeros = held[1] + entry * BLOCK * b, held[2] + BLOCK * b
             for row in range(0, rows, TOGETHER):
-                x, sums = held[3] + 2 * row * terms * in_features, of_groups + 4 * row * groups
+                x, sums = held[3] + 2 * row * in_features, of_groups + 4 * row * groups
                 y = held[5] + of_output * (row * out_features + BLOCK * b)
                 if rows - row == 1:
                     block_product(
-                        1, terms, form, shifted, octets, scales, zeros, x, sums, y, in_features,
+                        1, form, shifted, wide, octets, scales, zeros, x, sums, y, in_features,
                         out_features, group_size,
                     )  # fmt: skip
                 elif rows - row == 2:
                     block_product(
-                        2, terms, form, shifted, octets, scales, zeros, x, sums, y, in_features,
+                        2, form, shifted, wide, octets, scales, zeros, x, sums, y, in_features,
                         out_features, group_size,
                     )  # fmt: skip
                 elif rows - row == 3:
                     block_product(
-                        3, terms, form, shifted, octets, scales, zeros, x, sums, y, in_features,
+                        3, form, shifted, wide, octets, scales, zeros, x, sums, y, in_features,
                         out_features, group_size,
                     )  # fmt: skip
                 else:
                     block_product(
-                        TOGETHER, terms, form, shifted, octets, scales, zeros, x, sums, y, in_features,
+                        TOGETHER, form, shifted, wide, octets, scales, zeros, x, sums, y, in_features,
                         out_features, group_size,
                     )  # fmt: skip
 
@@ -457,18 +477,18 @@ def _planes_multiplier(bits: int, with_zeros: bool) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _int8_product(_typing, rows, terms, shifted, integers, zeros, x, in_features, sums):
+def _int8_product(_typing, rows, shifted, integers, zeros, x, in_features, sums):
     """Σ x·(q − z) of some rows with `OUTPUTS` output features of 8 bits.
 
-    Its arguments: rows, their terms, and whether there are zero points, known when it is compiled; addresses of the
-    integers, `[outputs, in]`, of the zero points, int8 `[outputs]`, and of the inputs; input features, 64 at least;
+    Its arguments: rows, and whether there are zero points, known when it is compiled; addresses of the integers,
+    `[outputs, in]`, of the zero points, int8 `[outputs]`, and of the inputs; input features, 64 at least;
     address of the sums, float32 `[outputs, rows]`, which are written over.
     """
-    kinds = signature(types.void, rows, terms, shifted, *[types.int64] * 5)
-    rows, terms, shifted = rows.literal_value, terms.literal_value, shifted.literal_value
+    kinds = signature(types.void, rows, shifted, *[types.int64] * 5)
+    rows, shifted = rows.literal_value, shifted.literal_value
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
-        integers, zeros, x, in_features, sums = arguments[3:]
+        integers, zeros, x, in_features, sums = arguments[2:]
         write, of_outputs = Writer(build), [None] * OUTPUTS
         if shifted:
             of_outputs = [
@@ -483,10 +503,8 @@ def _int8_product(_typing, rows, terms, shifted, integers, zeros, x, in_features
                 start = write.at(integers, write.times(in_features, output), feature)
                 octets = write.load_octets(start, write.times(in_features, OUTPUTS))  # and those of the next outputs
                 halves = keep(write.bfloats(octets, of_outputs[output]))
-                for number, place in (
-                    (row * terms + term, of_output[row]) for term in range(terms) for row in range(rows)
-                ):
-                    of_row = write.at(x, write.times(write.at(write.times(in_features, number), feature), 2))
+                for row, place in enumerate(of_output):
+                    of_row = write.at(x, write.times(write.at(write.times(in_features, row), feature), 2))
                     for half, steps in enumerate(halves):
                         inputs = write.load(write.at(of_row, 64 * half), BFLOATS)
                         build.store(write.call(DOT, FLOATS, build.load(place), steps, inputs), place)
@@ -518,45 +536,46 @@ int8_product: Any = _int8_product
 
 
 @lru_cache
-def _int8_multiplier(form: int, terms: int, shifted: int) -> Any:
-    """The compiled function of `int8_linear`, by the form of scales, the terms of inputs, and whether there are zero
-    points. Its argument: addresses of integers, scales, zero points, inputs and outputs; rows, input features, output
-    features."""
+def _int8_multiplier(form: int, shifted: int, wide: int) -> Any:
+    """The compiled function of `int8_linear`, by the form of scales, whether there are zero points, and whether outputs
+    are float32. Its argument: addresses of integers, scales, zero points, inputs and outputs; rows, input features,
+    output features."""
+    entry = ENTRIES[form]
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
         held = carray(arguments, 8)
         rows, in_features, out_features = held[5], held[6], held[7]
-        narrow, wide = halves_at(held[4]), floats_at(held[4])
+        floats, halves = floats_at(held[4]), halves_at(held[4])
         sums = np.empty(OUTPUTS * TOGETHER, np.float32)
         found = sums.ctypes.data
         for part in range(*share_of_thread((out_features + OUTPUTS - 1) // OUTPUTS)):
             first = min(part * OUTPUTS, out_features - OUTPUTS)  # the last ones may begin among those before
             integers, zeros = held[0] + first * in_features, held[2] + first
             for row in range(0, rows, TOGETHER):
-                together, x = min(TOGETHER, rows - row), held[3] + 2 * row * terms * in_features
+                together, x = min(TOGETHER, rows - row), held[3] + 2 * row * in_features
                 if together == 1:
-                    int8_product(1, terms, shifted, integers, zeros, x, in_features, found)
+                    int8_product(1, shifted, integers, zeros, x, in_features, found)
                 elif together == 2:
-                    int8_product(2, terms, shifted, integers, zeros, x, in_features, found)
+                    int8_product(2, shifted, integers, zeros, x, in_features, found)
                 elif together == 3:
-                    int8_product(3, terms, shifted, integers, zeros, x, in_features, found)
+                    int8_product(3, shifted, integers, zeros, x, in_features, found)
                 else:
-                    int8_product(TOGETHER, terms, shifted, integers, zeros, x, in_features, found)
+                    int8_product(TOGETHER, shifted, integers, zeros, x, in_features, found)
                 for j in range(OUTPUTS):
-                    scale = number_at(form, held[1] + ENTRY * (first + j))
+                    scale = number_at(form, held[1] + entry * (first + j))
                     for each in range(together):
                         total, place = sums[j * together + each] * scale, (row + each) * out_features + first + j
-                        if terms == 1:
-                            narrow[place] = narrowed(total)
+                        if wide:
+                            floats[place] = total
                         else:
-                            wide[place] = total
+                            halves[place] = narrowed(total)
 
     return multiply
 
 
 def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """`x` `[rows, in]` in bfloat16 or float16 times a per-channel int8 weight → `[rows, out]`, for few rows.
+    """`x` `[rows, in]` in bfloat16, float16 or float32 times a per-channel int8 weight → `[rows, out]`, for few rows.
 
     Args:
         integers: int8 `[out, in]`, at least 64 × 64.
@@ -566,13 +585,14 @@ def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor |
     Raises:
         ValueError: the inputs have another width than the weight.
     """
-    (rows, in_features), (out_features, width) = x.shape, integers.shape
+    inputs, (out_features, width) = terms_of(x), integers.shape
+    rows, in_features = inputs.shape
     check_width(in_features, width)
-    terms = TERMS[x.dtype]
     product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))
-    function = _int8_multiplier(FORMS_OF_SCALES[scale.dtype], terms, int(zero_point is not None))
-    run_compiled(function, integers, scale, zero_point, terms_of(x), product, rows, in_features, out_features)
-    return product if terms == 1 else product.to(x.dtype)
+    wide = int(product.dtype == torch.float32)
+    function = _int8_multiplier(FORMS_OF_SCALES[scale.dtype], int(zero_point is not None), wide)
+    run_compiled(function, integers, scale, zero_point, inputs, product, rows, in_features, out_features)
+    return sums_of_terms(product, x.dtype)
 
 
 def planes_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
@@ -588,7 +608,7 @@ def planes_linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor
 
 
 def linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensor:
-    """`x` `[rows, in]` in bfloat16 or float16, contiguous, times a weight in the layout of torch's int4 kernel
+    """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times a weight in the layout of torch's int4 kernel
     → `[rows, out]`.
 
     Args:
@@ -599,12 +619,12 @@ def linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None
     Raises:
         ValueError: the inputs have another width than the weight.
     """
-    (rows, in_features), (groups, out_features), shifted = x.shape, scales.shape, int(zero_points is not None)
+    inputs, (groups, out_features), shifted = terms_of(x), scales.shape, int(zero_points is not None)
+    rows, in_features = inputs.shape
     check_width(in_features, 2 * packed.shape[1])
-    terms, inputs = TERMS[x.dtype], terms_of(x)
     product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))
     sums = x.new_empty(torch.get_num_threads(), rows, groups, dtype=torch.float32) if shifted else None
-    function = _multiplier(FORMS_OF_SCALES[scales.dtype], shifted, terms)
+    function = _multiplier(FORMS_OF_SCALES[scales.dtype], shifted, int(product.dtype == torch.float32))
     numbers = (rows, in_features, out_features, in_features // groups)
     run_compiled(function, packed, scales, zero_points, inputs, sums, product, *numbers)
-    return product if terms == 1 else product.to(x.dtype)
+    return sums_of_terms(product, x.dtype)

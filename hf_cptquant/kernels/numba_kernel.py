@@ -34,9 +34,9 @@ from .planes import FORMS, known_block
 
 LEAST_BLOCKS = 4  # of a tile, or the dense product would be slow for its shape
 SIGNATURE = types.void(types.CPointer(types.int64))
-OF_BFLOAT16, OF_FLOAT16 = range(2)  # scales, of two bytes
-FORMS_OF_SCALES = {torch.bfloat16: OF_BFLOAT16, torch.float16: OF_FLOAT16}
-ENTRY = 2
+OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32 = range(3)  # scales
+FORMS_OF_SCALES = {torch.bfloat16: OF_BFLOAT16, torch.float16: OF_FLOAT16, torch.float32: OF_FLOAT32}
+ENTRIES = (2, 2, 4)  # bytes, by these forms
 
 _found = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
 if _found is None:
@@ -106,12 +106,12 @@ def _number_at(_typing, form, address):
     form = form.literal_value
 
     def generate(_context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
-        kind = {OF_BFLOAT16: ir.IntType(16), OF_FLOAT16: ir.HalfType()}[form]
-        number = build.load(build.inttoptr(arguments[1], kind.as_pointer()), align=ENTRY)
+        kind = {OF_BFLOAT16: ir.IntType(16), OF_FLOAT16: ir.HalfType(), OF_FLOAT32: ir.FloatType()}[form]
+        number = build.load(build.inttoptr(arguments[1], kind.as_pointer()), align=ENTRIES[form])
         if form == OF_BFLOAT16:
             word = build.zext(number, ir.IntType(32))
             return build.bitcast(build.shl(word, ir.IntType(32)(16)), ir.FloatType())
-        return build.fpext(number, ir.FloatType())
+        return number if form == OF_FLOAT32 else build.fpext(number, ir.FloatType())
 
     return types.float32(types.literal(form), types.int64), generate
 
@@ -283,6 +283,7 @@ def _multiplier(bits: int, block: int, with_zeros: bool, form: int, wide: bool) 
     group size."""
     half, lowest = block // 2, 2 ** (bits - 1)
     upper_width, lower_width = (*FORMS[bits].widths, 0)[:2]
+    entry = ENTRIES[form]
 
     @cfunc(SIGNATURE, cache=True, fastmath={"contract"})
     def multiply(arguments):
@@ -309,9 +310,9 @@ def _multiplier(bits: int, block: int, with_zeros: bool, form: int, wide: bool) 
                     if together == 4:
                         for part in range(4):
                             group = (start + part * quarter) // group_size
-                            of_group = held[1] + ENTRY * (group * out_features + b * block)
+                            of_group = held[1] + entry * (group * out_features + b * block)
                             for j in range(block):
-                                scales[part * block + j] = number_at(form, of_group + ENTRY * j)
+                                scales[part * block + j] = number_at(form, of_group + entry * j)
                         _sum_of_rows(
                             x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, scales, sums
                         )
@@ -319,9 +320,9 @@ def _multiplier(bits: int, block: int, with_zeros: bool, form: int, wide: bool) 
                         _sum_of_row(x, quarter, upper, lower, upper_width, lower_width, lowest, half, start, end, sums)
                         for part in range(4):
                             group = (start + part * quarter) // group_size
-                            of_group = held[1] + ENTRY * (group * out_features + b * block)
+                            of_group = held[1] + entry * (group * out_features + b * block)
                             for j in range(block):
-                                totals[j] += sums[part * block + j] * number_at(form, of_group + ENTRY * j)
+                                totals[j] += sums[part * block + j] * number_at(form, of_group + entry * j)
                     start = end
                 for each in range(together):
                     if together == 4:
@@ -397,6 +398,8 @@ def _int8_multiplier(with_zeros: bool, form: int, wide: bool) -> Any:
     """The compiled function of `int8_linear`, which writes float32 or bfloat16. Its argument: addresses of integers,
     scales, zero points, inputs (float32), their sums (float32) and outputs; rows, input features, output features."""
 
+    entry = ENTRIES[form]
+
     @cfunc(SIGNATURE, cache=True, fastmath={"contract", "reassoc"})  # else a sum would be no vector
     def multiply(arguments):
         held = carray(arguments, 9)
@@ -416,8 +419,8 @@ def _int8_multiplier(with_zeros: bool, form: int, wide: bool) -> Any:
                 if with_zeros:
                     of_first -= sums[row] * np.float32(np.int32(zeros[j]))
                     of_second -= sums[row] * np.float32(np.int32(zeros[other]))
-                of_first *= number_at(form, held[1] + ENTRY * j)
-                of_second *= number_at(form, held[1] + ENTRY * other)
+                of_first *= number_at(form, held[1] + entry * j)
+                of_second *= number_at(form, held[1] + entry * other)
                 if wide:
                     output = floats_at(held[5] + 4 * row * out_features)
                     output[j], output[other] = of_first, of_second
@@ -440,7 +443,7 @@ def check_width(in_features: int, width: int) -> None:
 
 
 def linear(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
-    """`x` `[rows, in]` in bfloat16 or float16, contiguous, times planes → `[rows, out]`, for few rows; summed
+    """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times planes → `[rows, out]`, for few rows; summed
     in float32.
 
     Args:
@@ -498,7 +501,7 @@ def dense_linear(
 
 
 def int8_linear(x: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """`x` `[rows, in]` in bfloat16 or float16, contiguous, times a per-channel int8 weight → `[rows, out]`,
+    """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times a per-channel int8 weight → `[rows, out]`,
     for few rows.
 
     Args:

@@ -37,7 +37,7 @@ from .numba_dot import (
     terms_of,
 )
 from .numba_kernel import (
-    ENTRY,
+    ENTRIES,
     FORMS_OF_SCALES,
     SIGNATURE,
     check_width,
@@ -53,8 +53,8 @@ from .numba_kernel import (
 )
 from .planes import FORMS, QUARTERS
 
-TOGETHER = 6  # rows, of which the sums fit into the registers
-TILES = 64  # of so many rows, that are multiplied with a panel before it is filled anew
+TOGETHER = 6  # terms of rows, of which the sums fit into the registers
+TILES = 64  # of so many, that are multiplied with a panel before it is filled anew
 OF_TOTALS = 4 * TILES * TOGETHER * BLOCK  # bytes
 PANEL = 2048  # input features, which take a quarter of a megabyte
 PAIR = 4 * BLOCK  # bytes of a panel for two input features
@@ -137,18 +137,18 @@ def _fill_from_int8(_typing, shifted, integers, zeros, in_features, panel):
 
 
 @intrinsic(prefer_literal=True)
-def _panel_product(_typing, rows, terms, panel, scales, x, in_features, totals, groups, group_size):
+def _panel_product(_typing, rows, panel, scales, x, in_features, totals, groups, group_size):
     """Add the product of some rows with a panel to their totals.
 
-    Its arguments: rows, and their terms, known when it is compiled; addresses of the panel; of its scales, float32
-    `[groups, block]`; of the terms of inputs, and how many inputs a row has; of the totals, float32 `[rows, block]`;
+    Its arguments: rows, known when it is compiled; addresses of the panel; of its scales, float32 `[groups, block]`; of
+    the inputs, and how many a row has; of the totals, float32 `[rows, block]`;
     groups of the panel, and their size.
     """
-    kinds = signature(types.void, rows, terms, *[types.int64] * 7)
-    rows, terms = rows.literal_value, terms.literal_value
+    kinds = signature(types.void, rows, *[types.int64] * 7)
+    rows = rows.literal_value
 
     def generate(context: Any, build: Any, _signature: Any, arguments: Any) -> Any:
-        panel, scales, x, in_features, totals, groups, group_size = arguments[2:]
+        panel, scales, x, in_features, totals, groups, group_size = arguments[1:]
         write, vectors = Writer(build), [(row, vector) for row in range(rows) for vector in range(VECTORS)]
         found, of_group = write.sums(rows, VECTORS), write.sums(rows, VECTORS)
         places = {(row, vector): write.at(totals, 4 * (BLOCK * row + LANES * vector)) for row, vector in vectors}
@@ -161,10 +161,9 @@ def _panel_product(_typing, rows, terms, panel, scales, x, in_features, totals, 
             with cgutils.for_range_slice(build, start, write.at(start, group_size), INT64(2)) as (feature, _):
                 pair = write.at(panel, write.times(feature, PAIR // 2))
                 steps = [write.load(write.at(pair, 4 * LANES * vector), BFLOATS) for vector in range(VECTORS)]
-                for term in range(terms):
-                    for row in range(rows):
-                        of_row = write.at(feature, write.times(in_features, row * terms + term))
-                        write.add_products(of_group[row], steps, x, of_row)
+                for row in range(rows):
+                    of_row = write.at(feature, write.times(in_features, row))
+                    write.add_products(of_group[row], steps, x, of_row)
             of_this = write.at(scales, write.times(group, 4 * BLOCK))
             scale = [write.load(write.at(of_this, 4 * LANES * vector), FLOATS) for vector in range(VECTORS)]
             for row, vector in vectors:
@@ -187,7 +186,7 @@ def _widen_scales(_typing, form, scales, widened):
         _, scales, widened = arguments
         write = Writer(build)
         for first in range(0, BLOCK, LANES):
-            found = write.scales(write.at(scales, ENTRY * first), form)
+            found = write.scales(write.at(scales, ENTRIES[form] * first), form)
             write.store(found, write.at(widened, 4 * first))
         return context.get_dummy_value()
 
@@ -250,20 +249,20 @@ def _multiply_tiles(
     first_row = rows * first_tile // tiles
     for tile in range(first_tile, end_tile):
         row = rows * tile // tiles
-        together = rows * (tile + 1) // tiles - row
-        inputs, to = x + 2 * row * terms * in_features, totals + 4 * BLOCK * (row - first_row)
+        together = terms * (rows * (tile + 1) // tiles - row)
+        inputs, to = x + 2 * terms * row * in_features, totals + 4 * BLOCK * terms * (row - first_row)
         if together == 6:
-            panel_product(6, terms, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(6, panel, scales, inputs, in_features, to, groups, group_size)
         elif together == 5:
-            panel_product(5, terms, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(5, panel, scales, inputs, in_features, to, groups, group_size)
         elif together == 4:
-            panel_product(4, terms, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(4, panel, scales, inputs, in_features, to, groups, group_size)
         elif together == 3:
-            panel_product(3, terms, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(3, panel, scales, inputs, in_features, to, groups, group_size)
         elif together == 2:
-            panel_product(2, terms, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(2, panel, scales, inputs, in_features, to, groups, group_size)
         else:
-            panel_product(1, terms, panel, scales, inputs, in_features, to, groups, group_size)
+            panel_product(1, panel, scales, inputs, in_features, to, groups, group_size)
 
 
 @lru_cache
@@ -273,13 +272,13 @@ def _multiplier(bits: int, form: int, shifted: int, terms: int) -> Any:
     and its scales; rows, input features, output features, group size; input features that a panel takes of each
     part, and its bytes."""
     upper_width, lower_width = (8, 0) if bits == 8 else (*FORMS[bits].widths, 0)[:2]
-    all_parts = parts_of(bits)
+    all_parts, of_tile, entry = parts_of(bits), TOGETHER // terms, ENTRIES[form]
 
     @cfunc(SIGNATURE, cache=True)
     def multiply(arguments):
         held = carray(arguments, 14)
         rows, in_features, out_features, group_size, step = held[8], held[9], held[10], held[11], held[12]
-        blocks, tiles = (out_features + BLOCK - 1) // BLOCK, (rows + TOGETHER - 1) // TOGETHER
+        blocks, tiles = (out_features + BLOCK - 1) // BLOCK, (rows + of_tile - 1) // of_tile
         length, all_groups, thread = in_features // all_parts, in_features // group_size, thread_number()
         parts = 1 if step == length else all_parts  # of a panel, one behind the other
         totals, panel = held[5] + thread * OF_TOTALS, held[6] + thread * held[13]
@@ -293,7 +292,7 @@ def _multiplier(bits: int, form: int, shifted: int, terms: int) -> Any:
             done += end_tile - first_tile
             first_row, end_row = rows * first_tile // tiles, rows * end_tile // tiles
             first = min(b * BLOCK, out_features - BLOCK)  # the last block may begin within the one before
-            for j in range((end_row - first_row) * BLOCK):
+            for j in range((end_row - first_row) * terms * BLOCK):
                 sums[j] = np.float32(0)
             start = 0
             while start < length:
@@ -313,26 +312,30 @@ def _multiplier(bits: int, form: int, shifted: int, terms: int) -> Any:
                     group, groups, size = feature // group_size, max(1, count // group_size), min(count, group_size)
                     for each in range(groups):
                         place = (group + each) * out_features + first
-                        widen_scales(form, held[1] + ENTRY * place, scales + 4 * BLOCK * each)
+                        widen_scales(form, held[1] + entry * place, scales + 4 * BLOCK * each)
                     columns, x = panel + 2 * BLOCK * part * (end - start), held[3] + 2 * feature
                     _multiply_tiles(
                         terms, columns, scales, x, rows, first_tile, end_tile, tiles, in_features, totals, groups, size
                     )
                 start = end
             for row in range(first_row, end_row):
-                place, start = row * out_features + first, (row - first_row) * BLOCK
+                place, start = row * out_features + first, (row - first_row) * terms * BLOCK
                 narrow, wide = halves_at(held[4]), floats_at(held[4])
                 for j in range(BLOCK):
                     if terms == 1:
                         narrow[place + j] = narrowed(sums[start + j])
+                    elif terms == 2:
+                        wide[place + j] = sums[start + j] + sums[start + BLOCK + j]
                     else:
-                        wide[place + j] = sums[start + j]
+                        small = sums[start + BLOCK + j] + sums[start + 2 * BLOCK + j]
+                        wide[place + j] = sums[start + j] + small
 
     return multiply
 
 
 def linear(x: Tensor, integers: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int) -> Tensor:
-    """`x` `[rows, in]` in bfloat16 or float16, contiguous, times a packed weight → `[rows, out]`; summed in float32.
+    """`x` `[rows, in]` in bfloat16, float16 or float32, contiguous, times a packed weight → `[rows, out]`; summed in
+    float32.
 
     Args:
         integers: planes as `planes.linear` takes them; or those of 8 bits, int8 `[out, in]`, at least 64 × 64 and with
@@ -349,7 +352,8 @@ def linear(x: Tensor, integers: Tensor, scales: Tensor, zero_points: Tensor | No
     terms, shifted = TERMS[x.dtype], int(zero_points is not None)
     group_size, parts = in_features // groups, parts_of(bits)
     length, unit = in_features // parts, WIDTH if bits == 8 else group_size
-    step = min(length, PANEL // parts // unit * unit)
+    most = PANEL if bits < 8 or terms == 1 else WIDTH  # sums of many numbers would round too often
+    step = min(length, most // parts // unit * unit)
     if not step or (bits < 8 and length % group_size):  # a panel has whole groups
         step = length
     product = x.new_empty(rows, out_features, dtype=dtype_of_outputs(x.dtype))

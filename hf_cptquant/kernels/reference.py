@@ -4,8 +4,8 @@ It reads the wire format, so it is also what all other kernels are checked again
 features at a time, few enough that their dequantized weights are multiplied while they are in the cache; the dense
 weight is never in memory as a whole, and where bfloat16 `F.linear` waits for memory, the packed weight comes faster.
 
-Without numba, weights per channel below 8 bits, those of 5, 6 and 8 bits with zero points, and all in float16
-take this way in decoding, too; those in float32 always.
+Without numba, weights per channel below 8 bits, those of 5, 6 and 8 bits with zero points, and all in float16 and
+float32 take this way in decoding, too.
 """
 
 from __future__ import annotations

@@ -41,6 +41,11 @@ BITS = (2, 3, 4, 8, 16)
 NEAREST = {f"nearest {bits}": bits for bits in (3, 4)}
 OURS = {f"ours {target}": {"target_bits": target, "bits": BITS} for target in (3.5, 4.0, 4.5, 5.0)}
 OURS["ours 4.5, 4, 8, 16 bits"] = {"target_bits": 4.5, "bits": (4, 8, 16)}
+OURS["ours 4.5, 4, 8, 16 bits, GPTQ, recovered"] = {
+    **OURS["ours 4.5, 4, 8, 16 bits"],
+    "rounding": "gptq",
+    "recover": "scales",
+}
 OURS["ours 4.5, 3 to 8 bits"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8)}
 OURS["ours 4.5, 3 to 8 bits, by module"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8), "granularity": "module"}
 OURS["ours 4.5, 3 to 8 bits, by module, GPTQ"] = {**OURS["ours 4.5, 3 to 8 bits, by module"], "rounding": "gptq"}

@@ -228,14 +228,13 @@ def _without_dot(layout: str, shape: tuple[int, int]) -> str | None:
 
 def _numba_rows(layout: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Up to how many rows of a dtype numba's kernels multiply with a weight `(outputs, inputs)`."""
-    missing = _without_dot(layout, shape)
-    if dtype == torch.float32:
-        return ROWS_IN_FLOAT32 if missing is None else min(ROWS_IN_FLOAT32, NUMBA_ROWS[layout])
-    if missing is not None:
-        return NUMBA_ROWS[layout]
-    from . import numba_dot
+    if _without_dot(layout, shape) is not None:
+        rows = NUMBA_ROWS[layout]
+    else:
+        from . import numba_dot
 
-    return ROWS_BESIDE_TILES if numba_dot.HAS_TILES and dtype == torch.bfloat16 else sys.maxsize
+        rows = ROWS_BESIDE_TILES if numba_dot.HAS_TILES and dtype == torch.bfloat16 else sys.maxsize
+    return min(rows, ROWS_IN_FLOAT32) if dtype == torch.float32 else rows
 
 
 def kernel_of(layout: str, shape: tuple[int, int], rows: int, dtype: torch.dtype, device: torch.device) -> str:

@@ -481,8 +481,8 @@ def _int8_product(_typing, rows, shifted, integers, zeros, x, in_features, sums)
     """Σ x·(q − z) of some rows with `OUTPUTS` output features of 8 bits.
 
     Its arguments: rows, and whether there are zero points, known when it is compiled; addresses of the integers,
-    `[outputs, in]`, of the zero points, int8 `[outputs]`, and of the inputs; input features, 64 at least;
-    address of the sums, float32 `[outputs, rows]`, which are written over.
+    `[outputs, in]`, of the zero points, int8 `[outputs]`, and of the inputs; input features, 64 at least; address of
+    the sums, float32 `[outputs, rows]`, which are written over.
     """
     kinds = signature(types.void, rows, shifted, *[types.int64] * 5)
     rows, shifted = rows.literal_value, shifted.literal_value

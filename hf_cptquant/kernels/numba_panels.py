@@ -141,8 +141,7 @@ def _panel_product(_typing, rows, panel, scales, x, in_features, totals, groups,
     """Add the product of some rows with a panel to their totals.
 
     Its arguments: rows, known when it is compiled; addresses of the panel; of its scales, float32 `[groups, block]`; of
-    the inputs, and how many a row has; of the totals, float32 `[rows, block]`;
-    groups of the panel, and their size.
+    the inputs, and how many a row has; of the totals, float32 `[rows, block]`; groups of the panel, and their size.
     """
     kinds = signature(types.void, rows, *[types.int64] * 7)
     rows = rows.literal_value
@@ -245,7 +244,7 @@ def _fill_with_planes(
 def _multiply_tiles(
     terms, panel, scales, x, rows, first_tile, end_tile, tiles, in_features, totals, groups, group_size
 ):
-    """Add the products of some of the tiles of rows with a panel to their totals."""
+    """Add the products of some of the tiles of rows (terms of a row are together) with a panel to their totals."""
     first_row = rows * first_tile // tiles
     for tile in range(first_tile, end_tile):
         row = rows * tile // tiles

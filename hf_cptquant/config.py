@@ -85,7 +85,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
         metric: what a disturbed or pruned model is measured by: `"loss"`, `"perplexity"`, or `"accuracy"` (classes by
             `label_column`, masked or next tokens), over sequences, so that a ragged last batch counts by its size.
         estimator: of `"tdmpq"`. `"taylor"`: first- and second-order terms of the loss for the rounding errors of every
-            bit width, from two backward passes; `"perturbation"`: the paper's algorithm 3, noise on the weights. By
+            bit width, from a backward pass each; `"perturbation"`: the paper's algorithm 3, noise on the weights. By
             default Taylor for the integer program (and the loss), and the perturbation for clusters.
         taylor_samples: tokens that the Taylor estimator measures, in sequences spread evenly over the calibration data.
         perturb: disturb `"all"` quantizable weights of a unit or, as the paper says, the `"first"`.

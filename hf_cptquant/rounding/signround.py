@@ -103,7 +103,7 @@ class _Rounded(torch.autograd.Function):
         steps, inside = _rounded(grouped, offset, scale, zero_point, bits)
         if zero_point is not None:
             steps -= zero_point.unsqueeze(-1)
-        ctx.save_for_backward(grouped, scale, steps, inside)
+        ctx.save_for_backward(grouped, scale, steps.bfloat16(), inside)  # exact: at most 8 bits and a sign
         return steps * scale
 
     @staticmethod
@@ -170,11 +170,12 @@ def round_block(
     def state() -> list[Tensor]:
         return [parameter.detach().clone() for parameter in grids.parameters()]
 
-    candidates = [(losses(), state())]
-    of_nearest = candidates[0][0]
-    least, best = math.inf, candidates[0][1]
-    generator = torch.Generator().manual_seed(seed)
     parameters = list(grids.parameters())
+    first = [parameter.detach().ravel()[0].clone().expand_as(parameter) for parameter in parameters]  # all 0, or all 1
+    of_nearest = losses()
+    candidates = [(of_nearest, first)]
+    least, best = math.inf, first
+    generator = torch.Generator().manual_seed(seed)
     epochs = range(math.ceil(iterations / len(calls)))
     order = [index for _ in epochs for index in torch.randperm(len(calls), generator=generator).tolist()]
     for iteration, index in enumerate(order[:iterations]):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
@@ -210,5 +211,9 @@ def chunked_causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: An
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(logits.device)
     rows = max(1, LOSS_CHUNK // vocab_size)
     chunks = zip(logits.reshape(-1, vocab_size).split(rows), targets.split(rows), strict=True)
-    total = sum(F.cross_entropy(chunk.float(), target, ignore_index=-100, reduction="sum") for chunk, target in chunks)
+    total = sum(checkpoint(_summed_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
     return total / (targets != -100).sum()
+
+
+def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")

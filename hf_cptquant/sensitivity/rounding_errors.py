@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate.utils import align_module_device
@@ -17,16 +17,14 @@ from ..plan import BitPlan, LayerScheme, scheme_for
 from ..recipe import Recipe
 
 
-def rounding_errors(module: nn.Module, schemes: Sequence[LayerScheme]) -> list[Tensor]:
-    """ΔW of rounding to nearest under each scheme, float32 `[out_features, in_features]`."""
+def rounding_errors(module: nn.Module, schemes: Sequence[LayerScheme]) -> Iterator[Tensor]:
+    """ΔW of rounding to nearest under each scheme, float32 `[out_features, in_features]`, one at a time."""
     with align_module_device(module):
         weight = module.weight.detach()
     matrix = matrix_of(type(module), weight).contiguous()
-    changes = []
     for scheme in schemes:
         rounded = quantize(matrix, *fit_grid(matrix, scheme), scheme)
-        changes.append(dequantize(rounded.integers, rounded.scale, rounded.zero_point).float() - matrix.float())
-    return changes
+        yield dequantize(rounded.integers, rounded.scale, rounded.zero_point).float() - matrix.float()
 
 
 @torch.no_grad()

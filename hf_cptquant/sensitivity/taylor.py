@@ -1,10 +1,10 @@
-"""TDMPQ by the Taylor expansion of the loss (arXiv 2412.03599 §3.4): two backward passes price all units at all widths.
+"""TDMPQ by the Taylor expansion of the loss (arXiv 2412.03599 §3.4): a backward pass for each order prices all units.
 
 Rounding changes a weight by ΔW, and the loss by ⟨g, ΔW⟩ + ½ ΔWᵀ H ΔW + …. The first-order term is measured on the
 labels of the data, with its sign: a model is seldom at the minimum of the calibration text, and some rounding errors
 help. It counts by the share of it that the labels at hand can tell from chance (`share_of_signal`). Rounding that looks
 at the data makes other errors than those that are priced here, so the sign of their first-order term is not relied on;
-then the price is the second-order term, for GPTQ and SignRound times the share of it that is left when the weights of a
+then it is not measured, and the price is the second-order term, for GPTQ and SignRound times the share of it that is left when the weights of a
 layer make up for each other's errors (`compensation.py`).
 
 For H stands the Fisher information, which for a cross-entropy is the Gauss–Newton matrix: the expectation of g gᵀ under
@@ -79,13 +79,13 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     """
     widths = list(recipe.packed_bits)
     named = {name: getattr(recipe, name) for name in ("group_size", "symmetric", "taylor_samples", "seed")}
-    tuned = not recipe.rounds_to_nearest
+    orders = (1, 2) if recipe.rounds_to_nearest else (2,)
     settings = {
         "estimator": "taylor",
         **named,
         "bits": widths,
-        "orders": [2] if tuned else [1, 2],
-        "shrunk": not tuned,
+        "orders": list(orders),
+        "shrunk": 1 in orders,
         "compensated": recipe.compensates,
     }
     facts = facts_of(model, plan, calibration, {"method": "tdmpq", **settings})
@@ -110,7 +110,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
     total = sum(sequences_in(batch) for _, _, batch in pending)
     with logging.tqdm(total=total, desc="Scoring units", unit="sequence", disable=ranks.rank() > 0) as bar:
         for key, start, batch in pending:
-            journal.add(key, _measured(model, plan, schemes, shares, batch, start, recipe.seed))
+            journal.add(key, _measured(model, plan, schemes, shares, orders, batch, start, recipe.seed))
             bar.update(sequences_in(batch))
     found = {key: parts for gathered in ranks.gather(journal.results) for key, parts in gathered.items()}
     results = [part for key, _, _ in spans for part in found[key]]
@@ -123,7 +123,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         for unit in dict.fromkeys(module.unit for module in plan.modules)
     }
     signal = 0.0
-    if not tuned:
+    if 1 in orders:
         signal = share_of_signal(itertools.chain.from_iterable(terms.values()), predictions)
         logger.info(f"{signal:.0%} of the first-order terms is more than the chance of {predictions} predictions.")
     costs = {
@@ -164,6 +164,7 @@ def _measured(
     plan: BitPlan,
     schemes: Mapping[str, Sequence[LayerScheme]],
     shares: Mapping[str, float],
+    orders: Sequence[int],
     batch: Batch,
     start: int,
     seed: int,
@@ -173,6 +174,7 @@ def _measured(
 
     Args:
         shares: of the terms of each module that count.
+        orders: those wanted; others are 0.
         start: number of the batch's first sequence, which with the seed decides the drawn labels.
     """
     if not any(schemes.values()):  # nothing to price, only the loss to measure
@@ -186,7 +188,7 @@ def _measured(
         for part in batches_on(parts, model):
             numbers = range(number, number := number + sequences_in(part))
             uniform = uniform_numbers(positions_of(model, part), seed, numbers)
-            loss, terms = _expanded(model, plan, schemes, shares, part, uniform)
+            loss, terms = _expanded(model, plan, schemes, shares, orders, part, uniform)
             found = {unit: sums.tolist() for unit, sums in terms.items()}
             results.append({"predictions": sum(labels_in(model, part)), "loss": loss, "terms": found})
         return results
@@ -199,13 +201,15 @@ def _expanded(
     plan: BitPlan,
     schemes: Mapping[str, Sequence[LayerScheme]],
     shares: Mapping[str, float],
+    orders: Sequence[int],
     batch: Batch,
     uniform: Tensor,
 ) -> tuple[float, dict[str, Tensor]]:
-    """One forward and two backward passes.
+    """One forward pass, and a backward pass for each order.
 
     Args:
         shares: of the terms of each module that count.
+        orders: those wanted, the second among them; others are 0.
         uniform: for `gradient_of_drawn`.
 
     Returns:
@@ -214,7 +218,7 @@ def _expanded(
     sequences, predictions = sequences_in(batch), sum(labels_in(model, batch))
     widths = len(next(iter(schemes.values())))
     terms = {module.unit: torch.zeros(widths, 2, dtype=torch.float64) for module in plan.modules}
-    order = 0
+    order = 1
 
     def observe(module: ModulePlan, inputs: Tensor, gradient: Tensor) -> None:
         layer = model.get_submodule(module.name)
@@ -227,24 +231,25 @@ def _expanded(
         x, delta = (
             tensor.reshape(sequences, -1, *tensor.shape[-1 if module.linear else 1 :]) for tensor in (inputs, gradient)
         )
-        if order == 0:
+        if order == 1:
             of_weight = gradient_of_matrix(layer, x.flatten(0, 1), delta.flatten(0, 1))
             sums = [predictions * (of_weight * change).sum() for change in changes]
         else:
-            fisher = torch.zeros_like(changes[0])
+            fisher = torch.zeros(module.out_features, module.in_features, dtype=torch.float32, device=x.device)
             for rows, of_rows in zip(x, delta, strict=True):
                 of_weight = gradient_of_matrix(layer, rows, of_rows)
                 fisher.addcmul_(of_weight, of_weight, value=predictions**2)
             sums = [(fisher * change.square_()).sum() / 2 for change in changes]
-        terms[module.unit][:, order] += shares[module.name] * torch.stack(sums).cpu()
+        terms[module.unit][:, order - 1] += shares[module.name] * torch.stack(sums).cpu()
 
     with tapped(model, plan, observe):
         outputs = forward(model, batch)
         if not bool(torch.isfinite(outputs.loss)):
             raise not_finite(model, batch, f"the loss is {outputs.loss.item()}")
         logits = outputs.logits
-        logits.backward(*torch.autograd.grad(outputs.loss, logits), retain_graph=True)  # frees the graph of the loss
-        order = 1
+        if 1 in orders:
+            logits.backward(*torch.autograd.grad(outputs.loss, logits), retain_graph=True)
+        order = 2
         logits.backward(gradient_of_drawn(model, batch["labels"], logits.detach(), uniform))
     for unit, found in terms.items():
         if not bool(torch.isfinite(found).all()):

@@ -392,7 +392,8 @@ def test_memory_that_runs_out_in_the_backward_pass_changes_nothing(tokens, minil
 # Memory
 
 
-def test_blocks_are_checkpointed(tokens, minilm):
+@pytest.mark.parametrize(("rounding", "passes"), [("nearest", 2), ("clipped", 1)])  # whose first-order terms count
+def test_blocks_are_checkpointed(rounding, passes, tokens, minilm):
     model = tiny_model("llama")
     runs, saved, saved_by_the_end = [], [], []
     model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -403,9 +404,9 @@ def test_blocks_are_checkpointed(tokens, minilm):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        table_of(model, "llama", tokens, minilm, batch_size=3)
-    # for each of 3 batches one forward pass and two backward passes, each of which runs the block again
-    assert len(runs) == 3 * (1 + 2)
+        table_of(model, "llama", tokens, minilm, batch_size=3, rounding=rounding)
+    # for each of 3 batches one forward pass and some backward passes, each of which runs the block again
+    assert len(runs) == 3 * (1 + passes)
     # when the first forward pass is through the blocks, none of their inner activations has been saved
     assert saved_by_the_end[0]
     assert not any(shape[-1:] == (128,) for shape in saved_by_the_end[0])

@@ -436,7 +436,7 @@ def _quantized(model: PreTrainedModel, recipe: Recipe, preparation: Preparation)
     if recipe.rounds_to_nearest:
         apply_plan(model, record.plan)
     else:
-        apply_plan_by_blocks(model, record.plan, _steps_of(parts[0] if parts else preparation.data), recipe)
+        apply_plan_by_blocks(model, record.plan, _tuned_on(parts[0] if parts else preparation.data, recipe), recipe)
     rounded = time.perf_counter()
     seconds = {} if preparation.given else {"scoring": scored - remembered}
     seconds["rounding"] = rounded - scored
@@ -463,6 +463,15 @@ def _description_of_run(model: PreTrainedModel, seconds: Mapping[str, float]) ->
         "hardware": {name: what for name, what in describe_devices().items() if name in used},
         "versions": library_versions(),
     }
+
+
+def _tuned_on(calibration: CalibrationSet, recipe: Recipe) -> Sequence[Batch]:
+    """The batches that blocks are rounded on: for tuning no more than it takes steps, evenly chosen, as others would
+    only be carried from block to block."""
+    steps = _steps_of(calibration)
+    if recipe.rounding != "signround" or len(steps) <= recipe.iters:
+        return steps
+    return [steps[index * len(steps) // recipe.iters] for index in range(recipe.iters)]
 
 
 def _steps_of(calibration: CalibrationSet) -> Sequence[Batch]:

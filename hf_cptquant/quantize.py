@@ -23,7 +23,7 @@ from .calibration import batches_on, tokens_in
 from .errors import ModelError, PlanError, in_module
 from .experts import fuse_again
 from .grid import QuantizedWeight, dequantize
-from .memory import mapped_ranges, release
+from .memory import mapped_ranges, release, trim
 from .model_view import predicts_one_class, sharing_with
 from .modules import PACKED_CLASSES, kind_of, matrix_of, packed_modules, replace_module
 from .plan import EMBEDDING, BitPlan, LayerScheme, ModulePlan
@@ -120,6 +120,7 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
             before[stack] = work.as_the_model(output)
         for before, call in zip(rounded, calls, strict=True):
             before[stack] = work.as_the_model(work(call))
+        trim()
 
 
 class _WorkingCopy:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from ..arithmetic import linears_in_working_dtype
 from ..calibration import batches_on, tokens_in
 from ..errors import ModelError
+from ..memory import trim
 from ..sensitivity.metrics import Batch, forward
 from ..sensitivity.prefix import Call
 from ..sensitivity.scoring import with_labels
@@ -74,6 +75,7 @@ def gradients_of_outputs(
             hooks.enter_context(differentiable(model, blocks))
             logits = forward(model, batch).logits
             logits.backward(len(batch["labels"]) * gradient_of_drawn(model, batch["labels"], logits.detach(), uniform))
+        trim()
         tokens += tokens_in(batch)
         if tokens >= TOKENS:
             break

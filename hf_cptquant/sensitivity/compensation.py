@@ -25,6 +25,7 @@ from .. import ranks
 from ..arithmetic import linears_in_working_dtype
 from ..calibration import batches_on
 from ..errors import ModelError, in_module
+from ..memory import trim
 from ..plan import BitPlan
 from .metrics import Batch
 from .prefix import Outputs, Prefix
@@ -71,6 +72,7 @@ def shares_left(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch])
                 for names, product in input_products(layers, passes):
                     shares |= dict.fromkeys((f"{name}.{layer}" for layer in names), share_left(product))
             before = after
+            trim()
     return shares
 
 

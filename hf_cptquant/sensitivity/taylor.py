@@ -4,8 +4,8 @@ Rounding changes a weight by ΔW, and the loss by ⟨g, ΔW⟩ + ½ ΔWᵀ H ΔW
 labels of the data, with its sign: a model is seldom at the minimum of the calibration text, and some rounding errors
 help. It counts by the share of it that the labels at hand can tell from chance (`share_of_signal`). Rounding that looks
 at the data makes other errors than those that are priced here, so the sign of their first-order term is not relied on;
-then it is not measured, and the price is the second-order term, for GPTQ and SignRound times the share of it that is left when the weights of a
-layer make up for each other's errors (`compensation.py`).
+then only the second-order term is measured, and for GPTQ and SignRound counts by the share of it that is left when the
+weights of a layer make up for each other's errors (`compensation.py`).
 
 For H stands the Fisher information, which for a cross-entropy is the Gauss–Newton matrix: the expectation of g gᵀ under
 labels *drawn from the model*. Gradients of drawn labels are uncorrelated, so the square of their sum has the
@@ -42,6 +42,7 @@ from ..arithmetic import working_dtype
 from ..calibration import CalibrationSet, batches_on, in_batches, sequences_in, spread_evenly
 from ..errors import CalibrationError, ModelError
 from ..experts import has_linear_experts
+from ..memory import trim
 from ..model_view import task_of
 from ..modules import CONVOLUTIONS, padding_of
 from ..plan import BitPlan, LayerScheme, ModulePlan, scheme_for
@@ -112,6 +113,7 @@ def score(model: PreTrainedModel, plan: BitPlan, calibration: CalibrationSet, re
         for key, start, batch in pending:
             journal.add(key, _measured(model, plan, schemes, shares, orders, batch, start, recipe.seed))
             bar.update(sequences_in(batch))
+            trim()
     found = {key: parts for gathered in ranks.gather(journal.results) for key, parts in gathered.items()}
     results = [part for key, _, _ in spans for part in found[key]]
     predictions = sum(part["predictions"] for part in results)

@@ -10,11 +10,12 @@ from conftest import TINY_CONFIGS, tiny_model
 from sensitivity.test_tdmpq import calibration_for, recipe_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_cptquant import CPTQuantConfig
+from hf_cptquant import CPTQuantConfig, pipeline
 from hf_cptquant.errors import ModelError
 from hf_cptquant.evaluate import perplexity
 from hf_cptquant.model_view import view_model
 from hf_cptquant.modules import PACKED_CLASSES, packed_modules, replace_module
+from hf_cptquant.pipeline import prepare, quantize_model
 from hf_cptquant.quantize import apply_plan, apply_plan_by_blocks
 from hf_cptquant.recipe import Recipe
 from hf_cptquant.rounding import BLOCK_ROUNDINGS, Tuning
@@ -180,6 +181,20 @@ def test_few_tokens_and_outputs_that_are_not_finite_are_told(tokens, logged):
     with pytest.raises(ModelError, match=r"model\.layers\.1: its outputs hold NaN or infinity"):
         apply_plan_by_blocks(model, plan, [{"input_ids": tokens[:1], "labels": tokens[:1]}], Recipe(rounding="gptq"))
     assert re.search("32 calibration tokens are fewer than the 128 inputs of .*down_proj", logged.text)
+
+
+@pytest.mark.parametrize(("rounding", "chosen"), [("signround", [0, 2, 5]), ("gptq", range(8))])
+def test_tuning_carries_no_more_batches_than_it_takes_steps(rounding, chosen, tokens, monkeypatch):
+    rounded_on = []
+    monkeypatch.setattr(pipeline, "TOKENS_IN_A_STEP", tokens.shape[1])
+    monkeypatch.setattr(pipeline, "apply_plan_by_blocks", lambda *args: rounded_on.extend(args[2]))
+    settings = {"sequence_length": tokens.shape[1], "rounding": rounding, "iters": 3}
+    model, recipe = tiny_model("llama"), recipe_for("llama", tokens, **settings)
+    preparation = prepare(model, recipe)
+    quantize_model(model, recipe, preparation)
+    sequences = torch.cat([batch["input_ids"] for batch in preparation.data.batches])
+    assert len(sequences) == len(tokens)
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in rounded_on]), sequences[list(chosen)])
 
 
 def test_a_plan_of_16_bits_changes_nothing(tokens):

@@ -41,6 +41,7 @@ BITS = (2, 3, 4, 8, 16)
 NEAREST = {f"nearest {bits}": bits for bits in (3, 4)}
 OURS = {f"ours {target}": {"target_bits": target, "bits": BITS} for target in (3.5, 4.0, 4.5, 5.0)}
 OURS["ours 4.5, 4, 8, 16 bits"] = {"target_bits": 4.5, "bits": (4, 8, 16)}
+OURS["ours 4.5, 4, 8, 16 bits, best"] = {**OURS["ours 4.5, 4, 8, 16 bits"], "quality": "best"}
 OURS["ours 4.5, 4, 8, 16 bits, GPTQ, recovered"] = {
     **OURS["ours 4.5, 4, 8, 16 bits"],
     "rounding": "gptq",

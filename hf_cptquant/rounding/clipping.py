@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from ..grid import QuantizedWeight, dequantize, extremes, grid_between, quantize
 from ..modules import matrix_of
@@ -25,8 +24,7 @@ from ..plan import LayerScheme
 from ..sensitivity.compensation import Inputs, input_products, inputs_in, sharing
 from ..sensitivity.prefix import Call
 from .curvature import curvatures_of_layers
-
-logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
+from .nearest import warn_of_unreached
 
 # Weights that share their inputs, their schemes, the products XXᵀ of these inputs, the dtype of scales, and, if they
 # are known, how the inputs have drifted from the original model's (`InputDrifts`) and how much the loss minds errors
@@ -140,7 +138,7 @@ def round_by_inputs(
                 rounded[name] = each
                 matrix.copy_(dequantize(each.integers, each.scale, each.zero_point))
             if not bool(product.any()):
-                logger.warning(f"{', '.join(names)}: no calibration token came there; rounded to nearest.")
+                warn_of_unreached(names)
     return {name: rounded[name] for name in schemes}
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..grid import QuantizedWeight, fit_grid, quantize
 from ..plan import LayerScheme
+
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity governs it
 
 
 def round_nearest(weight: Tensor, scheme: LayerScheme, dtype: torch.dtype | None = None) -> QuantizedWeight:
@@ -16,3 +21,8 @@ def round_nearest(weight: Tensor, scheme: LayerScheme, dtype: torch.dtype | None
         dtype: of the scales; by default the weight's.
     """
     return quantize(weight, *fit_grid(weight, scheme, dtype), scheme)
+
+
+def warn_of_unreached(layers: Iterable[str]) -> None:
+    """Say which layers of a block data cannot decide on, as no token comes there: experts, for example."""
+    logger.warning(f"{', '.join(layers)}: no calibration token came there; rounded to nearest.")

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from ..grid import QuantizedWeight, extremes, grid_between, integer_range
 from ..plan import LayerScheme
 from ..sensitivity.prefix import Call
+from .nearest import warn_of_unreached
 
 SMALLEST = torch.finfo(torch.float32).tiny
 LEAST_RANGE = 0.5  # share of a group's range that it may be shrunk to
@@ -139,7 +140,7 @@ def round_block(
         dtype: of the scales; by default the block's.
 
     Returns:
-        Layer → its integers.
+        Layer → its integers. A layer that no call reaches is rounded to nearest, which is logged.
     """
     layers = {name: block.get_submodule(name) for name in schemes}
     transposed = {name for name, layer in layers.items() if isinstance(layer, Conv1D)}
@@ -171,22 +172,28 @@ def round_block(
         return [parameter.detach().clone() for parameter in grids.parameters()]
 
     parameters = list(grids.parameters())
-    first = [parameter.detach().ravel()[0].clone().expand_as(parameter) for parameter in parameters]  # all 0, or all 1
+    nearest = [parameter.detach().ravel()[0].clone().expand_as(parameter) for parameter in parameters]  # all 0, all 1
     of_nearest = losses()
-    candidates = [(of_nearest, first)]
-    least, best = math.inf, first
+    candidates = [(of_nearest, nearest)]
+    least, best = math.inf, nearest
+    reached: set[str] = set()
     generator = torch.Generator().manual_seed(seed)
     epochs = range(math.ceil(iterations / len(calls)))
     order = [index for _ in epochs for index in torch.randperm(len(calls), generator=generator).tolist()]
     for iteration, index in enumerate(order[:iterations]):
         with torch.enable_grad():
             loss = loss_of(index, rounded())
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients: Sequence[Tensor | None] = [None] * len(parameters)
+            if loss.requires_grad:  # it may depend on none of the layers
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         relative = loss.item() / of_nearest[index] if of_nearest[index] else 1.0
         if relative < least:
             least, best = relative, state()
+        reached |= {name for name, found in zip(layers, gradients[::2], strict=True) if found is not None}
         step = (1 - iteration / iterations) / iterations
         _descend(grids, gradients, step)
+    if iterations and (unreached := [name for name in layers if name not in reached]):
+        warn_of_unreached(unreached)
     for values in (best, state()) if iterations else ():
         _restore(parameters, values)
         candidates.append((losses(), values))

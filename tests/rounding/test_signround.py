@@ -145,12 +145,29 @@ def test_same_seed_same_integers(problem):
     assert any(not torch.equal(first[name].integers, other[name].integers) for name in schemes)
 
 
-def test_a_layer_that_no_call_reaches_is_rounded_to_nearest(problem):
+def test_a_layer_that_no_call_reaches_is_rounded_to_nearest(problem, logged):
     block, schemes, calls, targets = problem
     block.unused = nn.Linear(64, 32)
     rounded = signround.round_block(block, {**schemes, "unused": LayerScheme(4, 32)}, calls, targets, 5, 0)
     nearest = round_nearest(block.unused.weight.detach(), LayerScheme(4, 32))
     assert torch.equal(rounded["unused"].integers, nearest.integers)
+    told = [record.getMessage() for record in logged.records]
+    assert told == ["unused: no calibration token came there; rounded to nearest."]
+
+
+def test_a_block_whose_outputs_do_not_depend_on_its_weights_is_rounded_to_nearest(logged):
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Linear(64, 32)
+
+        def forward(self, hidden):
+            return 2 * hidden
+
+    block, hidden = Idle().requires_grad_(False), torch.randn(2, 5, 64)
+    rounded = signround.round_block(block, {"idle": LayerScheme(4, 32)}, [((hidden,), {})], [2 * hidden], 3, 0)
+    assert torch.equal(rounded["idle"].integers, round_nearest(block.idle.weight, LayerScheme(4, 32)).integers)
+    assert "idle: no calibration token came there" in logged.text
 
 
 def test_conv1d_is_transposed():

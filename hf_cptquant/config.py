@@ -77,8 +77,8 @@ class CPTQuantConfig(QuantizationConfigMixin):
             the loss by its outputs (arXiv 2505.22988); `"signround"`: offsets and ranges tuned by signed gradients for
             the outputs of each block (arXiv 2309.05516). All but the first take the calibration data and a model in
             memory. By default what the quality says.
-        iters: steps of `"signround"` for each block, each on about 1,024 tokens, so that no more data are used; 0 is
-            rounding to nearest. By default what the quality says.
+        iters: steps of `"signround"` for each block, each on about 1,024 tokens; calibration data beyond that are
+            not rounded on. 0 is rounding to nearest. By default what the quality says.
         recover: `"scales"`: after rounding, train the scales and the weights of norms, while the integers stay, to
             predict what the original predicts on the first three quarters of the calibration data; what is best on the
             rest is taken, which may be what was there before. Takes a model in memory.

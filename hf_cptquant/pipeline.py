@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .allocation import FrontierPoint, allocate, check_budget, fixed_bits, frontier, loadable_bits
 from .arithmetic import linears_in_working_dtype
 from .base_card import inherited_from
-from .calibration import CalibrationSet, facts_of, hold_out, in_batches, load_calibration
+from .calibration import CalibrationSet, facts_of, hold_out, in_batches, load_calibration, spread_evenly
 from .config import CPTQuantConfig
 from .doctor import describe_devices, library_versions
 from .errors import ConfigError, ModelError, PlanError
@@ -436,7 +436,11 @@ def _quantized(model: PreTrainedModel, recipe: Recipe, preparation: Preparation)
     if recipe.rounds_to_nearest:
         apply_plan(model, record.plan)
     else:
-        apply_plan_by_blocks(model, record.plan, _tuned_on(parts[0] if parts else preparation.data, recipe), recipe)
+        used = (
+            recipe.iters if recipe.rounding == "signround" else None
+        )  # more would only be carried from block to block
+        batches = _steps_of(parts[0] if parts else preparation.data, used)
+        apply_plan_by_blocks(model, record.plan, batches, recipe)
     rounded = time.perf_counter()
     seconds = {} if preparation.given else {"scoring": scored - remembered}
     seconds["rounding"] = rounded - scored
@@ -465,18 +469,12 @@ def _description_of_run(model: PreTrainedModel, seconds: Mapping[str, float]) ->
     }
 
 
-def _tuned_on(calibration: CalibrationSet, recipe: Recipe) -> Sequence[Batch]:
-    """The batches that blocks are rounded on: for tuning no more than it takes steps, evenly chosen, as others would
-    only be carried from block to block."""
-    steps = _steps_of(calibration)
-    if recipe.rounding != "signround" or len(steps) <= recipe.iters:
-        return steps
-    return [steps[index * len(steps) // recipe.iters] for index in range(recipe.iters)]
-
-
-def _steps_of(calibration: CalibrationSet) -> Sequence[Batch]:
-    """The data in batches for a step of tuning each."""
-    return in_batches(calibration.batches, max(1, TOKENS_IN_A_STEP // calibration.description["sequence_length"]))
+def _steps_of(calibration: CalibrationSet, most: int | None = None) -> Sequence[Batch]:
+    """The data in batches for a step of tuning each, or so many of them at most, evenly chosen."""
+    length = calibration.description["sequence_length"]
+    size = max(1, TOKENS_IN_A_STEP // length)
+    batches = calibration.batches if most is None else spread_evenly(calibration, most * size * length)
+    return in_batches(batches, size)
 
 
 def report(plan: BitPlan) -> str:

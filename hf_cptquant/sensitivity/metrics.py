@@ -216,4 +216,5 @@ def chunked_causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: An
 
 
 def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of rows `[rows, vocabulary]`, float32; computed again in the backward pass, so that no float32 copy is kept."""
     return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")

@@ -250,7 +250,7 @@ def _expanded(
             raise not_finite(model, batch, f"the loss is {outputs.loss.item()}")
         logits = outputs.logits
         if 1 in orders:
-            logits.backward(*torch.autograd.grad(outputs.loss, logits), retain_graph=True)
+            logits.backward(*torch.autograd.grad(outputs.loss, logits), retain_graph=True)  # frees the loss's graph
         order = 2
         logits.backward(gradient_of_drawn(model, batch["labels"], logits.detach(), uniform))
     for unit, found in terms.items():

@@ -96,6 +96,14 @@ def test_loss_in_chunks_takes_a_chunk_of_logits_at_a_time(monkeypatch):
     assert max(sizes) <= 100
 
 
+def test_loss_in_chunks_keeps_no_float32_copy_of_logits():
+    logits, kept = random_logits(2, 9, 30, dtype=torch.bfloat16).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss = chunked_causal_loss(logits, random_labels(2, 9, classes=30), 30)
+    assert loss.requires_grad
+    assert not any(tensor.dtype == torch.float32 and tensor.numel() > 1 for tensor in kept)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", TINY_CONFIGS)
 def test_the_loss_of_a_model_is_its_own(kind, tokens, minilm, monkeypatch):

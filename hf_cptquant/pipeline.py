@@ -436,9 +436,8 @@ def _quantized(model: PreTrainedModel, recipe: Recipe, preparation: Preparation)
     if recipe.rounds_to_nearest:
         apply_plan(model, record.plan)
     else:
-        used = (
-            recipe.iters if recipe.rounding == "signround" else None
-        )  # more would only be carried from block to block
+        # more batches than steps would only be carried from block to block
+        used = recipe.iters if recipe.rounding == "signround" else None
         batches = _steps_of(parts[0] if parts else preparation.data, used)
         apply_plan_by_blocks(model, record.plan, batches, recipe)
     rounded = time.perf_counter()

@@ -17,12 +17,15 @@ Beginning with what GPTQ gives lowers the loss further on the calibration data, 
 The iterate with the least loss is kept. As calls differ in how hard they are, a loss counts relative to that of
 rounding to nearest on the same call, and the best and the last iterate are in the end compared with rounding to nearest
 on all calls: the result is never worse on the calibration data.
+
+Beside a block in bfloat16, 14 bytes are held for each of its weights: the offset, its gradient and the best offset in
+float32, the rounded weight or its gradient in bfloat16. All else is made for some rows at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +40,7 @@ from .nearest import warn_of_unreached
 
 SMALLEST = torch.finfo(torch.float32).tiny
 LEAST_RANGE = 0.5  # share of a group's range that it may be shrunk to
+IN_CACHE = 1 << 17  # weights
 
 
 class TunableGrid(nn.Module):
@@ -56,8 +60,8 @@ class TunableGrid(nn.Module):
         super().__init__()
         self._matrix, self._scheme, self._dtype = matrix, scheme, dtype or matrix.dtype
         self._low, self._high = extremes(matrix, scheme)
-        self._grouped = matrix.float().view(*self._low.shape, -1)
-        self.offset = nn.Parameter(torch.zeros_like(self._grouped))
+        self._grouped = matrix.view(*self._low.shape, -1)
+        self.offset = nn.Parameter(torch.zeros_like(self._grouped, dtype=torch.float32))
         self.shrinkage = nn.Parameter(torch.ones(*self._low.shape, 1 if scheme.symmetric else 2, device=matrix.device))
 
     def _grid(self) -> tuple[Tensor, Tensor | None]:
@@ -67,53 +71,78 @@ class TunableGrid(nn.Module):
     def forward(self) -> Tensor:
         """The weight as it will be dequantized, `[out_features, in_features]` in the matrix's dtype."""
         scale, zero_point = self._grid()
-        weight = _Rounded.apply(self._grouped, self.offset, scale.float().unsqueeze(-1), zero_point, self._scheme.bits)
-        return weight.view_as(self._matrix).to(self._dtype).to(self._matrix.dtype)
+        wide = scale.float().unsqueeze(-1)
+        dtypes = (self._dtype, self._matrix.dtype)
+        weight: Tensor = _Rounded.apply(self._grouped, self.offset, wide, zero_point, self._scheme.bits, dtypes)
+        return weight.view_as(self._matrix)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """The integers."""
         scale, zero_point = self._grid()
+        integers = torch.empty_like(self._grouped, dtype=torch.int8)
         wide = scale.float().unsqueeze(-1)
-        integers, _ = _rounded(self._grouped, self.offset, wide, zero_point, self._scheme.bits)
-        return QuantizedWeight(integers.to(torch.int8).view_as(self._matrix), scale, zero_point, self._scheme)
+        for rows in _parts(integers):
+            steps, _ = _steps(rows, self._grouped, self.offset, wide, zero_point, self._scheme.bits)
+            integers[rows] = steps if zero_point is None else steps + zero_point[rows].unsqueeze(-1)
+        return QuantizedWeight(integers.view_as(self._matrix), scale, zero_point, self._scheme)
 
 
-def _rounded(
-    grouped: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+def _parts(weight: Tensor) -> Iterator[slice]:
+    """Rows to do at a time: so many that what lies between their operations stays in a processor's cache."""
+    rows = max(1, IN_CACHE // weight[0].numel()) if weight.device.type == "cpu" else len(weight)
+    return (slice(start, start + rows) for start in range(0, len(weight), rows))
+
+
+def _steps(
+    rows: slice, grouped: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Integers (as float32), and whether each is within the grid's range before it is clamped."""
-    free = torch.addcdiv(offset, grouped, scale).round_()
-    if zero_point is not None:
-        free += zero_point.unsqueeze(-1)
-    integers = free.clamp(*integer_range(bits))
-    return integers, integers == free
+    """Some rows as whole numbers of steps away from 0, float32: within the range of the grid, and before clamping."""
+    free = torch.addcdiv(offset[rows], grouped[rows].float(), scale[rows]).round_()
+    low, high = integer_range(bits)
+    if zero_point is None:
+        return free.clamp(low, high), free
+    shift = zero_point[rows].float().unsqueeze(-1)
+    return free.clamp(low - shift, high - shift), free
 
 
 class _Rounded(torch.autograd.Function):
     """(clamp(round(w/s + V) + z) − z)·s, with the gradient of the identity for the rounding.
 
-    A function of its own, because it runs at every step for every weight, and autograd would go over them three times
-    as often: ∂ŵ/∂V = s within the range and 0 outside, ∂ŵ/∂s = q − z − (w/s within the range, 0 outside).
+    A function of its own, because it runs at every step for every weight, and autograd would go over them many times
+    as often: ∂ŵ/∂V = s within the range and 0 outside, ∂ŵ/∂s = q − z − (w/s within the range, 0 outside). The integers
+    are found again for the backward pass, which takes less time than to write and to read them, and no memory.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, grouped: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+        ctx: Any,
+        grouped: Tensor,
+        offset: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bits: int,
+        dtypes: tuple[torch.dtype, torch.dtype],
     ) -> Tensor:
-        steps, inside = _rounded(grouped, offset, scale, zero_point, bits)
-        if zero_point is not None:
-            steps -= zero_point.unsqueeze(-1)
-        ctx.save_for_backward(grouped, scale, steps.bfloat16(), inside)  # exact: at most 8 bits and a sign
-        return steps * scale
+        ctx.save_for_backward(grouped, offset, scale, zero_point)
+        ctx.bits = bits
+        weight = torch.empty_like(grouped, dtype=dtypes[1])
+        for rows in _parts(grouped):
+            steps, _ = _steps(rows, grouped, offset, scale, zero_point, bits)
+            weight[rows] = steps.mul_(scale[rows]).to(dtypes[0])
+        return weight
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
-        grouped, scale, steps, inside = ctx.saved_tensors
-        of_scale = (gradient * steps).sum(-1, keepdim=True)
-        of_offset = (gradient * scale).mul_(inside)
-        of_scale -= (of_offset * grouped).sum(-1, keepdim=True) / scale.square()
-        return None, of_offset, of_scale, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None, None, None]:
+        grouped, offset, scale, zero_point = ctx.saved_tensors
+        of_offset, of_scale = torch.empty_like(offset), torch.empty_like(scale)
+        for rows in _parts(grouped):
+            steps, free = _steps(rows, grouped, offset, scale, zero_point, ctx.bits)
+            of_weight = gradient[rows].float()
+            of_rounded = torch.mul(of_weight, scale[rows], out=of_offset[rows]).masked_fill_(steps != free, 0)
+            of_steps = (of_weight * steps).sum(-1, keepdim=True)
+            of_scale[rows] = of_steps - (of_rounded * grouped[rows]).sum(-1, keepdim=True) / scale[rows].square()
+        return None, of_offset, of_scale, None, None, None
 
 
 def round_block(
@@ -168,36 +197,42 @@ def round_block(
         weights = rounded()
         return [loss_of(index, weights).item() for index in range(len(calls))]
 
-    def state() -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in grids.parameters()]
+    def tune() -> set[str]:
+        """Take the steps and leave the best iterate in `best`; gives the layers that a call reaches."""
+        least = math.inf
+        reached: set[str] = set()
+        generator = torch.Generator().manual_seed(seed)
+        epochs = range(math.ceil(iterations / len(calls)))
+        order = [index for _ in epochs for index in torch.randperm(len(calls), generator=generator).tolist()]
+        for iteration, index in enumerate(order[:iterations]):
+            with torch.enable_grad():
+                loss = loss_of(index, rounded())
+                gradients: Sequence[Tensor | None] = [None] * len(parameters)
+                if loss.requires_grad:  # it may depend on none of the layers
+                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            relative = loss.item() / of_nearest[index] if of_nearest[index] else 1.0
+            if relative < least:
+                least = relative
+                _copy(parameters, best)
+            reached |= {name for name, found in zip(layers, gradients[::2], strict=True) if found is not None}
+            _descend(grids, gradients, (1 - iteration / iterations) / iterations)
+            del loss, gradients  # or they would lie beside those of the next step
+        return reached
 
     parameters = list(grids.parameters())
     nearest = [parameter.detach().ravel()[0].clone().expand_as(parameter) for parameter in parameters]  # all 0, all 1
     of_nearest = losses()
-    candidates = [(of_nearest, nearest)]
-    least, best = math.inf, nearest
-    reached: set[str] = set()
-    generator = torch.Generator().manual_seed(seed)
-    epochs = range(math.ceil(iterations / len(calls)))
-    order = [index for _ in epochs for index in torch.randperm(len(calls), generator=generator).tolist()]
-    for iteration, index in enumerate(order[:iterations]):
-        with torch.enable_grad():
-            loss = loss_of(index, rounded())
-            gradients: Sequence[Tensor | None] = [None] * len(parameters)
-            if loss.requires_grad:  # it may depend on none of the layers
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        relative = loss.item() / of_nearest[index] if of_nearest[index] else 1.0
-        if relative < least:
-            least, best = relative, state()
-        reached |= {name for name, found in zip(layers, gradients[::2], strict=True) if found is not None}
-        step = (1 - iteration / iterations) / iterations
-        _descend(grids, gradients, step)
-    if iterations and (unreached := [name for name in layers if name not in reached]):
-        warn_of_unreached(unreached)
-    for values in (best, state()) if iterations else ():
-        _restore(parameters, values)
-        candidates.append((losses(), values))
-    _restore(parameters, min(candidates, key=lambda candidate: sum(candidate[0]))[1])
+    candidates: list[tuple[list[float], Sequence[Tensor]]] = [(of_nearest, nearest)]
+    if iterations:
+        best = [parameter.detach().clone() for parameter in parameters]
+        reached = tune()
+        if unreached := [name for name in layers if name not in reached]:
+            warn_of_unreached(unreached)
+        last = [parameter.detach().clone() for parameter in parameters]
+        for values in (best, last):
+            _copy(values, parameters)
+            candidates.append((losses(), values))
+    _copy(min(candidates, key=lambda candidate: sum(candidate[0]))[1], parameters)
     return {name: grids[name.replace(".", "/")].quantized() for name in layers}
 
 
@@ -206,10 +241,11 @@ def _descend(grids: nn.ModuleDict, gradients: Sequence[Tensor | None], step: flo
     for (name, parameter), gradient in zip(grids.named_parameters(), gradients, strict=True):
         if gradient is not None:
             limits = (-0.5, 0.5) if name.endswith("offset") else (LEAST_RANGE, 1.0)
-            parameter.sub_(gradient.sign(), alpha=step).clamp_(*limits)
+            for rows in _parts(parameter):
+                parameter[rows].sub_(gradient[rows].sign(), alpha=step).clamp_(*limits)
 
 
 @torch.no_grad()
-def _restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+def _copy(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    for target, value in zip(into, values, strict=True):
+        target.copy_(value)

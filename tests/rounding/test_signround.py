@@ -1,5 +1,8 @@
 """Tuned rounding: the grid's arithmetic, its gradients, what is kept, and that it helps."""
 
+import itertools
+import json
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -80,6 +83,34 @@ def test_gradients_are_those_of_the_grid_with_rounding_as_the_identity(scheme):
     else:
         expected = torch.stack((-low, high), -1) / (largest - smallest) * by_scale.unsqueeze(-1)
     assert torch.allclose(grid.shrinkage.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_weight_done_row_by_row_is_that_done_at_once(scheme, monkeypatch):
+    upstream = torch.randn(24, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+    def found() -> list[torch.Tensor]:
+        grid = tuned(scheme)
+        weight = grid()
+        gradients = torch.autograd.grad(weight, list(grid.parameters()), upstream)
+        grids = nn.ModuleDict({"layer": grid})
+        signround._descend(grids, gradients, 0.1)
+        return [weight, *gradients, *grid.parameters(), grid.quantized().integers]
+
+    at_once = found()
+    monkeypatch.setattr(signround, "IN_CACHE", 1)
+    assert all(torch.equal(one, other) for one, other in zip(at_once, found(), strict=True))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_nothing_of_the_size_of_a_weight_is_kept_for_the_gradients_but_what_is_there(scheme):
+    original, kept = matrix(), []
+    grid = TunableGrid(original, scheme)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        assert grid().requires_grad
+    there = {tensor.untyped_storage().data_ptr() for tensor in (original, grid.offset)}
+    large = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() >= original.numel()}
+    assert large == there
 
 
 class Block(nn.Module):
@@ -175,6 +206,22 @@ def test_a_block_whose_outputs_do_not_depend_on_its_weights_is_rounded_to_neares
     rounded = signround.round_block(block, {"idle": LayerScheme(4, 32)}, [((hidden,), {})], [2 * hidden], 3, 0)
     assert torch.equal(rounded["idle"].integers, round_nearest(block.idle.weight, LayerScheme(4, 32)).integers)
     assert "idle: no calibration token came there" in logged.text
+
+
+def test_tuning_holds_fourteen_bytes_for_each_weight(monkeypatch, tmp_path):
+    """Offset, its gradient and the best offset in float32, a gradient in bfloat16; and what groups need."""
+    monkeypatch.setattr(signround, "IN_CACHE", 1 << 12)
+    layer, draw = nn.Linear(1024, 1024, bias=False).bfloat16().requires_grad_(False), torch.Generator().manual_seed(6)
+    inputs = [torch.randn(1, 4, 1024, generator=draw).bfloat16() for _ in range(3)]
+    block = nn.Sequential(layer)
+    calls, targets = [((each,), {}) for each in inputs], [block(each) for each in inputs]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        signround.round_block(block, {"0": LayerScheme(4, 64)}, calls, targets, 6, 0)
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    peak = max(itertools.accumulate(size for _, size in memory))
+    assert 14 <= peak / layer.weight.numel() < 15
 
 
 def test_conv1d_is_transposed():

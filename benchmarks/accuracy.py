@@ -50,7 +50,10 @@ OURS["ours 4.5, 4, 8, 16 bits, GPTQ, recovered"] = {
 OURS["ours 4.5, 3 to 8 bits"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8)}
 OURS["ours 4.5, 3 to 8 bits, by module"] = {"target_bits": 4.5, "bits": (3, 4, 5, 6, 8), "granularity": "module"}
 OURS["ours 4.5, 3 to 8 bits, by module, GPTQ"] = {**OURS["ours 4.5, 3 to 8 bits, by module"], "rounding": "gptq"}
-OURS |= {f"{row}, zero points": {**OURS[row], "symmetric": False} for row in tuple(OURS) if "by module" in row}
+OURS["ours 4.5, 3 to 8 bits, by module, GPTQ, zero points"] = {
+    **OURS["ours 4.5, 3 to 8 bits, by module, GPTQ"],
+    "symmetric": False,
+}
 OURS["ours 4.5, fast"] = {"target_bits": 4.5, "bits": BITS, "quality": "fast"}
 
 # Bits of a zero point, by the bits of the weights: none, as wide as they are, or a number like the scales.

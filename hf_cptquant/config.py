@@ -69,7 +69,7 @@ class CPTQuantConfig(QuantizationConfigMixin):
             Where it does not divide a layer, the largest of 128, 64, 32 below it that does. 8 bits are per channel.
         symmetric: without zero points. The scale is then signed, which uses all levels. `False` stores zero points,
             which plain transformers 5.23 and 5.24 cannot load with compressed-tensors 0.18 to 0.20 (this package can).
-        quality: `"fast"`: rounding to nearest; `"balanced"`: rounding tuned by 80 steps for each block; `"best"`: by
+        quality: `"fast"`: rounding to nearest; `"balanced"`: rounding tuned by 100 steps for each block; `"best"`: by
             300.
         rounding: `"nearest"` (equation 1); `"clipped"`: to nearest on ranges that are narrowed by what that costs on
             the inputs; `"gptq"`: on such ranges, with errors compensated by second-order information of each layer's

@@ -27,7 +27,7 @@ ALLOCATION_NAMES = ("kmeans", "k-harmonic-means", "integer")
 BUDGETS = ("target_bits", "target_size", "target_compression", "max_loss_increase")
 GRANULARITY_NAMES = ("block", "group", "module")
 ROUNDING_NAMES = ("nearest", "clipped", "gptq", "signround")
-QUALITIES = {"fast": ("nearest", 0), "balanced": ("signround", 80), "best": ("signround", 300)}  # rounding, iters
+QUALITIES = {"fast": ("nearest", 0), "balanced": ("signround", 100), "best": ("signround", 300)}  # rounding, iters
 RECOVER_NAMES = (None, "scales")
 PERTURB_NAMES = ("all", "first")
 OUTSIDE_SETTINGS = ("quantize_lm_head", "quantize_embeddings", "quantize_vision_tower", "quantize_front_end")
@@ -101,7 +101,7 @@ class Recipe:
     symmetric: bool = True
     quality: str = "balanced"
     rounding: str = "signround"
-    iters: int = 80
+    iters: int = 100
     recover: str | None = None
     metric: str = "loss"
     estimator: str = "taylor"

@@ -82,7 +82,7 @@ def test_defaults_are_filled_in_by_the_recipe():
         "group",
     )
     assert (recipe.bits, recipe.target_bits) == ((4, 8, 16), None)
-    assert (recipe.group_size, recipe.symmetric, recipe.rounding, recipe.iters) == (128, True, "signround", 80)
+    assert (recipe.group_size, recipe.symmetric, recipe.rounding, recipe.iters) == (128, True, "signround", 100)
     assert (recipe.perturb, recipe.num_samples, recipe.sequence_length, recipe.seed) == ("all", 128, 2048, 0)
     assert recipe == Recipe()
 

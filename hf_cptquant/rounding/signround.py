@@ -40,7 +40,7 @@ from .nearest import warn_of_unreached
 
 SMALLEST = torch.finfo(torch.float32).tiny
 LEAST_RANGE = 0.5  # share of a group's range that it may be shrunk to
-IN_CACHE = 1 << 17  # weights
+IN_CACHE = 1 << 17  # weights that a processor has at hand while several operations go over them
 
 
 class TunableGrid(nn.Module):
@@ -111,7 +111,8 @@ class _Rounded(torch.autograd.Function):
 
     A function of its own, because it runs at every step for every weight, and autograd would go over them many times
     as often: ∂ŵ/∂V = s within the range and 0 outside, ∂ŵ/∂s = q − z − (w/s within the range, 0 outside). The integers
-    are found again for the backward pass, which takes less time than to write and to read them, and no memory.
+    are found again for the backward pass, in about the time that it takes to write and to read them, and in no memory.
+    The product with the scale has the first of the two dtypes, and is given in the second.
     """
 
     @staticmethod

@@ -138,7 +138,7 @@ def test_the_code_gives_the_settings_again(record, settings):
         ({"allocation": "kmeans", "granularity": "block"}, "CPTQuantConfig(allocation='kmeans')"),
         ({"quality": "fast"}, "CPTQuantConfig(quality='fast')"),
         ({"quality": "fast", "iters": 5}, "CPTQuantConfig(quality='fast', iters=5)"),
-        ({"rounding": "gptq", "iters": 80}, "CPTQuantConfig(rounding='gptq')"),
+        ({"rounding": "gptq", "iters": 100}, "CPTQuantConfig(rounding='gptq')"),
         ({"bits": [3, 8], "seed": 3}, "CPTQuantConfig(bits=[3, 8], seed=3)"),
     ],
     ids=str,

@@ -100,8 +100,8 @@ class Recipe:
     group_size: int = 128
     symmetric: bool = True
     quality: str = "balanced"
-    rounding: str = "signround"
-    iters: int = 100
+    rounding: str = QUALITIES["balanced"][0]
+    iters: int = QUALITIES["balanced"][1]
     recover: str | None = None
     metric: str = "loss"
     estimator: str = "taylor"

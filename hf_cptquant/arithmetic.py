@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .forwards import computing
+
 # Classes that transformers makes from `nn.Linear` and that compute the same, if not always with the same roundings: the
 # product is rounded before the bias is added.
 SAME_AS_LINEAR = frozenset({"FalconLinear"})
@@ -46,13 +48,8 @@ def linears_in_working_dtype(model: nn.Module) -> Iterator[None]:
         and "forward" not in module.__dict__  # accelerate's, of an offloaded layer
         and working_dtype(module.weight.dtype, module.weight.device) != module.weight.dtype
     ]
-    try:
-        for module in slow:
-            module.forward = partial(_linear, module)
+    with computing({module: partial(_linear, module) for module in slow}):
         yield
-    finally:
-        for module in slow:
-            del module.forward
 
 
 def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:

@@ -109,11 +109,10 @@ def grid_between(low: Tensor, high: Tensor, scheme: LayerScheme, dtype: torch.dt
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: LayerScheme) -> QuantizedWeight:
     """Round a weight `[out_features, in_features]` to the nearest point of a grid (equation 1)."""
     out_features, groups = scale.shape
-    grouped = weight.float().view(out_features, groups, -1)
-    integers = torch.round(grouped / scale.float().unsqueeze(-1))
+    steps = (weight.float().view(out_features, groups, -1) / scale.float().unsqueeze(-1)).round_()
     if zero_point is not None:
-        integers += zero_point.unsqueeze(-1)
-    integers = integers.clamp(*integer_range(scheme.bits)).to(torch.int8)
+        steps += zero_point.unsqueeze(-1)
+    integers = steps.clamp_(*integer_range(scheme.bits)).to(torch.int8)
     return QuantizedWeight(integers.view_as(weight), scale, zero_point, scheme)
 
 

@@ -124,7 +124,8 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
 
 
 class _WorkingCopy:
-    """A block in the format that its device computes fast in, called with what the model calls the block with.
+    """A block in the format that its device computes fast in, called with what the model calls the block with. If that
+    is the model's own format, both have their parameters in the same memory.
 
     Attributes:
         block: the copy.
@@ -135,7 +136,8 @@ class _WorkingCopy:
         weight = next(parameter for parameter in block.parameters() if parameter.dim() > 1)
         self.dtype = weight.dtype
         self._working = working_dtype(weight.dtype, weight.device)
-        self.block = copy.deepcopy(block).requires_grad_(False)
+        shared = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in block.parameters()}
+        self.block = copy.deepcopy(block, shared)
         if self._working != self.dtype:
             self.block.to(self._working)
 

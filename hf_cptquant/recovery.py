@@ -28,6 +28,7 @@ from transformers.utils import logging
 from .arithmetic import linears_in_working_dtype
 from .calibration import batches_on, sequences_in, tokens_in
 from .errors import CalibrationError, ModelError
+from .forwards import computing
 from .grid import dequantize
 from .modules import PackedLayer, packed_modules
 from .plan import BitPlan
@@ -195,13 +196,8 @@ class _Student:
         """Let the packed modules compute with their factors."""
         modules: dict[nn.Module, str] = {self._model.get_submodule(name): name for name in self._weights}
         modules |= {layer: modules[layer.embedding] for layer in tied_layers(self._model).values()}
-        try:
-            for module, name in modules.items():
-                module.forward = partial(self._forward, name, module)
+        with computing({module: partial(self._forward, name, module) for module, name in modules.items()}):
             yield
-        finally:
-            for module in modules:
-                del module.forward
 
     def _forward(self, name: str, module: PackedLayer | TiedLayer, inputs: Tensor) -> Tensor:
         weight = self._weights[name]

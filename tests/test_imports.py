@@ -10,10 +10,10 @@ import hf_cptquant
 PACKAGE = Path(hf_cptquant.__file__).parent
 # From the bottom up: a module may import those above it in this list.
 ORDER = [
-    "arithmetic", "memory", "errors", "bitmap", "plan", "runtimes", "table", "results", "record", "recipe", "config",
-    "ranks", "work_folder", "grid", "packing", "kernels", "doctor", "modules", "tied", "experts", "model_view",
-    "base_card", "sources", "images", "sound", "calibration", "self_text", "sensitivity", "allocation", "plots",
-    "rounding", "quantize", "recovery", "section", "card", "checkpoint", "leaderboard", "hub", "predictions",
+    "forwards", "arithmetic", "memory", "errors", "bitmap", "plan", "runtimes", "table", "results", "record", "recipe",
+    "config", "ranks", "work_folder", "grid", "packing", "kernels", "doctor", "modules", "tied", "experts",
+    "model_view", "base_card", "sources", "images", "sound", "calibration", "self_text", "sensitivity", "allocation",
+    "plots", "rounding", "quantize", "recovery", "section", "card", "checkpoint", "leaderboard", "hub", "predictions",
     "evaluate", "folder_evaluation", "refinement", "pipeline", "llama_cpp", "transformers_backend",
 ]  # fmt: skip
 EDGES = ["metrics", "demo", "options", "terminal", "cli"]

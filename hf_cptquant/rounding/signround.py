@@ -18,32 +18,41 @@ The iterate with the least loss is kept. As calls differ in how hard they are, a
 rounding to nearest on the same call, and the best and the last iterate are in the end compared with rounding to nearest
 on all calls: the result is never worse on the calibration data.
 
-Beside a block in bfloat16, 14 bytes are held for each of its weights: the offset, its gradient and the best offset in
-float32, the rounded weight or its gradient in bfloat16. All else is made for some rows at a time.
+Beside a block, 3 bytes are held for each of its weights: the offset in 16 bits, and the integer of the best iterate.
+A layer's rounded weight is there while the layer is called, and made again for its backward pass, which takes the step
+of the offsets, too, so that their gradients never are there together.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ..grid import QuantizedWeight, extremes, grid_between, integer_range
+from ..forwards import computing
+from ..grid import QuantizedWeight, dequantize, extremes, grid_between, integer_range
+from ..modules import kind_of, matrix_of
 from ..plan import LayerScheme
 from ..sensitivity.prefix import Call
-from .nearest import warn_of_unreached
+from .nearest import round_nearest, warn_of_unreached
 
 SMALLEST = torch.finfo(torch.float32).tiny
 LEAST_RANGE = 0.5  # share of a group's range that it may be shrunk to
+HALF = 1 << 14  # an offset of ½, in the units in which offsets are held: a step past it fits into int16, too
 IN_CACHE = 1 << 17  # weights that a processor has at hand while several operations go over them
+LEAST_ROWS = 64  # of a weight that are done at a time, as their gradient is a product, too
+
+Rounded = Mapping[str, QuantizedWeight]
 
 
-class TunableGrid(nn.Module):
+class TunableGrid:
     """A weight on its grid, as a function of what is tuned.
 
     Args:
@@ -52,98 +61,152 @@ class TunableGrid(nn.Module):
         dtype: of the scales, and of the weight when it is dequantized; by default the matrix's.
 
     Attributes:
-        offset: V, float32 `[out_features, groups, group size]`.
+        offset: V in units of 2⁻¹⁵, int16 `[out_features, groups, group size]`.
         shrinkage: factors of the ranges' ends, float32 `[out_features, groups, 2]`; symmetric grids have one end.
+        step: by how much a backward pass moves offsets against the sign of their gradients, and `shrink` the ranges.
     """
 
     def __init__(self, matrix: Tensor, scheme: LayerScheme, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self._matrix, self._scheme, self._dtype = matrix, scheme, dtype or matrix.dtype
+        self._scheme, self._dtype = scheme, dtype or matrix.dtype
         self._low, self._high = extremes(matrix, scheme)
         self._grouped = matrix.view(*self._low.shape, -1)
-        self.offset = nn.Parameter(torch.zeros_like(self._grouped, dtype=torch.float32))
-        self.shrinkage = nn.Parameter(torch.ones(*self._low.shape, 1 if scheme.symmetric else 2, device=matrix.device))
+        self.offset = torch.zeros_like(self._grouped, dtype=torch.int16)
+        ends = 1 if scheme.symmetric else 2
+        self.shrinkage = torch.ones(*self._low.shape, ends, device=matrix.device, requires_grad=True)
+        self.step = 0.0
 
     def _grid(self) -> tuple[Tensor, Tensor | None]:
         low, high = self._low * self.shrinkage[..., 0], self._high * self.shrinkage[..., -1]
         return grid_between(low, high, self._scheme, self._dtype)
 
-    def forward(self) -> Tensor:
-        """The weight as it will be dequantized, `[out_features, in_features]` in the matrix's dtype."""
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x [..., in_features]` times the weight as it will be dequantized, plus bias → `[..., out_features]`."""
         scale, zero_point = self._grid()
-        wide = scale.float().unsqueeze(-1)
-        dtypes = (self._dtype, self._matrix.dtype)
-        weight: Tensor = _Rounded.apply(self._grouped, self.offset, wide, zero_point, self._scheme.bits, dtypes)
-        return weight.view_as(self._matrix)
+        result: Tensor = _Product.apply(x, scale.float().unsqueeze(-1), zero_point, bias, self)
+        return result
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """The integers."""
         scale, zero_point = self._grid()
         integers = torch.empty_like(self._grouped, dtype=torch.int8)
-        wide = scale.float().unsqueeze(-1)
-        for rows in _parts(integers):
-            steps, _ = _steps(rows, self._grouped, self.offset, wide, zero_point, self._scheme.bits)
+        for rows in self.parts():
+            steps = self.steps(rows, scale.float().unsqueeze(-1), zero_point)[0]
             integers[rows] = steps if zero_point is None else steps + zero_point[rows].unsqueeze(-1)
-        return QuantizedWeight(integers.view_as(self._matrix), scale, zero_point, self._scheme)
+        return QuantizedWeight(integers.flatten(1), scale, zero_point, self._scheme)
+
+    def parts(self) -> Iterator[slice]:
+        """Rows to do at a time: so many that what lies between their operations stays in a processor's cache."""
+        rows, on_cpu = self._grouped.shape[0], self._grouped.device.type == "cpu"
+        at_once = max(LEAST_ROWS, IN_CACHE // self._grouped[0].numel()) if on_cpu else rows
+        return (slice(start, start + at_once) for start in range(0, rows, at_once))
+
+    def empty(self) -> Tensor:
+        """A weight to fill, `[out_features, groups, group size]`."""
+        return torch.empty_like(self._grouped)
+
+    def steps(self, rows: slice, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Some rows as whole numbers of steps away from 0, float32: within the range of the grid, before clamping, and
+        before the offset and rounding.
+
+        Args:
+            scale: float32 `[out_features, groups, 1]`.
+            zero_point: int8 `[out_features, groups]` or None.
+        """
+        exact = self._grouped[rows].float() / scale[rows]
+        free = exact.add(self.offset[rows], alpha=0.5 / HALF).round_()
+        low, high = integer_range(self._scheme.bits)
+        if zero_point is None:
+            return free.clamp(low, high), free, exact
+        shift = zero_point[rows].float().unsqueeze(-1)
+        return free.clamp(low - shift, high - shift), free, exact
+
+    def fill(self, weight: Tensor, rows: slice, steps: Tensor, scale: Tensor) -> None:
+        """Some rows of the weight that is dequantized from whole numbers of steps."""
+        weight[rows] = (steps * scale[rows]).to(self._dtype)
+
+    def move(self, rows: slice, gradient: Tensor) -> None:
+        """Take a step with the offsets of some rows, float32, against their gradient, which is overwritten."""
+        moved = gradient.sign_().mul_(round(self.step * 2 * HALF)).to(torch.int16)
+        self.offset[rows].sub_(moved).clamp_(-HALF, HALF)
+
+    @torch.no_grad()
+    def shrink(self, gradient: Tensor) -> None:
+        """Take a step with the ranges."""
+        self.shrinkage.sub_(gradient.sign(), alpha=self.step).clamp_(LEAST_RANGE, 1.0)
 
 
-def _parts(weight: Tensor) -> Iterator[slice]:
-    """Rows to do at a time: so many that what lies between their operations stays in a processor's cache."""
-    rows = max(1, IN_CACHE // weight[0].numel()) if weight.device.type == "cpu" else len(weight)
-    return (slice(start, start + rows) for start in range(0, len(weight), rows))
+class _Product(torch.autograd.Function):
+    """x·Ŵᵀ + b with ŵ = (clamp(round(w/s + V) + z) − z)·s, and the gradient of the identity for the rounding.
 
-
-def _steps(
-    rows: slice, grouped: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
-) -> tuple[Tensor, Tensor]:
-    """Some rows as whole numbers of steps away from 0, float32: within the range of the grid, and before clamping."""
-    free = torch.addcdiv(offset[rows], grouped[rows].float(), scale[rows]).round_()
-    low, high = integer_range(bits)
-    if zero_point is None:
-        return free.clamp(low, high), free
-    shift = zero_point[rows].float().unsqueeze(-1)
-    return free.clamp(low - shift, high - shift), free
-
-
-class _Rounded(torch.autograd.Function):
-    """(clamp(round(w/s + V) + z) − z)·s, with the gradient of the identity for the rounding.
-
-    A function of its own, because it runs at every step for every weight, and autograd would go over them many times
-    as often: ∂ŵ/∂V = s within the range and 0 outside, ∂ŵ/∂s = q − z − (w/s within the range, 0 outside). The integers
-    are found again for the backward pass, in about the time that it takes to write and to read them, and in no memory.
-    The product with the scale has the first of the two dtypes, and is given in the second.
+    ∂ŵ/∂V = s within the range and 0 outside; ∂ŵ/∂s = q − z − (w/s within the range, 0 outside). By V nothing is
+    returned: some rows at a time, offsets are moved against it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        grouped: Tensor,
-        offset: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        bits: int,
-        dtypes: tuple[torch.dtype, torch.dtype],
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, grid: TunableGrid
     ) -> Tensor:
-        ctx.save_for_backward(grouped, offset, scale, zero_point)
-        ctx.bits = bits
-        weight = torch.empty_like(grouped, dtype=dtypes[1])
-        for rows in _parts(grouped):
-            steps, _ = _steps(rows, grouped, offset, scale, zero_point, bits)
-            weight[rows] = steps.mul_(scale[rows]).to(dtypes[0])
-        return weight
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.grid = grid
+        weight = grid.empty()
+        for rows in grid.parts():
+            grid.fill(weight, rows, grid.steps(rows, scale, zero_point)[0], scale)
+        return F.linear(x, weight.flatten(1), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None, None, None]:
-        grouped, offset, scale, zero_point = ctx.saved_tensors
-        of_offset, of_scale = torch.empty_like(offset), torch.empty_like(scale)
-        for rows in _parts(grouped):
-            steps, free = _steps(rows, grouped, offset, scale, zero_point, ctx.bits)
-            of_weight = gradient[rows].float()
-            of_rounded = torch.mul(of_weight, scale[rows], out=of_offset[rows]).masked_fill_(steps != free, 0)
-            of_steps = (of_weight * steps).sum(-1, keepdim=True)
-            of_scale[rows] = of_steps - (of_rounded * grouped[rows]).sum(-1, keepdim=True) / scale[rows].square()
-        return None, of_offset, of_scale, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        x, scale, zero_point = ctx.saved_tensors
+        grid, weight, of_scale = ctx.grid, ctx.grid.empty(), torch.empty_like(scale)
+        by_output, x = gradient.flatten(0, -2).t(), x.flatten(0, -2)
+        for rows in grid.parts():
+            steps, free, exact = grid.steps(rows, scale, zero_point)
+            grid.fill(weight, rows, steps, scale)
+            of_weight = (by_output[rows] @ x).float().view_as(steps)
+            outside = steps != free
+            of_scale[rows] = (steps - exact.masked_fill_(outside, 0)).mul_(of_weight).sum(-1, keepdim=True)
+            grid.move(rows, of_weight.mul_(scale[rows]).masked_fill_(outside, 0))
+        of_x = gradient @ weight.flatten(1) if ctx.needs_input_grad[0] else None
+        return of_x, of_scale, None, None, None
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """How far a block's outputs are from what they should be, by the rounded weights of its layers.
+
+    Attributes:
+        block: dense.
+        layers: name within the block → layer that is rounded.
+        calls, targets, curvature: as `round_block` takes them.
+    """
+
+    block: nn.Module
+    layers: Mapping[str, nn.Module]
+    calls: Sequence[Call]
+    targets: Sequence[Tensor]
+    curvature: Tensor | None
+
+    def loss(self, index: int) -> Tensor:
+        """Of one call, with the layers as they are."""
+        args, kwargs = self.calls[index]
+        output = self.block(*args, **kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        target = self.targets[index].float()
+        off = first.float() - target
+        squares = (off if self.curvature is None else off @ self.curvature).mul(off).sum(-1)
+        return (squares / target.square().mean(-1).clamp(min=SMALLEST)).mean()
+
+    @torch.no_grad()
+    def losses(self, rounded: Rounded) -> list[float]:
+        """Of all calls."""
+        forwards = {layer: partial(_product, layer, rounded[name]) for name, layer in self.layers.items()}
+        with computing(forwards):
+            return [self.loss(index).item() for index in range(len(self.calls))]
+
+
+def _product(layer: nn.Linear | Conv1D, weight: QuantizedWeight, x: Tensor) -> Tensor:
+    matrix = dequantize(weight.integers, weight.scale, weight.zero_point)
+    return F.linear(x, matrix.to(layer.weight.dtype), layer.bias)
 
 
 def round_block(
@@ -173,80 +236,54 @@ def round_block(
         Layer → its integers. A layer that no call reaches is rounded to nearest, which is logged.
     """
     layers = {name: block.get_submodule(name) for name in schemes}
-    transposed = {name for name, layer in layers.items() if isinstance(layer, Conv1D)}
-    grids = nn.ModuleDict()
-    for name, layer in layers.items():
-        weight = layer.weight.detach()
-        matrix = (weight.t() if name in transposed else weight).contiguous()
-        grids[name.replace(".", "/")] = TunableGrid(matrix, schemes[name], dtype)
+    matrices = {name: matrix_of(kind_of(layer), layer.weight).detach().contiguous() for name, layer in layers.items()}
 
-    def rounded() -> dict[str, Tensor]:
-        weights = {name: grids[name.replace(".", "/")]() for name in layers}
-        return {f"{name}.weight": w.t() if name in transposed else w for name, w in weights.items()}
+    def nearest() -> dict[str, QuantizedWeight]:
+        return {name: round_nearest(matrix, schemes[name], dtype) for name, matrix in matrices.items()}
 
-    def loss_of(index: int, weights: Mapping[str, Tensor]) -> Tensor:
-        args, kwargs = calls[index]
-        output = functional_call(block, weights, args, kwargs)
-        first = output[0] if isinstance(output, tuple) else output
-        target = targets[index].float()
-        off = first.float() - target
-        squares = (off if curvature is None else off @ curvature).mul(off).sum(-1)
-        return (squares / target.square().mean(-1).clamp(min=SMALLEST)).mean()
+    def grids() -> dict[str, TunableGrid]:
+        return {name: TunableGrid(matrix, schemes[name], dtype) for name, matrix in matrices.items()}
 
-    @torch.no_grad()
-    def losses() -> list[float]:
-        weights = rounded()
-        return [loss_of(index, weights).item() for index in range(len(calls))]
+    if not iterations:
+        return nearest()
+    objective = _Objective(block, layers, calls, targets, curvature)
+    of_nearest = objective.losses(nearest())
+    least, found = sum(of_nearest), None
+    for iterate in _tune(objective, grids(), of_nearest, iterations, seed):
+        loss = sum(objective.losses(iterate))
+        if loss < least:
+            least, found = loss, iterate
+    return found or nearest()
 
-    def tune() -> set[str]:
-        """Take the steps and leave the best iterate in `best`; gives the layers that a call reaches."""
-        least = math.inf
-        reached: set[str] = set()
-        generator = torch.Generator().manual_seed(seed)
-        epochs = range(math.ceil(iterations / len(calls)))
-        order = [index for _ in epochs for index in torch.randperm(len(calls), generator=generator).tolist()]
+
+def _tune(
+    objective: _Objective, grids: Mapping[str, TunableGrid], of_nearest: Sequence[float], iterations: int, seed: int
+) -> tuple[dict[str, QuantizedWeight], dict[str, QuantizedWeight]]:
+    """Take the steps; gives the best iterate and the last."""
+    best: dict[str, QuantizedWeight] = {}
+    least = math.inf
+    reached: set[str] = set()
+    generator = torch.Generator().manual_seed(seed)
+    epochs = range(math.ceil(iterations / len(of_nearest)))
+    order = [index for _ in epochs for index in torch.randperm(len(of_nearest), generator=generator).tolist()]
+    ranges = [grid.shrinkage for grid in grids.values()]
+    forwards = {layer: partial(grids[name].product, bias=layer.bias) for name, layer in objective.layers.items()}
+    with computing(forwards):
         for iteration, index in enumerate(order[:iterations]):
             with torch.enable_grad():
-                loss = loss_of(index, rounded())
-                gradients: Sequence[Tensor | None] = [None] * len(parameters)
-                if loss.requires_grad:  # it may depend on none of the layers
-                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                loss = objective.loss(index)
             relative = loss.item() / of_nearest[index] if of_nearest[index] else 1.0
             if relative < least:
-                least = relative
-                _copy(parameters, best)
-            reached |= {name for name, found in zip(layers, gradients[::2], strict=True) if found is not None}
-            _descend(grids, gradients, (1 - iteration / iterations) / iterations)
-            del loss, gradients  # or they would lie beside those of the next step
-        return reached
-
-    parameters = list(grids.parameters())
-    nearest = [parameter.detach().ravel()[0].clone().expand_as(parameter) for parameter in parameters]  # all 0, all 1
-    of_nearest = losses()
-    candidates: list[tuple[list[float], Sequence[Tensor]]] = [(of_nearest, nearest)]
-    if iterations:
-        best = [parameter.detach().clone() for parameter in parameters]
-        reached = tune()
-        if unreached := [name for name in layers if name not in reached]:
-            warn_of_unreached(unreached)
-        last = [parameter.detach().clone() for parameter in parameters]
-        for values in (best, last):
-            _copy(values, parameters)
-            candidates.append((losses(), values))
-    _copy(min(candidates, key=lambda candidate: sum(candidate[0]))[1], parameters)
-    return {name: grids[name.replace(".", "/")].quantized() for name in layers}
-
-
-@torch.no_grad()
-def _descend(grids: nn.ModuleDict, gradients: Sequence[Tensor | None], step: float) -> None:
-    for (name, parameter), gradient in zip(grids.named_parameters(), gradients, strict=True):
-        if gradient is not None:
-            limits = (-0.5, 0.5) if name.endswith("offset") else (LEAST_RANGE, 1.0)
-            for rows in _parts(parameter):
-                parameter[rows].sub_(gradient[rows].sign(), alpha=step).clamp_(*limits)
-
-
-@torch.no_grad()
-def _copy(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
-    for target, value in zip(into, values, strict=True):
-        target.copy_(value)
+                least, best = relative, {name: grid.quantized() for name, grid in grids.items()}
+            if not loss.requires_grad:  # it depends on none of the layers
+                continue
+            for grid in grids.values():
+                grid.step = (1 - iteration / iterations) / iterations
+            gradients = torch.autograd.grad(loss, ranges, allow_unused=True)  # which moves the offsets
+            for (name, grid), gradient in zip(grids.items(), gradients, strict=True):
+                if gradient is not None:
+                    grid.shrink(gradient)
+                    reached.add(name)
+    if unreached := [name for name in grids if name not in reached]:
+        warn_of_unreached(unreached)
+    return best, {name: grid.quantized() for name, grid in grids.items()}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..calibration import batches_on
 from ..errors import ModelError
+from ..forwards import computing
 from .metrics import Batch, forward
 
 Outputs = dict[str, Any]  # stack of blocks (the name of their list) → output of its last finished block
@@ -74,18 +75,9 @@ class Prefix:
 
         Only the last finished block's output reaches anything that still runs, so one output a stack is enough.
         """
-        finished = self._blocks[:position]
-        own = [block.__dict__.get("forward") for block in finished]
-        for name, block in zip(self.order, finished, strict=False):
-            block.forward = _returning(outputs[_stack_of(name)])
-        try:
+        finished = zip(self.order[:position], self._blocks[:position], strict=True)
+        with computing({block: _returning(outputs[_stack_of(name)]) for name, block in finished}):
             yield
-        finally:
-            for block, forward in zip(finished, own, strict=True):
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
 
     @torch.no_grad()
     def call(self, batch: Batch, before: Outputs, position: int) -> Call:

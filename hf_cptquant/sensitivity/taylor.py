@@ -42,6 +42,7 @@ from ..arithmetic import working_dtype
 from ..calibration import CalibrationSet, batches_on, in_batches, sequences_in, spread_evenly
 from ..errors import CalibrationError, ModelError
 from ..experts import has_linear_experts
+from ..forwards import computing
 from ..memory import trim
 from ..model_view import task_of
 from ..modules import CONVOLUTIONS, padding_of
@@ -403,27 +404,21 @@ def differentiable(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Non
     """Let gradients flow from the embeddings, or from pixel values, on through checkpointed blocks; no parameter gets
     one."""
     wanted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    blocks = {name: model.get_submodule(name) for name in names}
-    own = {name: block.__dict__.get("forward") for name, block in blocks.items()}
+    blocks = [model.get_submodule(name) for name in names]
+    forwards = {block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks}
     with ExitStack() as hooks:
         for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
             hooks.enter_context(embedding.register_forward_hook(lambda *seen: seen[2].requires_grad_()))
         hooks.enter_context(model.register_forward_pre_hook(_with_gradients, with_kwargs=True))
+        hooks.enter_context(computing(forwards))
         try:
             for name in wanted:
                 model.get_parameter(name).requires_grad_(False)
-            for block in blocks.values():
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             with torch.enable_grad():
                 yield
         finally:
             for name in wanted:  # by name: accelerate makes new parameters of offloaded ones
                 model.get_parameter(name).requires_grad_(True)
-            for name, block in blocks.items():
-                if own[name] is None:
-                    del block.forward
-                else:
-                    block.forward = own[name]
 
 
 def _with_gradients(

@@ -31,10 +31,15 @@ def tuned(scheme, dtype=torch.bfloat16) -> TunableGrid:
     """A grid at some point on the way."""
     grid = TunableGrid(matrix(dtype), scheme)
     draw = torch.Generator().manual_seed(1)
+    grid.offset.copy_(torch.randint(-signround.HALF, signround.HALF + 1, grid.offset.shape, generator=draw))
     with torch.no_grad():
-        grid.offset.copy_(torch.rand(grid.offset.shape, generator=draw) - 0.5)
         grid.shrinkage.copy_(0.5 + torch.rand(grid.shrinkage.shape, generator=draw) / 2)
     return grid
+
+
+def weight_of(grid: TunableGrid, dtype: torch.dtype) -> torch.Tensor:
+    """The weight that inputs are multiplied by: each input alone, and 1."""
+    return grid.product(torch.eye(64, dtype=dtype), None).t()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -53,7 +58,7 @@ def test_untouched_it_is_rounding_to_nearest(scheme, dtype):
 def test_what_is_tuned_is_what_is_stored(scheme, dtype):
     grid = tuned(scheme, dtype)
     stored = grid.quantized()
-    assert torch.equal(grid(), dequantize(stored.integers, stored.scale, stored.zero_point))
+    assert torch.equal(weight_of(grid, dtype), dequantize(stored.integers, stored.scale, stored.zero_point))
     smallest, largest = integer_range(scheme.bits)
     assert smallest <= int(stored.integers.min()) <= int(stored.integers.max()) <= largest
 
@@ -62,18 +67,19 @@ def test_what_is_tuned_is_what_is_stored(scheme, dtype):
 def test_gradients_are_those_of_the_grid_with_rounding_as_the_identity(scheme):
     """By hand: ∂ŵ/∂V = s inside the range and 0 outside; ∂ŵ/∂s = q − z − (w/s inside, 0 outside)."""
     grid = tuned(scheme, torch.float32)
+    stored, before, grid.step = grid.quantized(), grid.offset.float(), 0.01
     upstream = torch.randn(24, 64, generator=torch.Generator().manual_seed(2))
-    (grid() * upstream).sum().backward()
-    stored = grid.quantized()
+    (weight_of(grid, torch.float32) * upstream).sum().backward()
     scale = stored.scale.unsqueeze(-1)
     zero = 0 if stored.zero_point is None else stored.zero_point.unsqueeze(-1)
     weight = matrix(torch.float32).view_as(grid.offset)
-    free = torch.round(weight / scale + grid.offset) + zero
+    free = torch.round(weight / scale + before / (2 * signround.HALF)) + zero
     smallest, largest = integer_range(scheme.bits)
     inside = (free >= smallest) & (free <= largest)
     of_values = upstream.view_as(grid.offset)
     expected = torch.where(inside, of_values * scale, 0.0)
-    assert torch.allclose(grid.offset.grad, expected, rtol=1e-4, atol=1e-6)
+    moved = before - round(0.01 * 2 * signround.HALF) * expected.sign()
+    assert torch.equal(grid.offset.float(), moved.clamp(-signround.HALF, signround.HALF))
     steps = stored.integers.view_as(free).float() - zero  # up to 255, more than int8 holds
     by_scale = (of_values * (steps - torch.where(inside, weight / scale, 0.0))).sum(-1)
     low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
@@ -87,30 +93,29 @@ def test_gradients_are_those_of_the_grid_with_rounding_as_the_identity(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_weight_done_row_by_row_is_that_done_at_once(scheme, monkeypatch):
-    upstream = torch.randn(24, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    draw = torch.Generator().manual_seed(2)
+    inputs, upstream = torch.eye(64).bfloat16().requires_grad_(), torch.randn(64, 24, generator=draw).bfloat16()
 
     def found() -> list[torch.Tensor]:
         grid = tuned(scheme)
-        weight = grid()
-        gradients = torch.autograd.grad(weight, list(grid.parameters()), upstream)
-        grids = nn.ModuleDict({"layer": grid})
-        signround._descend(grids, gradients, 0.1)
-        return [weight, *gradients, *grid.parameters(), grid.quantized().integers]
+        grid.step = 0.1
+        outputs = grid.product(inputs, None)
+        gradients = torch.autograd.grad(outputs, [inputs, grid.shrinkage], upstream)
+        return [outputs, *gradients, grid.offset, grid.quantized().integers]
 
     at_once = found()
     monkeypatch.setattr(signround, "IN_CACHE", 1)
+    monkeypatch.setattr(signround, "LEAST_ROWS", 1)
     assert all(torch.equal(one, other) for one, other in zip(at_once, found(), strict=True))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_nothing_of_the_size_of_a_weight_is_kept_for_the_gradients_but_what_is_there(scheme):
-    original, kept = matrix(), []
-    grid = TunableGrid(original, scheme)
+def test_nothing_of_the_size_of_a_weight_is_kept_for_the_gradients(scheme):
+    grid, kept = TunableGrid(matrix(), scheme), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        assert grid().requires_grad
-    there = {tensor.untyped_storage().data_ptr() for tensor in (original, grid.offset)}
-    large = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() >= original.numel()}
-    assert large == there
+        assert grid.product(torch.ones(1, 64).bfloat16(), None).requires_grad
+    assert kept
+    assert all(tensor.numel() < grid.offset.numel() / 4 for tensor in kept)
 
 
 class Block(nn.Module):
@@ -163,17 +168,12 @@ def test_tuning_lowers_the_error_of_the_block_and_more_steps_lower_it_further(pr
 @pytest.mark.parametrize("iterations", [0, 1, 2])
 def test_it_is_never_worse_than_rounding_to_nearest(problem, iterations, monkeypatch):
     block, schemes, calls, targets = problem
-    monkeypatch.setattr(signround, "_descend", ascend)
+    descend = TunableGrid.move
+    monkeypatch.setattr(TunableGrid, "move", lambda grid, rows, gradient: descend(grid, rows, -gradient))
+    monkeypatch.setattr(TunableGrid, "shrink", lambda grid, gradient: None)
     rounded = signround.round_block(block, schemes, calls, targets, iterations, 0)
     nearest = nearest_of(block, schemes)
     assert all(torch.equal(rounded[name].integers, nearest[name].integers) for name in schemes)
-
-
-@torch.no_grad()
-def ascend(grids, gradients, step) -> None:
-    """A step in the wrong direction."""
-    for parameter, gradient in zip(grids.parameters(), gradients, strict=True):
-        parameter.add_(gradient.sign(), alpha=step).clamp_(-0.5, 1)
 
 
 def test_same_seed_same_integers(problem):
@@ -208,20 +208,23 @@ def test_a_block_whose_outputs_do_not_depend_on_its_weights_is_rounded_to_neares
     assert "idle: no calibration token came there" in logged.text
 
 
-def test_tuning_holds_fourteen_bytes_for_each_weight(monkeypatch, tmp_path):
-    """Offset, its gradient and the best offset in float32, a gradient in bfloat16; and what groups need."""
+def test_tuning_holds_three_bytes_for_each_weight(monkeypatch, tmp_path):
+    """The offset and the best integer, beside them for a moment the next one's or one layer's weight; and what groups
+    need."""
     monkeypatch.setattr(signround, "IN_CACHE", 1 << 12)
-    layer, draw = nn.Linear(1024, 1024, bias=False).bfloat16().requires_grad_(False), torch.Generator().manual_seed(6)
+    draw = torch.Generator().manual_seed(6)
     inputs = [torch.randn(1, 4, 1024, generator=draw).bfloat16() for _ in range(3)]
-    block = nn.Sequential(layer)
+    block = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(4))).bfloat16().requires_grad_(False)
+    schemes = {str(index): LayerScheme(4) for index in range(4)}
     calls, targets = [((each,), {}) for each in inputs], [block(each) for each in inputs]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        signround.round_block(block, {"0": LayerScheme(4, 64)}, calls, targets, 6, 0)
+        signround.round_block(block, schemes, calls, targets, 6, 0)
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
     peak = max(itertools.accumulate(size for _, size in memory))
-    assert 14 <= peak / layer.weight.numel() < 15
+    weights = sum(layer.weight.numel() for layer in block)
+    assert 3 <= peak / weights < 4.5
 
 
 def test_conv1d_is_transposed():

@@ -20,7 +20,7 @@ on all calls: the result is never worse on the calibration data.
 
 Beside a block, 3 bytes are held for each of its weights: the offset in 16 bits, and the integer of the best iterate.
 A layer's rounded weight is there while the layer is called, and made again for its backward pass, which takes the step
-of the offsets, too, so that their gradients never are there together.
+of the offsets, too, so that their gradients never are there together. (A layer that is called twice takes two steps.)
 """
 
 from __future__ import annotations
@@ -260,8 +260,7 @@ def _tune(
     objective: _Objective, grids: Mapping[str, TunableGrid], of_nearest: Sequence[float], iterations: int, seed: int
 ) -> tuple[dict[str, QuantizedWeight], dict[str, QuantizedWeight]]:
     """Take the steps; gives the best iterate and the last."""
-    best: dict[str, QuantizedWeight] = {}
-    least = math.inf
+    least, best = 1.0, {name: grid.quantized() for name, grid in grids.items()}
     reached: set[str] = set()
     generator = torch.Generator().manual_seed(seed)
     epochs = range(math.ceil(iterations / len(of_nearest)))

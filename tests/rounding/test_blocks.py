@@ -86,6 +86,22 @@ def test_blocks_are_rounded_behind_the_rounded_ones(rounding, kind, tokens, mini
         assert torch.equal(module.weight_scale, wanted[name].weight_scale), name
 
 
+@pytest.mark.parametrize("rounding", BLOCK_ROUNDINGS)
+def test_weights_in_a_file_are_rounded_as_those_in_memory(rounding, tokens, minilm, tmp_path):
+    """A packed layer lets go of the pages that its weight had in the file, behind which the next block is rounded."""
+    recipe = recipe_for("llama", tokens, rounding=rounding, iters=6)
+    in_memory = tiny_model("llama", hidden_size=128, intermediate_size=256)  # layers of many pages
+    in_memory.save_pretrained(tmp_path)
+    mapped = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    batches = calibration_for(in_memory, recipe, minilm).batches
+    plan = decided(in_memory)
+    for model in (in_memory, mapped):
+        apply_plan_by_blocks(model, plan, batches, recipe)
+    for name, module in packed_modules(in_memory).items():
+        assert torch.equal(module.weight_packed, mapped.get_submodule(name).weight_packed), name
+        assert torch.equal(module.weight_scale, mapped.get_submodule(name).weight_scale), name
+
+
 @pytest.fixture(scope="module")
 def windows(texts, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)

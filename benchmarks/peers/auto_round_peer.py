@@ -10,6 +10,8 @@ environment of its own.
 from __future__ import annotations
 
 import argparse
+import os
+from tempfile import TemporaryDirectory
 
 from auto_round import AutoRound, AutoScheme
 from auto_round.schemes import QuantizationScheme
@@ -49,4 +51,6 @@ if __name__ == "__main__":
     options.add_argument("--bits", default="4")
     options.add_argument("--iters", type=int, default=20)
     given = options.parse_args()
-    run("auto-round", lambda: quantize(given), given.output)
+    with TemporaryDirectory() as scores:  # or those of an earlier run would be taken, in no time
+        os.environ["AR_AUTO_SCHEME_CACHE"] = scores
+        run("auto-round", lambda: quantize(given), given.output)

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from .arithmetic import is_linear
 from .errors import ModelError
-from .grid import QuantizedWeight
+from .grid import QuantizedWeight, dequantize
 from .kernels import (
     REFERENCE,
     WIRE,
@@ -456,6 +456,13 @@ def matrix_of(kind: type[nn.Module], weight: Tensor) -> Tensor:
 def weight_of(kind: type[nn.Module], matrix: Tensor, shape: torch.Size) -> Tensor:
     """Reverse of `matrix_of`, for a weight of a shape."""
     return (matrix.t() if kind is Conv1D else matrix).reshape(shape)
+
+
+def let_weigh(module: nn.Module, quantized: QuantizedWeight) -> None:
+    """Give a dense module a weight that integers stand for, in its dtype; the one that it had is left as it is."""
+    old = module.weight
+    matrix = dequantize(quantized.integers, quantized.scale, quantized.zero_point).to(old.dtype)
+    module.weight = nn.Parameter(weight_of(kind_of(module), matrix, old.shape).contiguous(), requires_grad=False)
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLayer]:

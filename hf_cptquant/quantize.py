@@ -22,10 +22,10 @@ from .arithmetic import working_dtype
 from .calibration import batches_on, tokens_in
 from .errors import ModelError, PlanError, in_module
 from .experts import fuse_again
-from .grid import QuantizedWeight, dequantize
+from .grid import QuantizedWeight
 from .memory import mapped_ranges, release, trim
 from .model_view import predicts_one_class, sharing_with
-from .modules import PACKED_CLASSES, kind_of, matrix_of, packed_modules, replace_module, weight_of
+from .modules import PACKED_CLASSES, kind_of, let_weigh, matrix_of, packed_modules, replace_module
 from .plan import EMBEDDING, BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
 from .rounding import BLOCK_ROUNDINGS, Tuning, round_nearest
@@ -103,7 +103,8 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
         originals, calls = [call for call, _ in pairs], [call for _, call in pairs]
         for decision in untuned[name]:
             _pack_nearest(model, decision)
-            work.take(decision.name.removeprefix(name + "."), model.get_submodule(decision.name).quantized())
+            layer = work.block.get_submodule(decision.name.removeprefix(name + "."))
+            let_weigh(layer, model.get_submodule(decision.name).quantized())
         if of_block[name]:
             targets = [output[0] if isinstance(output, tuple) else output for output in outputs]
             tuning = Tuning(work.dtype, recipe.iters, recipe.seed, originals, gradients.pop(name, ()))
@@ -112,7 +113,7 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
             with in_module(name):
                 found = BLOCK_ROUNDINGS[recipe.rounding](work.block, of_block[name], calls, targets, tuning)
             for layer, quantized in found.items():
-                work.take(layer, quantized)
+                let_weigh(work.block.get_submodule(layer), quantized)
                 _pack(model, f"{name}.{layer}", quantized)
         for before, output in zip(original, outputs, strict=True):
             before[stack] = work.as_the_model(output)
@@ -146,13 +147,6 @@ class _WorkingCopy:
     def __call__(self, call: Call) -> Any:
         args, kwargs = call
         return self.block(*args, **kwargs)
-
-    def take(self, layer: str, quantized: QuantizedWeight) -> None:
-        """Give a layer the weight that its integers stand for, in memory of its own: the model lets go of its."""
-        module = self.block.get_submodule(layer)
-        matrix = dequantize(quantized.integers, quantized.scale, quantized.zero_point).to(self._working)
-        weight = weight_of(kind_of(module), matrix, module.weight.shape).contiguous()
-        module.weight = nn.Parameter(weight, requires_grad=False)
 
     def as_the_model(self, output: Any) -> Any:
         """An output of the copy as the model's block gives it."""

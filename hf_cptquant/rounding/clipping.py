@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import QuantizedWeight, dequantize, extremes, grid_between, quantize
-from ..modules import matrix_of
+from ..modules import let_weigh, matrix_of
 from ..plan import LayerScheme
 from ..sensitivity.compensation import Inputs, input_products, inputs_in, sharing
 from ..sensitivity.prefix import Call
@@ -129,14 +129,13 @@ def round_by_inputs(
         drifts = InputDrifts({name: original.get_submodule(name) for name in stage}, wanted)
         found = input_products({name: layers[name] for name in stage}, passes, drifts.add if wanted else None)
         for names, product in found:
-            matrices = [matrix_of(type(layers[name]), layers[name].weight.detach()) for name in names]
+            matrices = [matrix_of(type(layers[name]), layers[name].weight.detach()).contiguous() for name in names]
             own = [schemes[name] for name in names]
             minded = [curvatures.get(name) for name in names]
-            given = [matrix.contiguous() for matrix in matrices]
-            integers = together(given, own, product, dtype, drifts.sums.get(names[0]), minded)
-            for name, matrix, each in zip(names, matrices, integers, strict=True):
+            integers = together(matrices, own, product, dtype, drifts.sums.get(names[0]), minded)
+            for name, each in zip(names, integers, strict=True):
                 rounded[name] = each
-                matrix.copy_(dequantize(each.integers, each.scale, each.zero_point))
+                let_weigh(layers[name], each)
             if not bool(product.any()):
                 warn_of_unreached(names)
     return {name: rounded[name] for name in schemes}

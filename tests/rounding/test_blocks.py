@@ -95,8 +95,11 @@ def test_weights_in_a_file_are_rounded_as_those_in_memory(rounding, tokens, mini
     mapped = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     batches = calibration_for(in_memory, recipe, minilm).batches
     plan = decided(in_memory)
+    held = in_memory.state_dict()
     for model in (in_memory, mapped):
         apply_plan_by_blocks(model, plan, batches, recipe)
+    before = tiny_model("llama", hidden_size=128, intermediate_size=256).state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in before.items())  # nobody's weights were written to
     for name, module in packed_modules(in_memory).items():
         assert torch.equal(module.weight_packed, mapped.get_submodule(name).weight_packed), name
         assert torch.equal(module.weight_scale, mapped.get_submodule(name).weight_scale), name

@@ -458,8 +458,13 @@ def weight_of(kind: type[nn.Module], matrix: Tensor, shape: torch.Size) -> Tenso
     return (matrix.t() if kind is Conv1D else matrix).reshape(shape)
 
 
-def let_weigh(module: nn.Module, quantized: QuantizedWeight) -> None:
-    """Give a dense module a weight that integers stand for, in its dtype; the one that it had is left as it is."""
+def set_dequantized(module: nn.Module, quantized: QuantizedWeight) -> None:
+    """Let a dense module have the dequantized weight, in its dtype and shape; nothing is written to the one it had.
+
+    Args:
+        module: of a class that can be packed.
+        quantized: integers `[out_features, in_features]` of its weight.
+    """
     old = module.weight
     matrix = dequantize(quantized.integers, quantized.scale, quantized.zero_point).to(old.dtype)
     module.weight = nn.Parameter(weight_of(kind_of(module), matrix, old.shape).contiguous(), requires_grad=False)

@@ -25,7 +25,7 @@ from .experts import fuse_again
 from .grid import QuantizedWeight
 from .memory import mapped_ranges, release, trim
 from .model_view import predicts_one_class, sharing_with
-from .modules import PACKED_CLASSES, kind_of, let_weigh, matrix_of, packed_modules, replace_module
+from .modules import PACKED_CLASSES, kind_of, matrix_of, packed_modules, replace_module, set_dequantized
 from .plan import EMBEDDING, BitPlan, LayerScheme, ModulePlan
 from .recipe import Recipe
 from .rounding import BLOCK_ROUNDINGS, Tuning, round_nearest
@@ -104,7 +104,7 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
         for decision in untuned[name]:
             _pack_nearest(model, decision)
             layer = work.block.get_submodule(decision.name.removeprefix(name + "."))
-            let_weigh(layer, model.get_submodule(decision.name).quantized())
+            set_dequantized(layer, model.get_submodule(decision.name).quantized())
         if of_block[name]:
             targets = [output[0] if isinstance(output, tuple) else output for output in outputs]
             tuning = Tuning(work.dtype, recipe.iters, recipe.seed, originals, gradients.pop(name, ()))
@@ -113,7 +113,7 @@ def _tune_blocks(model: PreTrainedModel, plan: BitPlan, batches: Sequence[Batch]
             with in_module(name):
                 found = BLOCK_ROUNDINGS[recipe.rounding](work.block, of_block[name], calls, targets, tuning)
             for layer, quantized in found.items():
-                let_weigh(work.block.get_submodule(layer), quantized)
+                set_dequantized(work.block.get_submodule(layer), quantized)
                 _pack(model, f"{name}.{layer}", quantized)
         for before, output in zip(original, outputs, strict=True):
             before[stack] = work.as_the_model(output)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import QuantizedWeight, dequantize, extremes, grid_between, quantize
-from ..modules import let_weigh, matrix_of
+from ..modules import matrix_of, set_dequantized
 from ..plan import LayerScheme
 from ..sensitivity.compensation import Inputs, input_products, inputs_in, sharing
 from ..sensitivity.prefix import Call
@@ -135,7 +135,7 @@ def round_by_inputs(
             integers = together(matrices, own, product, dtype, drifts.sums.get(names[0]), minded)
             for name, each in zip(names, integers, strict=True):
                 rounded[name] = each
-                let_weigh(layers[name], each)
+                set_dequantized(layers[name], each)
             if not bool(product.any()):
                 warn_of_unreached(names)
     return {name: rounded[name] for name in schemes}

@@ -205,6 +205,7 @@ class _Objective:
 
 
 def _product(layer: nn.Linear | Conv1D, weight: QuantizedWeight, x: Tensor) -> Tensor:
+    """What the layer gives with a rounded weight, dequantized at each call: those of a block never are together."""
     matrix = dequantize(weight.integers, weight.scale, weight.zero_point)
     return F.linear(x, matrix.to(layer.weight.dtype), layer.bias)
 

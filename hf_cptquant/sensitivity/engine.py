@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..calibration import batches_on, sequences_in, tokens_in
+from ..forwards import computing
 from .metrics import Batch, Metric, labels_in, mean, not_finite
 from .prefix import Outputs, Prefix
 
@@ -198,17 +199,13 @@ def _other_weight(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Iterato
 @contextmanager
 def _other_forward(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """For an offloaded weight, which accelerate's hook loads before each forward pass, over whatever was put there."""
-    own = module.forward
     changed = copy.copy(module)
     del changed.forward  # accelerate's, which loads
     with align_module_device(module):
         changed._parameters = dict(module._parameters)
     changed.weight = nn.Parameter(new(changed.weight.data), requires_grad=False)
-    module.forward = changed.forward
-    try:
+    with computing({module: changed.forward}):
         yield
-    finally:
-        module.forward = own
 
 
 def _stack(variants: Sequence[Outputs], size: int) -> Outputs:

@@ -168,9 +168,9 @@ def test_tuning_lowers_the_error_of_the_block_and_more_steps_lower_it_further(pr
 @pytest.mark.parametrize("iterations", [0, 1, 2])
 def test_it_is_never_worse_than_rounding_to_nearest(problem, iterations, monkeypatch):
     block, schemes, calls, targets = problem
-    descend = TunableGrid.move
-    monkeypatch.setattr(TunableGrid, "move", lambda grid, rows, gradient: descend(grid, rows, -gradient))
-    monkeypatch.setattr(TunableGrid, "shrink", lambda grid, gradient: None)
+    move, shrink = TunableGrid.move, TunableGrid.shrink
+    monkeypatch.setattr(TunableGrid, "move", lambda grid, rows, gradient: move(grid, rows, -gradient))
+    monkeypatch.setattr(TunableGrid, "shrink", lambda grid, gradient: shrink(grid, -gradient))
     rounded = signround.round_block(block, schemes, calls, targets, iterations, 0)
     nearest = nearest_of(block, schemes)
     assert all(torch.equal(rounded[name].integers, nearest[name].integers) for name in schemes)
